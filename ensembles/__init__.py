@@ -1,0 +1,38 @@
+"""Verify that ensembles and weight-sharing networks are what they claim to be.
+
+Public names only. They are resolved on first use, so that `import ensembles`, which the pytest
+plugin does in every run on the machine, imports no torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "ensembles.subject": ("Subject", "split_axis", "split_batch", "whole"),
+    "ensembles.conformance": (
+        "Result",
+        "Results",
+        "check_ensemble",
+        "checks_for",
+        "parametrize_with_checks",
+    ),
+    "ensembles.checks.sharing": (
+        "assert_members_share",
+        "assert_parameters_distinct",
+        "measure_parameter_sharing",
+    ),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ensembles' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,390 @@
+"""The gate for any model: every check that a subject's claims call for, with several runners.
+
+`checks_for` generates the checks, `check_ensemble` runs them in a script or a notebook,
+`parametrize_with_checks` makes pytest tests of them, and `ensembles.suite` collects them from the
+command line.
+
+What a subject claims is `Subject.claims`, check name to claim. A factory that returns bare
+modules claims by default:
+
+- a list or dict of at least two modules: `DEFAULT_ENSEMBLE_CLAIMS`;
+- one module: `DEFAULT_MODULE_CLAIMS`, whatever it returns, because nothing says that its outputs
+  are members. Say so with a `Subject` and its `outputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+from ensembles.checks import sharing
+from ensembles.inputs import inferred_batch
+from ensembles.message import DEFAULT_SEED, aligned
+from ensembles.message import seed as present_seed
+from ensembles.probes.state import preserved
+from ensembles.subject import Model, Subject, is_one_module, named_modules_of, whole
+
+__all__ = [
+    "CHECKS",
+    "DEFAULT_ENSEMBLE_CLAIMS",
+    "DEFAULT_MODULE_CLAIMS",
+    "BoundCheck",
+    "Check",
+    "Result",
+    "Results",
+    "as_subject",
+    "check_ensemble",
+    "checks_for",
+    "parametrize_with_checks",
+    "resolve",
+]
+
+DEFAULT_ENSEMBLE_CLAIMS: Mapping[str, Any] = {"sharing": "independent"}
+DEFAULT_MODULE_CLAIMS: Mapping[str, Any] = {"sharing": "distinct"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check by name: what it promises, and how it looks at a subject.
+
+    Attributes:
+        name: What claims, `-k`, `--ensembles-require` and reports call it.
+        promise: One sentence.
+        run: Measures the model and compares with the claim; returns the measurement.
+    """
+
+    name: str
+    promise: str
+    run: Callable[[Subject, Model, Any], object]
+
+
+def _run_sharing(subject: Subject, model: Model, claim: Any) -> object:
+    words = {"independent": (), "tied": ("*",), "distinct": None}
+    names = words[claim] if isinstance(claim, str) and claim in words else claim
+    if isinstance(names, str) or not (names is None or isinstance(names, Sequence)):
+        raise _unknown_claim("sharing", claim, [*words, "a list of name patterns"])
+    measured = sharing.measure_parameter_sharing(model, members=subject.members)
+    sharing.assert_parameters_distinct(measured)
+    if names is not None:
+        sharing.assert_members_share(measured, names)
+    return measured
+
+
+CHECKS: Mapping[str, Check] = {
+    check.name: check
+    for check in (
+        Check("sharing", "members share exactly the memory that they claim to share", _run_sharing),
+    )
+}
+
+
+@dataclass(frozen=True)
+class BoundCheck:
+    """A check with its subject: call it, or read what it would test.
+
+    Calling returns the measurement, raises `AssertionError` where the claim is broken and
+    `ValueError` where it could not look. A check whose claim is not made raises pytest's skip.
+    """
+
+    check: Check
+    subject: Subject
+    claim: Any = None
+    seen: list[str] = field(default_factory=list, compare=False, repr=False)
+    """The first line of what the last call found: the summary shows it."""
+
+    @property
+    def claimed(self) -> bool:
+        """Whether the subject claims what this check tests."""
+        return self.claim is not None
+
+    def __call__(self, subject: Subject | None = None) -> object:
+        """Makes the model anew under the present seed, and looks."""
+        __tracebackhide__ = True
+        subject = subject or self.subject
+        if not self.claimed:
+            pytest.skip(f"{subject.name} does not claim {self.check.name}")
+        self.seen.clear()
+        try:
+            measurement = self.check.run(subject, made(subject), self.claim)
+        except (AssertionError, ValueError) as told:
+            self.seen.append(str(told).splitlines()[0])
+            raise
+        self.seen.append(str(measurement).splitlines()[0])
+        return measurement
+
+    def row(self, status: str) -> dict[str, Any]:
+        """What the summary shows of this check; plain data, so that it passes between processes."""
+        return {
+            "subject": self.subject.name,
+            "check": self.check.name,
+            "status": status,
+            "found": "".join(self.seen),
+            "order": list(CHECKS).index(self.check.name),
+        }
+
+
+def made(subject: Subject) -> Model:
+    """The subject's model, made under the present seed.
+
+    Raises:
+        ValueError: If `make` raises, or returns no module and no list or dict of modules.
+    """
+    torch.manual_seed(present_seed.get())
+    try:
+        model = subject.make()
+    except Exception as error:
+        raise ValueError(
+            f"the factory of subject {subject.name!r} raised {type(error).__name__}: {error}"
+        ) from error
+    named_modules_of(model)
+    return model
+
+
+def checks_for(subject: Subject) -> Iterator[BoundCheck]:
+    """Every check, bound to the subject, in the order of `CHECKS`; also those not claimed.
+
+    Raises:
+        ValueError: If the subject claims something that no check tests.
+
+    Example:
+        >>> subject = as_subject([nn.Linear(2, 2), nn.Linear(2, 2)])
+        >>> [bound.check.name for bound in checks_for(subject) if bound.claimed][0]
+        'sharing'
+    """
+    for name in subject.claims:
+        _known(name, f"subject {subject.name!r} claims {name!r}")
+    for name, check in CHECKS.items():
+        yield BoundCheck(check, subject, subject.claims.get(name))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one check found.
+
+    Attributes:
+        subject: The subject's name.
+        check: The check's name.
+        claim: What was claimed; None where nothing was.
+        status: "held", "broken", "error" (the check could not look) or "not claimed".
+        found: The measurement's first line, or the first line of the message.
+        message: The whole message of a broken claim or an error.
+        measurement: The measurement, where the claim held.
+    """
+
+    subject: str
+    check: str
+    claim: Any
+    status: str
+    found: str = ""
+    message: str = ""
+    measurement: object = None
+
+
+@dataclass(frozen=True)
+class Results(Sequence[Result]):
+    """Results of all checks of a subject; `str` is a table, and `held` what a gate asks."""
+
+    results: tuple[Result, ...]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.results[index]
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    @property
+    def held(self) -> bool:
+        """Whether something was claimed, and every claim held."""
+        states = {result.status for result in self.results}
+        return "held" in states and not states & {"broken", "error"}
+
+    def __str__(self) -> str:
+        lines = aligned([(r.check, r.status, r.found) for r in self.results])
+        details = [r.message for r in self.results if r.message]
+        return "\n\n".join(["\n".join(lines), *details])
+
+
+def check_ensemble(
+    model: Subject | Model | Callable[[], Any], *, seed: int = DEFAULT_SEED
+) -> Results:
+    """Runs every check that the subject claims, and returns what they found.
+
+    Args:
+        model: A `Subject`, a module, a list or dict of modules, or a function that returns one.
+        seed: Set before the model is made, for every check.
+
+    Returns:
+        One result for each check, also for those not claimed; `print` it, or ask `.held`.
+
+    Raises:
+        ValueError: If this is no subject at all, or claims what no check tests.
+
+    Example:
+        >>> one = nn.Linear(2, 2)
+        >>> results = check_ensemble(Subject(make=lambda: [one, one],
+        ...                                  claims={"sharing": "independent"}))
+        >>> results.held, results[0].status
+        (False, 'broken')
+    """
+    subject = as_subject(model)
+    token = present_seed.set(seed)
+    try:
+        return Results(tuple(_result(bound) for bound in checks_for(subject)))
+    finally:
+        present_seed.reset(token)
+
+
+def parametrize_with_checks(
+    subjects: Iterable[Subject | Model | Callable[[], Any]],
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+) -> pytest.MarkDecorator:
+    """Makes one test of every subject and check; the test calls `check(subject)`.
+
+    Args:
+        subjects: What `check_ensemble` takes, each.
+        expected_failures: Check name to the reason why it is known to fail: a strict xfail, so
+            that a check that passes after all is reported.
+
+    Raises:
+        ValueError: If there are no subjects, or a check name is unknown.
+
+    Example:
+        >>> @parametrize_with_checks([[nn.Linear(2, 2), nn.Linear(2, 2)]])
+        ... def test_claims(subject, check):
+        ...     check(subject)
+    """
+    reasons = dict(expected_failures or {})
+    for name in reasons:
+        _known(name, f"expected_failures names {name!r}")
+    given = [as_subject(thing, name=f"subject{i}") for i, thing in enumerate(subjects)]
+    if not given:
+        raise ValueError("parametrize_with_checks got no subjects: there is nothing to check.")
+    return pytest.mark.parametrize(
+        ("subject", "check"),
+        [
+            pytest.param(
+                subject,
+                bound,
+                id=f"{subject.name}-{bound.check.name}",
+                marks=[
+                    pytest.mark.ensembles,
+                    *(
+                        [pytest.mark.xfail(reason=reasons[bound.check.name], strict=True)]
+                        if bound.check.name in reasons and bound.claimed
+                        else []
+                    ),
+                ],
+            )
+            for subject in given
+            for bound in checks_for(subject)
+        ],
+    )
+
+
+def as_subject(thing: Any, *, name: str = "") -> Subject:
+    """A `Subject` from what a user gave, with default claims and batch where it has none.
+
+    Raises:
+        ValueError: If it is nothing that can be looked at.
+
+    Example:
+        >>> as_subject(nn.Linear(2, 2), name="head").claims == DEFAULT_MODULE_CLAIMS
+        True
+    """
+    if isinstance(thing, Subject):
+        return thing if thing.batch else replace(thing, batch=partial(_batch_for, thing))
+    if isinstance(thing, torch.nn.Module) or not callable(thing):
+        named_modules_of(thing)
+        return as_subject(_claiming_defaults(lambda: thing, thing, name))
+    try:
+        with preserved([torch.nn.Identity()]):
+            torch.manual_seed(present_seed.get())
+            result = thing()
+    except Exception as error:
+        raise ValueError(
+            f"the factory {_called(thing)} raised {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(result, Subject):
+        return as_subject(result)
+    try:
+        named_modules_of(result)
+    except ValueError as error:
+        raise ValueError(
+            f"the factory {_called(thing)} returned no model: {error} It returns a module, "
+            "a list or dict of modules, or a Subject."
+        ) from error
+    return as_subject(_claiming_defaults(thing, result, _called(thing)))
+
+
+def resolve(path: str) -> Subject:
+    """The subject that "package.module:factory" names.
+
+    Raises:
+        ValueError: If the path is malformed, the module cannot be imported, or has no such name.
+
+    Example:
+        >>> resolve("torch.nn:Identity").name
+        'Identity'
+    """
+    module_name, colon, attribute = path.partition(":")
+    if not colon or not module_name or not attribute:
+        raise ValueError(f"{path!r} names no factory: write package.module:factory.")
+    try:
+        found: Any = import_module(module_name)
+    except Exception as error:
+        raise ValueError(
+            f"cannot import {module_name!r} for the subject {path!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{module_name!r} has no {attribute!r}, which {path!r} names.")
+        found = getattr(found, part)
+    return as_subject(found)
+
+
+def _claiming_defaults(make: Callable[[], Model], model: Model, name: str) -> Subject:
+    several = not is_one_module(model) and len(named_modules_of(model)) > 1
+    return Subject(
+        make=make,
+        name=name or type(model).__name__,
+        outputs=None if several else whole,
+        claims=DEFAULT_ENSEMBLE_CLAIMS if several else DEFAULT_MODULE_CLAIMS,
+    )
+
+
+def _batch_for(subject: Subject) -> Any:
+    return inferred_batch(made(subject))
+
+
+def _result(bound: BoundCheck) -> Result:
+    made_of = partial(Result, bound.subject.name, bound.check.name, bound.claim)
+    if not bound.claimed:
+        return made_of("not claimed")
+    try:
+        measurement = bound()
+    except AssertionError as broken:
+        return made_of("broken", found=str(broken).splitlines()[0], message=str(broken))
+    except ValueError as error:
+        return made_of("error", found=str(error).splitlines()[0], message=str(error))
+    return made_of("held", found=str(measurement).splitlines()[0], measurement=measurement)
+
+
+def _known(name: str, where: str) -> None:
+    if name not in CHECKS:
+        raise ValueError(f"{where}, and there is no such check. Checks are: {', '.join(CHECKS)}.")
+
+
+def _unknown_claim(check: str, claim: Any, words: Sequence[str]) -> ValueError:
+    return ValueError(f"{check!r} cannot be claimed to be {claim!r}. It is {', '.join(words)}.")
+
+
+def _called(factory: Any) -> str:
+    return str(getattr(factory, "__name__", type(factory).__name__))

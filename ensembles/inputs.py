@@ -1,0 +1,82 @@
+"""A batch for a model that came without one: a bare module or list from the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensembles.probes.state import preserved
+from ensembles.subject import Model, checked_initialised, member_outputs, named_modules_of
+
+__all__ = ["inferred_batch"]
+
+ROWS = 4
+TOKENS = 16
+SIDES = (32, 64, 224, 299)
+"""Image sides that published classifiers take: CIFAR, Tiny ImageNet, ImageNet, Inception."""
+
+
+def inferred_batch(model: Model) -> Any:
+    """A random batch that the model accepts, from its first layer with weights.
+
+    A module that states its input in `example_input_array` (as Lightning modules do) is believed.
+    Otherwise the first convolution, linear or embedding layer gives the shape, and images are
+    tried at the sides `SIDES`.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+
+    Returns:
+        A tensor of `ROWS` samples, or what `example_input_array` holds.
+
+    Raises:
+        ValueError: If no such batch can be called; it says what was tried.
+
+    Example:
+        >>> inferred_batch(nn.Sequential(nn.Linear(12, 3), nn.ReLU())).shape
+        torch.Size([4, 12])
+    """
+    first = next(iter(named_modules_of(model).values()))
+    stated = getattr(first, "example_input_array", None)
+    if stated is not None:
+        return stated
+    candidates = _candidates(first)
+    errors = []
+    for batch in candidates:
+        try:
+            with preserved(model), torch.no_grad():
+                for module in named_modules_of(model).values():
+                    module.eval()
+                member_outputs(model, batch)
+        except ValueError as error:
+            errors.append(str(error))
+        else:
+            return batch
+    tried = f" Tried: {errors[-1]}" if errors else ""
+    raise ValueError(
+        f"no batch was given, and none could be inferred for {type(first).__name__}. "
+        f"Return a Subject(make=..., batch=...) that holds one.{tried}"
+    )
+
+
+def _candidates(module: nn.Module) -> list[Tensor]:
+    for name, parameter in module.named_parameters():
+        checked_initialised(parameter, f"parameter {name}")
+    like = next(iter(module.parameters()), torch.zeros(()))
+    if not like.is_floating_point():
+        like = torch.zeros((), device=like.device)
+    for layer in module.modules():
+        if isinstance(layer, nn.Embedding):
+            tokens = torch.randint(layer.num_embeddings, (ROWS, TOKENS), device=like.device)
+            return [tokens]
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            space = len(layer.kernel_size)
+            return [
+                torch.randn(ROWS, layer.in_channels, *[side] * space, dtype=like.dtype).to(like)
+                for side in (SIDES if space < 3 else SIDES[:2])
+            ]
+        if isinstance(layer, nn.Linear):
+            return [torch.randn(ROWS, layer.in_features, dtype=like.dtype).to(like)]
+    return []

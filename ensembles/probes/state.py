@@ -1,0 +1,125 @@
+"""Whatever a check does with a model, the model and the random generators are as before."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensembles.subject import Model, named_modules_of
+
+__all__ = ["parameters_kept", "preserved"]
+
+
+@contextmanager
+def preserved(model: Model) -> Iterator[None]:
+    """Restores parameters, buffers, gradients, modes and random generators on exit.
+
+    Inside, gradients are None, so that a backward pass starts from nothing. Values are restored
+    in the tensors that the model held on entry, so views and ties survive.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> before = layer.weight.detach().clone()
+        >>> with preserved(layer), torch.no_grad():
+        ...     _ = layer.eval().weight.zero_()
+        >>> torch.equal(layer.weight, before), layer.training
+        (True, True)
+    """
+    modules = list(
+        dict.fromkeys(m for given in named_modules_of(model).values() for m in given.modules())
+    )
+    modes = [module.training for module in modules]
+    registers = [(dict(module._parameters), dict(module._buffers)) for module in modules]
+    tensors: dict[int, Tensor] = {
+        id(tensor): tensor
+        for parameters, buffers in registers
+        for tensor in (*parameters.values(), *buffers.values())
+        if tensor is not None
+    }
+    saved = [(t, t.grad, t.requires_grad, t.data, t.detach().clone()) for t in tensors.values()]
+    generators = _generators()
+    for tensor in tensors.values():
+        if tensor.is_leaf:
+            tensor.grad = None
+    try:
+        yield
+    finally:
+        for module, mode, (parameters, buffers) in zip(modules, modes, registers, strict=True):
+            module.training = mode
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for tensor, grad, requires_grad, memory, values in saved:
+                memory.copy_(values)
+                if tensor.data.untyped_storage()._cdata != memory.untyped_storage()._cdata:
+                    tensor.data = memory
+                if tensor.is_leaf:
+                    tensor.requires_grad_(requires_grad)
+                    tensor.grad = grad
+        _restore(generators)
+
+
+@contextmanager
+def parameters_kept(model: Model) -> Iterator[None]:
+    """Refuses a model whose call changes its own parameters; wrap the call in it.
+
+    Raises:
+        ValueError: On exit, naming the first parameter that the call changed.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with parameters_kept(layer), torch.no_grad():
+        ...     _ = layer.bias.add_(1.0)
+        Traceback (most recent call last):
+        ValueError: calling the model changes its own parameter model.bias...
+    """
+    named = [
+        (f"{member}.{name}", parameter)
+        for member, module in named_modules_of(model).items()
+        for name, parameter in module.named_parameters()
+    ]
+    before = [_fingerprint(parameter) for _, parameter in named]
+    yield
+    for (place, parameter), fingerprint in zip(named, before, strict=True):
+        if _fingerprint(parameter) != fingerprint:
+            raise ValueError(
+                f"calling the model changes its own parameter {place}, so that what is measured "
+                "depends on how often it was called. Change parameters in the training step, "
+                "or make the tensor a buffer."
+            )
+
+
+def _fingerprint(parameter: Tensor) -> tuple[int, int]:
+    """Address and a sum over the bits: cheap, and any single changed element changes it."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    data = parameter.detach()
+    if data.is_complex():
+        data = torch.view_as_real(data)
+    return data.data_ptr(), int(data.view(bits[data.element_size()]).sum(dtype=torch.int64))
+
+
+def _generators() -> dict[str, Any]:
+    found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        found["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        found["numpy"] = sys.modules["numpy"].random.get_state()
+    return found
+
+
+def _restore(generators: dict[str, Any]) -> None:
+    random.setstate(generators["python"])
+    torch.set_rng_state(generators["torch"])
+    if "cuda" in generators:
+        torch.cuda.set_rng_state_all(generators["cuda"])
+    if "numpy" in generators:
+        sys.modules["numpy"].random.set_state(generators["numpy"])

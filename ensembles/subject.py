@@ -1,0 +1,364 @@
+"""The model under verification: how to make, feed, split and train it, and what it claims.
+
+Every check accepts what users already have: a module, a list or a dict of modules. This file
+turns those into one vocabulary (named members, named member outputs), and refuses what cannot be
+looked at with an error that says where and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+from typing_extensions import TypeIs
+
+Model = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
+"""What a user points at: one module, or the members as a list or dict of modules."""
+
+Outputs = Callable[[Any], Mapping[str, Any] | Sequence[Any]]
+"""Splits what one module returns into member outputs: see `split_axis` and `split_batch`."""
+
+Members = Callable[[Any], Mapping[str, nn.Module] | Sequence[nn.Module]]
+"""Finds the members inside one module."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model with the recipe to make, feed, split and train it, and with its claims.
+
+    Only `make` is required; a check that needs more than was given says which field to add.
+
+    Args:
+        make: Returns a new model at each call: a module, or the members as a list or dict of
+            modules. Called once for every check, after the global seeds were set.
+        name: Shown in reports and test ids.
+        batch: Returns what the model is called with: a tensor, a tuple of positional arguments,
+            or a dict of keyword arguments.
+        outputs: Splits the value that one module returns into member outputs. By default a list,
+            tuple or dict is taken as one output per member, and a tensor as one member.
+        members: Finds the member modules inside one module, so that storage can be compared
+            between them. A list or dict of modules needs none.
+        optimizer: Builds the optimizer, or a list of them, for the model that it is given.
+        loss: The training loss: a function of the dict of member outputs, to a scalar tensor.
+        claims: What the model promises: check name to claim (see `ensembles.conformance`). What
+            is not claimed is shown as such, and is never passed.
+
+    Example:
+        >>> subject = Subject(
+        ...     name="three classifiers",
+        ...     make=lambda: [nn.Linear(4, 2) for _ in range(3)],
+        ...     batch=lambda: torch.randn(5, 4),
+        ...     claims={"sharing": "independent", "ownership": "independent"},
+        ... )
+        >>> list(member_outputs(subject.make(), subject.batch()))
+        ['0', '1', '2']
+    """
+
+    make: Callable[[], Model]
+    name: str = ""
+    batch: Callable[[], Any] | None = None
+    outputs: Outputs | None = None
+    members: Members | None = None
+    optimizer: Callable[[Any], Any] | None = None
+    loss: Callable[[dict[str, Any]], Tensor] | None = None
+    claims: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not callable(self.make):
+            raise ValueError(
+                "Subject(make=...) takes a function that builds the model, and got "
+                f"{_kind(self.make)}. Write make=lambda: ..., so that every check gets a new model."
+            )
+        if not self.name:
+            object.__setattr__(self, "name", getattr(self.make, "__name__", "subject"))
+
+    def claiming(self, **claims: Any) -> Subject:
+        """The same subject with these claims in place of its own.
+
+        Example:
+            >>> Subject(make=lambda: nn.Linear(2, 2)).claiming(sharing="declared").claims
+            {'sharing': 'declared'}
+        """
+        return replace(self, claims=claims)
+
+
+def split_axis(axis: int) -> Outputs:
+    """Member outputs are stacked along `axis` of one tensor.
+
+    Args:
+        axis: The member axis: 0 for (member, sample, class), 1 for (sample, member, class).
+
+    Example:
+        >>> [tuple(y.shape) for y in split_axis(1)(torch.zeros(8, 3, 10))]
+        [(8, 10), (8, 10), (8, 10)]
+    """
+
+    def split(output: Any) -> Sequence[Any]:
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"split_axis({axis}) splits a tensor, and the model returned "
+                f"{_kind(output)}. Give outputs=a function of that value."
+            )
+        if not -output.ndim <= axis < output.ndim:
+            raise ValueError(
+                f"split_axis({axis}): the model's output has shape "
+                f"{tuple(output.shape)}, which has no axis {axis}."
+            )
+        return output.unbind(axis)
+
+    return split
+
+
+def split_batch(count: int) -> Outputs:
+    """Member outputs are stacked along the batch: rows 0..n-1 are member 0's, and so on.
+
+    Args:
+        count: The number of members; the output has count * n rows.
+
+    Example:
+        >>> [tuple(y.shape) for y in split_batch(4)(torch.zeros(8, 10))]
+        [(2, 10), (2, 10), (2, 10), (2, 10)]
+    """
+    if count < 1:
+        raise ValueError(f"split_batch({count}): the number of members is at least 1.")
+
+    def split(output: Any) -> Sequence[Any]:
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"split_batch({count}) splits a tensor, and the model returned "
+                f"{_kind(output)}. Give outputs=a function of that value."
+            )
+        if output.ndim == 0 or output.shape[0] % count:
+            raise ValueError(
+                f"split_batch({count}): the model's output has shape "
+                f"{tuple(output.shape)}, whose rows do not divide by {count}."
+            )
+        return output.chunk(count)
+
+    return split
+
+
+def whole(output: Any) -> Mapping[str, Any]:
+    """The model is one member, whatever it returns (auxiliary heads, a named tuple, a dict).
+
+    Example:
+        >>> list(whole((torch.zeros(2), torch.zeros(3))))
+        ['model']
+    """
+    return {"model": output}
+
+
+def named_modules_of(model: Model) -> dict[str, nn.Module]:
+    """The modules that the user gave, by name: {"model": it} for one, {"0": ...} for a list.
+
+    Raises:
+        ValueError: If it is no module, or no list or dict of modules, or an empty one.
+
+    Example:
+        >>> list(named_modules_of([nn.Linear(2, 2), nn.Linear(2, 2)]))
+        ['0', '1']
+    """
+    if is_one_module(model):
+        return {"model": model}
+    return _named(model, nn.Module, "the model")
+
+
+def is_one_module(model: Model) -> TypeIs[nn.Module]:
+    """Whether the user gave one module; containers without a call count as lists and dicts.
+
+    Example:
+        >>> is_one_module(nn.Linear(2, 2)), is_one_module(nn.ModuleList([nn.Linear(2, 2)]))
+        (True, False)
+    """
+    return isinstance(model, nn.Module) and not isinstance(model, (nn.ModuleList, nn.ModuleDict))
+
+
+def named_members(model: Model, members: Members | None = None) -> dict[str, nn.Module]:
+    """The member modules by name, as `members` finds them, or the list or dict itself.
+
+    Raises:
+        ValueError: If there are none, or if something else than modules was found.
+
+    Example:
+        >>> named_members(nn.ModuleDict({"a": nn.Linear(2, 2)}), dict)
+        {'a': Linear(in_features=2, out_features=2, bias=True)}
+    """
+    if members is None:
+        return named_modules_of(model)
+    try:
+        found = members(model)
+    except Exception as error:
+        raise ValueError(
+            f"Subject(members=...) raised {_said(error)} for {_kind(model)}. "
+            "It takes the model and returns its member modules, as a list or dict."
+        ) from error
+    return _named(found, nn.Module, "Subject(members=...)")
+
+
+def member_outputs(
+    model: Model, batch: Any, *, outputs: Outputs | None = None
+) -> dict[str, tuple[Tensor, ...]]:
+    """Calls the model and returns the floating tensors that each member yields.
+
+    Args:
+        model: One module, or the members as a list or dict of modules, each called on the batch.
+        batch: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        outputs: Splits what one module returns; by default a list, tuple or dict is one output
+            per member and a tensor is one member.
+
+    Returns:
+        Member name to its output tensors, in the order in which the model gives them.
+
+    Raises:
+        ValueError: If the call raises, or if a member's output holds no floating tensor.
+
+    Example:
+        >>> two = [nn.Linear(4, 2), nn.Linear(4, 2)]
+        >>> {name: y[0].shape for name, y in member_outputs(two, torch.randn(5, 4)).items()}
+        {'0': torch.Size([5, 2]), '1': torch.Size([5, 2])}
+    """
+    if is_one_module(model):
+        result = call(model, batch, place="the model")
+        if outputs is not None:
+            try:
+                result = outputs(result)
+            except ValueError:
+                raise
+            except Exception as error:
+                raise ValueError(
+                    f"outputs=... raised {_said(error)} for what the model returned, "
+                    f"{_kind(result)}. It takes that value and returns one output per member."
+                ) from error
+        elif isinstance(result, Tensor) or not isinstance(result, (Mapping, Sequence)):
+            result = {"model": result}
+        found = _named(result, object, "the model's output")
+    else:
+        found = {
+            name: call(module, batch, place=f"member {name}")
+            for name, module in named_modules_of(model).items()
+        }
+    return {name: _tensors(value, name) for name, value in found.items()}
+
+
+def call(module: nn.Module, batch: Any, *, place: str) -> Any:
+    """Calls a module on a batch; an error of the call names the place and the devices.
+
+    Example:
+        >>> call(nn.Linear(4, 2), (torch.ones(3, 4),), place="the model").shape
+        torch.Size([3, 2])
+    """
+    try:
+        if isinstance(batch, dict):
+            return module(**batch)
+        return module(*batch) if isinstance(batch, tuple) else module(batch)
+    except Exception as error:
+        raise ValueError(
+            f"calling {place} ({type(module).__name__}) on the batch {_shapes(batch)} raised "
+            f"{_said(error)}{_devices(module, batch)}"
+        ) from error
+
+
+def checked_numbers(model: Model) -> None:
+    """Refuses parameters that hold no usable numbers, before a check computes with them.
+
+    Raises:
+        ValueError: For lazy, meta, integer, complex, NaN or infinite parameters, naming the first
+            of them and what to do.
+
+    Example:
+        >>> checked_numbers(nn.Linear(4, 2, device="meta"))
+        Traceback (most recent call last):
+        ValueError: parameter model.weight is on the meta device, ...
+    """
+    for member, module in named_modules_of(model).items():
+        for name, parameter in module.named_parameters():
+            place = f"parameter {member}.{name}"
+            checked_initialised(parameter, place)
+            if parameter.device.type == "meta":
+                raise ValueError(
+                    f"{place} is on the meta device, and this check computes with numbers. "
+                    "Build the model on a real device; the sharing check works on meta."
+                )
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{place} has dtype {parameter.dtype}, and this check needs real floating "
+                    "parameters. Make integer tables buffers; give complex weights as pairs."
+                )
+            if not parameter.detach().isfinite().all():
+                wrong = int((~parameter.detach().isfinite()).sum())
+                raise ValueError(
+                    f"{place} holds NaN or infinity in {wrong} of {parameter.numel()} elements. "
+                    "Nothing can be concluded from it: mend the initialisation or the checkpoint."
+                )
+
+
+def checked_initialised(tensor: Tensor, place: str) -> None:
+    """Refuses a lazy parameter that has no shape yet.
+
+    Example:
+        >>> checked_initialised(nn.LazyLinear(2).weight, "parameter head.weight")
+        Traceback (most recent call last):
+        ValueError: parameter head.weight is lazy and has no shape yet. Call the model on ...
+    """
+    if is_lazy(tensor):
+        raise ValueError(
+            f"{place} is lazy and has no shape yet. Call the model on one batch in make() first."
+        )
+
+
+def _named(found: Any, kind: type, where: str) -> dict[str, Any]:
+    if isinstance(found, (Mapping, nn.ModuleDict)):
+        named = {str(name): value for name, value in found.items()}
+    elif isinstance(found, (Sequence, nn.ModuleList)) and not isinstance(found, str):
+        named = {str(position): value for position, value in enumerate(found)}
+    else:
+        raise ValueError(f"{where} is {_kind(found)}: give a list or dict, one entry per member.")
+    if not named:
+        raise ValueError(f"{where} has no members: there is nothing to compare.")
+    for name, value in named.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{where}: member {name} is {_kind(value)}, not a torch.nn.Module.")
+    return named
+
+
+def _tensors(value: Any, member: str) -> tuple[Tensor, ...]:
+    leaves = pytree.tree_leaves(value)
+    found = tuple(x for x in leaves if isinstance(x, Tensor) and x.is_floating_point())
+    if not found:
+        raise ValueError(
+            f"the output of member {member} is {_kind(value)}, and holds no floating tensor. "
+            "Give outputs=a function that returns each member's logits."
+        )
+    return found
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
+    return f"an object of type {type(value).__name__}"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def _shapes(batch: Any) -> str:
+    found = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
+    return ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in found) or _kind(batch)
+
+
+def _devices(module: nn.Module, batch: Any) -> str:
+    homes: dict[str, str] = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        homes.setdefault(str(tensor.device), name)
+    for x in pytree.tree_leaves(batch):
+        if isinstance(x, Tensor):
+            homes.setdefault(str(x.device), "the batch")
+    if len(homes) < 2:
+        return "."
+    listed = "; ".join(f"{device} holds {name}" for device, name in homes.items())
+    return f". Several devices are in use: {listed}. Move model and batch to one."

@@ -1,0 +1,28 @@
+"""The gate for a repository with no test files of its own.
+
+`pytest --pyargs ensembles.suite --ensembles-subject=package.module:factory` collects one test of
+every check, for the subject that the factory returns; without a subject, for the worked example
+of this project, the wide ResNet-18 with its subnets.
+"""
+
+import pytest
+
+from ensembles.conformance import BoundCheck, parametrize_with_checks, resolve
+from ensembles.subject import Subject
+
+DEFAULT_SUBJECT = "ensembles.models.example:wide_resnet18_with_subnets"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each check of the subject that the command line names."""
+    path = metafunc.config.getoption("--ensembles-subject") or DEFAULT_SUBJECT
+    try:
+        tests = parametrize_with_checks([resolve(path)])
+    except ValueError as error:
+        raise pytest.UsageError(f"--ensembles-subject={path}: {error}") from error
+    metafunc.parametrize(*tests.args, **tests.kwargs)
+
+
+def test_claim(subject: Subject, check: BoundCheck) -> None:
+    """The subject is what it claims to be."""
+    check(subject)
