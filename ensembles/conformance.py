@@ -27,7 +27,7 @@ from ensembles.checks import sharing
 from ensembles.inputs import inferred_batch
 from ensembles.message import DEFAULT_SEED, aligned
 from ensembles.message import seed as present_seed
-from ensembles.probes.state import preserved
+from ensembles.probes.state import generators_kept, seed_generators
 from ensembles.subject import Model, Subject, is_one_module, named_modules_of, whole
 
 __all__ = [
@@ -65,6 +65,7 @@ class Check:
 
 
 def _run_sharing(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
     words = {"independent": (), "tied": ("*",), "distinct": None}
     names = words[claim] if isinstance(claim, str) and claim in words else claim
     if isinstance(names, str) or not (names is None or isinstance(names, Sequence)):
@@ -84,7 +85,7 @@ CHECKS: Mapping[str, Check] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BoundCheck:
     """A check with its subject: call it, or read what it would test.
 
@@ -95,7 +96,7 @@ class BoundCheck:
     check: Check
     subject: Subject
     claim: Any = None
-    seen: list[str] = field(default_factory=list, compare=False, repr=False)
+    seen: list[str] = field(default_factory=list, compare=False)
     """The first line of what the last call found: the summary shows it."""
 
     @property
@@ -111,12 +112,16 @@ class BoundCheck:
             pytest.skip(f"{subject.name} does not claim {self.check.name}")
         self.seen.clear()
         try:
-            measurement = self.check.run(subject, made(subject), self.claim)
-        except (AssertionError, ValueError) as told:
-            self.seen.append(str(told).splitlines()[0])
+            with generators_kept():
+                measurement = self.check.run(subject, made(subject), self.claim)
+        except Exception as told:
+            self.seen.append(_first_line(_told(told)))
             raise
-        self.seen.append(str(measurement).splitlines()[0])
+        self.seen.append(_first_line(str(measurement)))
         return measurement
+
+    def __repr__(self) -> str:
+        return f"<check {self.check.name} of {self.subject.name}>"
 
     def row(self, status: str) -> dict[str, Any]:
         """What the summary shows of this check; plain data, so that it passes between processes."""
@@ -135,7 +140,8 @@ def made(subject: Subject) -> Model:
     Raises:
         ValueError: If `make` raises, or returns no module and no list or dict of modules.
     """
-    torch.manual_seed(present_seed.get())
+    __tracebackhide__ = True
+    seed_generators(present_seed.get())
     try:
         model = subject.make()
     except Exception as error:
@@ -266,6 +272,13 @@ def parametrize_with_checks(
     given = [as_subject(thing, name=f"subject{i}") for i, thing in enumerate(subjects)]
     if not given:
         raise ValueError("parametrize_with_checks got no subjects: there is nothing to check.")
+    names = [subject.name for subject in given]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{names.count(name)} subjects are named {name!r}: reports could not tell them "
+                "apart. Give each its own name: Subject(name=...)."
+            )
     return pytest.mark.parametrize(
         ("subject", "check"),
         [
@@ -304,8 +317,8 @@ def as_subject(thing: Any, *, name: str = "") -> Subject:
         named_modules_of(thing)
         return as_subject(_claiming_defaults(lambda: thing, thing, name))
     try:
-        with preserved([torch.nn.Identity()]):
-            torch.manual_seed(present_seed.get())
+        with generators_kept():
+            seed_generators(present_seed.get())
             result = thing()
     except Exception as error:
         raise ValueError(
@@ -361,7 +374,8 @@ def _claiming_defaults(make: Callable[[], Model], model: Model, name: str) -> Su
 
 
 def _batch_for(subject: Subject) -> Any:
-    return inferred_batch(made(subject))
+    with generators_kept():
+        return inferred_batch(made(subject))
 
 
 def _result(bound: BoundCheck) -> Result:
@@ -370,11 +384,20 @@ def _result(bound: BoundCheck) -> Result:
         return made_of("not claimed")
     try:
         measurement = bound()
-    except AssertionError as broken:
-        return made_of("broken", found=str(broken).splitlines()[0], message=str(broken))
-    except ValueError as error:
-        return made_of("error", found=str(error).splitlines()[0], message=str(error))
-    return made_of("held", found=str(measurement).splitlines()[0], measurement=measurement)
+    except Exception as error:  # whatever the user's model raises, the other checks still run
+        status = "broken" if isinstance(error, AssertionError) else "error"
+        return made_of(status, found=_first_line(_told(error)), message=_told(error))
+    return made_of("held", found=_first_line(str(measurement)), measurement=measurement)
+
+
+def _told(error: Exception) -> str:
+    """The message; with its type where it is not one of ours, or says nothing."""
+    ours = isinstance(error, (AssertionError, ValueError)) and str(error)
+    return str(error) if ours else f"{type(error).__name__}: {error}"
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 def _known(name: str, where: str) -> None:

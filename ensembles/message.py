@@ -18,6 +18,9 @@ DEFAULT_SEED = 1729
 seed: ContextVar[int] = ContextVar("seed", default=DEFAULT_SEED)
 """The seed of the present run, as `--ensembles-seed` or `check_ensemble(seed=...)` set it."""
 
+subject: ContextVar[str] = ContextVar("subject", default="")
+"""The subject of the present run, as `--ensembles-subject` names it."""
+
 
 def broken(
     claim: str, rows: Sequence[Sequence[str]], *, total: str, meaning: str, remedy: str
@@ -98,4 +101,11 @@ def counted(things: Sized, noun: str) -> str:
 def replay() -> str:
     """The command that runs the present test again with the same seed; "" outside pytest."""
     test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
-    return f"replay: pytest {quoted(test)} --ensembles-seed={seed.get()}" if test else ""
+    if not test:
+        return ""
+    file, _, name = test.partition("::")
+    if not file or file.endswith("ensembles/suite.py"):  # the gate is found by its import name
+        test = f"ensembles.suite::{name}"
+    gate = "--pyargs " if test.startswith("ensembles.suite") else ""
+    about = f" --ensembles-subject={quoted(subject.get())}" if gate and subject.get() else ""
+    return f"replay: pytest {gate}{quoted(test)}{about} --ensembles-seed={seed.get()}"

@@ -26,7 +26,7 @@ Members = Callable[[Any], Mapping[str, nn.Module] | Sequence[nn.Module]]
 """Finds the members inside one module."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Subject:
     """A model with the recipe to make, feed, split and train it, and with its claims.
 
@@ -75,6 +75,9 @@ class Subject:
             )
         if not self.name:
             object.__setattr__(self, "name", getattr(self.make, "__name__", "subject"))
+
+    def __repr__(self) -> str:
+        return f"Subject(name={self.name!r}, claims={dict(self.claims)!r})"
 
     def claiming(self, **claims: Any) -> Subject:
         """The same subject with these claims in place of its own.

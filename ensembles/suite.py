@@ -5,6 +5,8 @@ every check, for the subject that the factory returns; without a subject, for th
 of this project, the wide ResNet-18 with its subnets.
 """
 
+import sys
+
 import pytest
 
 from ensembles.conformance import BoundCheck, parametrize_with_checks, resolve
@@ -16,10 +18,19 @@ DEFAULT_SUBJECT = "ensembles.models.example:wide_resnet18_with_subnets"
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each check of the subject that the command line names."""
     path = metafunc.config.getoption("--ensembles-subject") or DEFAULT_SUBJECT
+    here = str(metafunc.config.invocation_params.dir)
+    if here not in sys.path:  # `pytest`, unlike `python -m pytest`, leaves it out
+        sys.path.insert(0, here)
     try:
-        tests = parametrize_with_checks([resolve(path)])
-    except ValueError as error:
-        raise pytest.UsageError(f"--ensembles-subject={path}: {error}") from error
+        named = resolve(path)
+        if not named.claims:
+            raise ValueError(
+                f"subject {named.name!r} claims nothing, so that there is nothing to gate. "
+                "Give Subject(claims={check: claim})."
+            )
+        tests = parametrize_with_checks([named])
+    except ValueError as error:  # as a CollectError it is shown without our frames
+        raise pytest.Collector.CollectError(f"--ensembles-subject={path}: {error}") from error
     metafunc.parametrize(*tests.args, **tests.kwargs)
 
 

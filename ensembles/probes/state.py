@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ensembles.subject import Model, named_modules_of
 
-__all__ = ["parameters_kept", "preserved"]
+__all__ = ["generators_kept", "parameters_kept", "preserved", "seed_generators"]
 
 
 @contextmanager
@@ -66,6 +66,40 @@ def preserved(model: Model) -> Iterator[None]:
                     tensor.requires_grad_(requires_grad)
                     tensor.grad = grad
         _restore(generators)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Restores the global random generators of Python, torch and (where in use) numpy on exit.
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with generators_kept():
+        ...     seed_generators(1)
+        >>> torch.equal(torch.get_rng_state(), before)
+        True
+    """
+    generators = _generators()
+    try:
+        yield
+    finally:
+        _restore(generators)
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds the global random generators of Python, torch and (where in use) numpy.
+
+    Example:
+        >>> seed_generators(1)
+        >>> first = torch.rand(())
+        >>> seed_generators(1)
+        >>> bool(first == torch.rand(()))
+        True
+    """
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
 
 
 @contextmanager
