@@ -94,8 +94,8 @@ class NStreams(nn.Module):
     It is kept on purpose: to be told from an ensemble, and to be measured. With loss l and
     gradient g of a single run, and all streams on the same batch:
 
-    * the sum of the stream losses has gradient N g, their mean has gradient g (bit by bit where N
-      and the roundings are powers of two: N = 2 and 4, not 3, 5 and 8);
+    * the sum of the stream losses has gradient N g (in float32 bit by bit up to N = 5), their mean
+      has gradient g (bit by bit for N = 2 and 4, up to rounding for 3, 5 and 8);
     * BatchNorm updates its statistics N times a step, whatever the loss: its momentum m acts as
       1 - (1 - m)^N (m = 0.1, N = 4: 0.3439), and num_batches_tracked is N times the steps.
       Evaluation differs from the single run's even where the weights are the same;

@@ -13,9 +13,8 @@ max-pool see only the channels of the live group, and zeros are put around their
 not matter whether act(0) is 0 (softplus, sigmoid), whether act'(0) is 0 (GELU, ELU), or which of a
 dead zero and a live negative value is larger.
 
-What zeros cannot hide: masks multiply, and 0 * inf is nan. One inf or nan in a parent's conv
-weight makes every subnet nan, and not only the one that owns the block. One inf in an activation
-does the same from there on.
+What a mask cannot hide: it multiplies, and 0 * inf is nan. One inf or nan in block (i, j) of a
+conv reaches every subnet that writes group i there, and not only the one that owns the block.
 """
 
 import copy
