@@ -23,6 +23,10 @@ MARKERS = {
 SUITE = "ensembles.suite"
 CLAIM = "ensembles_claim"
 """Key under which a test report carries its claim to the summary, also from xdist workers."""
+NO_CLAIMS = (
+    "--ensembles-require asks for claims, and no test of a subject was collected. Add "
+    "--pyargs ensembles.suite, or a test with @ensembles.parametrize_with_checks."
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -114,11 +118,19 @@ def _status(check: Any, report: pytest.TestReport, call: pytest.CallInfo[None]) 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Refuses an `--ensembles-require` that nothing here can meet."""
-    if _required(config) and not any(item.get_closest_marker("ensembles") for item in items):
-        raise pytest.UsageError(
-            "--ensembles-require asks for claims, and no test of a subject was collected. Add "
-            "--pyargs ensembles.suite, or a test with @ensembles.parametrize_with_checks."
-        )
+    is_worker = hasattr(config, "workerinput")
+    claims = any(item.get_closest_marker("ensembles") for item in items)
+    if _required(config) and not claims and not is_worker:
+        raise pytest.UsageError(NO_CLAIMS)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The same for xdist, whose workers collect, and where only the controller can refuse."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    is_controller = session.config.pluginmanager.has_plugin("dsession")
+    if is_controller and reporter and _required(session.config) and not _rows(reporter):
+        reporter.write_line(f"ERROR: {NO_CLAIMS}", red=True)
+        session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
 
 def _refuse_unknown(required: list[str]) -> None:
@@ -152,13 +164,7 @@ def _required(config: pytest.Config) -> list[str]:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """A table of every claim that this run checked; nothing where it checked none."""
-    rows = [
-        value
-        for reports in terminalreporter.stats.values()
-        for report in reports
-        for key, value in getattr(report, "user_properties", ())
-        if key == CLAIM
-    ]
+    rows = _rows(terminalreporter)
     if not rows:
         return
     terminalreporter.section("ensembles: what the models claim")
@@ -179,6 +185,16 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(
                 f"  {len(silent)} not claimed: {', '.join(silent)}", yellow=True
             )
+
+
+def _rows(terminalreporter: Any) -> list[dict[str, Any]]:
+    return [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for key, value in getattr(report, "user_properties", ())
+        if key == CLAIM
+    ]
 
 
 _TOKENS = pytest.StashKey[Any]()

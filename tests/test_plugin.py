@@ -1,0 +1,268 @@
+"""The plugin as its user meets it: every test runs pytest in a directory of its own."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import ensembles.suite  # noqa: F401  (before pytester forgets what inner runs import)
+from ensembles.conformance import CHECKS
+
+CLAIMS = """
+    from torch import nn
+    from ensembles import Subject, parametrize_with_checks
+
+    one = nn.Linear(4, 2)
+    apart = Subject(
+        name="apart", make=lambda: [nn.Linear(4, 2) for _ in range(2)],
+        claims={"sharing": "independent"},
+    )
+    same = Subject(name="same", make=lambda: [one, one], claims={"sharing": "independent"})
+    silent = Subject(name="silent", make=lambda: one)
+    failing = Subject(name="failing", make=lambda: 1 / 0, claims={"sharing": "distinct"})
+"""
+EVERY_STATUS = (
+    CLAIMS
+    + """
+    @parametrize_with_checks([apart, same, silent, failing])
+    def test_claims(subject, check):
+        check(subject)
+
+    other_apart = Subject(name="xpass", make=apart.make, claims=apart.claims)
+    other_same = Subject(name="xfail", make=same.make, claims=same.claims)
+
+    @parametrize_with_checks([other_apart, other_same], expected_failures={"sharing": "known"})
+    def test_known(subject, check):
+        check(subject)
+"""
+)
+OTHERS = [name for name in CHECKS if name != "sharing"]
+ALL = list(CHECKS)
+
+
+def said_of(result: pytest.RunResult) -> list[str]:
+    """The lines of our section of the terminal report; empty where there is none."""
+    found: list[str] = []
+    inside = False
+    for line in result.outlines:
+        if line.startswith("==="):
+            inside = "ensembles" in line
+        elif inside and line:
+            found.append(line)
+    return found
+
+
+def silence(names: list[str]) -> list[str]:
+    return [f"  {len(names)} not claimed: {', '.join(names)}"] if names else []
+
+
+def expected_table() -> list[str]:
+    found = "2 members, 4 parameters and buffers, 0 pieces of memory with several places"
+    broken = "members 0, 1 are claimed independent, and share parameters"
+    error = "the factory of subject 'failing' raised ZeroDivisionError: division by zero"
+    rest = silence(OTHERS)
+    return [
+        *("apart", f"  sharing   held                  {found}", *rest),
+        *("failing", f"  sharing   error                 {error}", *rest),
+        *("same", f"  sharing   broken                {broken}", *rest),
+        *("silent", *silence(ALL)),
+        *("xfail", f"  sharing   fails as expected     {broken}", *rest),
+        *("xpass", f"  sharing   passes unexpectedly   {found}", *rest),
+    ]
+
+
+# --- cost ---------------------------------------------------------------------------------------
+
+
+def test_neither_the_package_nor_the_plugin_imports_torch_at_start(tmp_path):
+    (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass\n")
+    script = (
+        "import sys, ensembles, pytest\n"
+        "code = pytest.main(['-q', '-p', 'ensembles.plugin', '--markers'])\n"
+        "code |= pytest.main(['-q', '-p', 'ensembles.plugin', '-p', 'no:randomly'])\n"
+        "heavy = [m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy')\n"
+        "         or m.startswith(('ensembles.models', 'ensembles.checks', 'ensembles.probes'))]\n"
+        "print('exit', int(code), 'imported', heavy)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        cwd=tmp_path,
+        env={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.splitlines()[-1] == "exit 0 imported []"
+
+
+# --- silence ------------------------------------------------------------------------------------
+
+
+def test_an_ordinary_test_file_reads_as_without_the_plugin(pytester):
+    pytester.makepyfile("def test_nothing(): pass")
+    result = pytester.runpytest_inprocess("-p", "no:randomly")
+    assert result.ret == pytest.ExitCode.OK
+    said = [line for line in result.outlines if "ensembles" in line.lower()]
+    # pytest itself names the plugin, and with it the directory of a test of this name
+    assert [line for line in said if not line.startswith(("plugins: ", "rootdir: "))] == []
+
+
+def test_the_header_names_the_seed_only_where_it_was_given(pytester):
+    pytester.makepyfile("def test_nothing(): pass")
+    result = pytester.runpytest_inprocess("--ensembles-seed=5")
+    assert "ensembles: seed 5" in result.outlines
+
+
+# --- options and markers ------------------------------------------------------------------------
+
+
+def test_every_option_has_the_prefix(pytester):
+    text = pytester.runpytest_inprocess("--help").stdout.str()
+    group = text.partition("ensembles: what models claim to be:\n")[2].partition("\n\n")[0]
+    options = re.findall(r"^  (-\S+?)(?:[= ]|$)", group, re.MULTILINE)
+    assert options == ["--ensembles-seed", "--ensembles-subject", "--ensembles-require"]
+
+
+def test_every_marker_is_registered(pytester):
+    pytester.makepyfile(EVERY_STATUS)
+    listed = pytester.runpytest_inprocess("--markers").stdout.str()
+    assert "@pytest.mark.ensembles: a claim of a subject, generated by" in listed
+    strict = pytester.runpytest_inprocess("--strict-markers", "--collect-only", "-q")
+    assert strict.ret == pytest.ExitCode.OK
+
+
+def test_generated_tests_pass_under_every_strictness(pytester):
+    pytester.makepyfile(
+        CLAIMS
+        + """
+    @parametrize_with_checks([apart, silent])
+    def test_claims(subject, check):
+        check(subject)
+    """
+    )
+    result = pytester.runpytest_inprocess("--strict", "--strict-config", "-W", "error")
+    result.assert_outcomes(passed=1, skipped=2 * len(ALL) - 1)
+
+
+def test_the_seed_is_set_before_the_model_is_made_and_reaches_the_replay(pytester):
+    pytester.makepyfile(
+        """
+        import random
+        import numpy
+        import torch
+        from torch import nn
+        from ensembles import Subject, parametrize_with_checks
+
+        def make():
+            drawn = (random.random(), float(numpy.random.rand()), float(torch.rand(())))
+            random.seed(5), numpy.random.seed(5), torch.manual_seed(5)
+            again = (random.random(), float(numpy.random.rand()), float(torch.rand(())))
+            assert drawn == again
+            one = nn.Linear(2, 2)
+            return [one, one]
+
+        @parametrize_with_checks([Subject(make=make, claims={"sharing": "independent"})])
+        def test_claims(subject, check):
+            check(subject)
+        """
+    )
+    result = pytester.runpytest_inprocess("--ensembles-seed=5", "-k", "sharing")
+    replay = "*replay: pytest 'test_the_seed*.py::test_claims[make-sharing]' --ensembles-seed=5"
+    result.stdout.fnmatch_lines([replay.replace("[", "[[]", 1)])
+
+
+def test_the_fixture_fails_with_the_message_and_none_of_our_frames(pytester):
+    pytester.makepyfile(
+        """
+        from torch import nn
+
+        def test_share_nothing(parameter_sharing):
+            parameter_sharing.assert_independent([nn.Linear(4, 2)] * 3)
+        """
+    )
+    result = pytester.runpytest_inprocess("--ensembles-seed=7", "-p", "no:randomly")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            ">       parameter_sharing.assert_independent([[]nn.Linear(4, 2)] [*] 3)",
+            "E       AssertionError: members 0, 1, 2 are claimed independent, and share parameters",
+            "*replay: pytest test_*.py::test_share_nothing --ensembles-seed=7",
+        ]
+    )
+    assert "sharing.py:" not in result.stdout.str()
+    assert said_of(result) == []
+
+
+# --- summary ------------------------------------------------------------------------------------
+
+
+def test_the_summary_shows_every_claim_and_what_was_found(pytester):
+    pytester.makepyfile(EVERY_STATUS)
+    result = pytester.runpytest_inprocess("-p", "no:randomly")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert said_of(result) == expected_table()
+    skipped = 5 * len(OTHERS) + len(ALL)
+    result.assert_outcomes(passed=1, failed=3, xfailed=1, skipped=skipped)
+
+
+def test_the_summary_is_the_same_in_random_order(pytester):
+    pytester.makepyfile(EVERY_STATUS)
+    pytest.importorskip("pytest_randomly")
+    result = pytester.runpytest_inprocess("--randomly-seed=3")
+    assert said_of(result) == expected_table()
+
+
+def test_the_summary_is_the_same_with_xdist(pytester):
+    pytester.makepyfile(EVERY_STATUS)
+    result = pytester.runpytest_inprocess("-n", "2", "-p", "no:randomly")
+    assert said_of(result) == expected_table()
+
+
+def test_a_claim_that_unexpectedly_holds_fails_the_run(pytester):
+    pytester.makepyfile(EVERY_STATUS)
+    result = pytester.runpytest_inprocess("-k", "xpass and sharing")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["[[]XPASS(strict)] known"])
+
+
+# --- required claims ----------------------------------------------------------------------------
+
+
+def test_a_required_claim_that_is_missing_is_an_error(pytester):
+    pytester.makepyfile(EVERY_STATUS)
+    result = pytester.runpytest_inprocess("--ensembles-require=sharing", "-k", "apart or silent")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(passed=1, errors=1, skipped=2 * len(OTHERS))
+    assert "  sharing   missing" in said_of(result)
+    told = (
+        "silent does not claim sharing, which --ensembles-require asks for. Add it to the "
+        "claims: Subject(claims={'sharing': ...})."
+    )
+    assert told in result.outlines
+
+
+def test_a_required_claim_that_holds_passes(pytester):
+    pytester.makepyfile(EVERY_STATUS)
+    result = pytester.runpytest_inprocess("--ensembles-require=sharing,", "-k", "apart")
+    assert result.ret == pytest.ExitCode.OK
+
+
+def test_requiring_an_unknown_check_is_a_usage_error(pytester):
+    pytester.makepyfile(EVERY_STATUS)
+    result = pytester.runpytest_inprocess("--ensembles-require=sharing,shring")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert result.errlines == [
+        "ERROR: --ensembles-require names shring, and there is no such check. "
+        f"Checks are: {', '.join(CHECKS)}.",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("how", [["-p", "no:xdist"], ["-n", "1"]], ids=["alone", "xdist"])
+def test_requiring_claims_where_none_are_collected_is_a_usage_error(pytester, how):
+    pytester.makepyfile("def test_nothing(): pass")
+    result = pytester.runpytest_inprocess("--ensembles-require=sharing", *how)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    told = "ERROR: --ensembles-require asks for claims, and no test of a subject was collected."
+    assert told in result.stdout.str() + result.stderr.str()
