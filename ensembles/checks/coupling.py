@@ -387,10 +387,11 @@ class _Bench:
         self.holders = {} if self.one and members is None else named_members(model, members)
         self.names: list[str] = []
         known = [*self.called.values(), *self.holders.values()]
+        known += hidden_modules(known)
         with preserved(known):
             held = [p for o in optimizers_of(optimizer or _sgd, model) for p in _held(o)]
         registered = {id(p) for module in known for p in module.parameters()}
-        # An optimizer may also hold members that sit in a Python list: they are stepped too.
+        # An optimizer may also hold tensors that no module registers: they are stepped too.
         self.everything = [*known, _Keep(p for p in held if id(p) not in registered)]
 
     def control(self) -> _Seen:
@@ -521,10 +522,12 @@ class _Bench:
                     f"{listed(list(values))} in train mode. Give outputs=a function that finds "
                     "the same members in both."
                 )
-            expected = output_gradients(loss, values)
+            with _rewound():
+                expected = output_gradients(loss, values)
             for step in self.names:
                 changed = {**values, step: tuple(_nudged(y) for y in values[step])}
-                seen = output_gradients(loss, changed)
+                with _rewound():
+                    seen = output_gradients(loss, changed)
                 for member in self.names:
                     if member == step:
                         continue
@@ -783,7 +786,7 @@ def loss_of(
 def output_gradients(
     loss: Callable[[dict[str, Any]], Tensor], values: Mapping[str, tuple[Tensor, ...]]
 ) -> dict[str, list[Tensor | None]]:
-    """The gradient of the loss in each member's output, with the random numbers of the moment.
+    """The gradient of the loss in each member's output.
 
     Raises:
         ValueError: If the loss depends on no member's output, or is no finite scalar tensor.
@@ -793,9 +796,8 @@ def output_gradients(
         {'a': [tensor([2., 2.])]}
     """
     leaves = {m: tuple(y.detach().requires_grad_() for y in ys) for m, ys in values.items()}
-    with _rewound():
-        # Clones, because a loss may change what it is given in place.
-        value = loss_of(loss, {m: tuple(y.clone() for y in ys) for m, ys in leaves.items()})
+    # Clones, because a loss may change what it is given in place.
+    value = loss_of(loss, {m: tuple(y.clone() for y in ys) for m, ys in leaves.items()})
     flat = [y for ys in leaves.values() for y in ys]
     found = gradients_of([value], [torch.ones_like(value)], flat)
     if all(gradient is None for gradient in found):
@@ -821,6 +823,34 @@ def fresh(batch: Any) -> Any:
         ),
         batch,
     )
+
+
+def hidden_modules(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Modules in Python containers below these, which a call may change though nothing lists them.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> net.others = [nn.BatchNorm1d(2)]
+        >>> hidden_modules([net])
+        [BatchNorm1d(2, ...)]
+    """
+    known = {id(inner) for module in modules for inner in module.modules()}
+    found: list[nn.Module] = []
+    stack: list[Any] = [vars(inner) for module in modules for inner in module.modules()]
+    seen: set[int] = set()
+    while stack:
+        container = stack.pop()
+        if id(container) in seen:
+            continue
+        seen.add(id(container))
+        for value in list(container.values() if isinstance(container, Mapping) else container):
+            if isinstance(value, nn.Module) and id(value) not in known:
+                found.append(value)
+                known.update(id(inner) for inner in value.modules())
+                stack.extend(vars(inner) for inner in value.modules())
+            elif isinstance(value, (list, tuple, dict)):
+                stack.append(value)
+    return found
 
 
 def values_of(gradient: Tensor) -> Tensor:
