@@ -8,13 +8,19 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "ensembles.subject": ("Subject", "split_axis", "split_batch", "whole"),
+    "ensembles.subject": ("Partition", "Subject", "split_axis", "split_batch", "whole"),
     "ensembles.conformance": (
         "Result",
         "Results",
         "check_ensemble",
         "checks_for",
         "parametrize_with_checks",
+    ),
+    "ensembles.checks.ownership": ("assert_ownership", "measure_ownership_map"),
+    "ensembles.checks.graph": (
+        "assert_graph_equal",
+        "draw_autograd_graph",
+        "measure_autograd_graph",
     ),
     "ensembles.checks.sharing": (
         "assert_members_share",

@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import pytest
 import torch
 
-from ensembles.checks import sharing
+from ensembles.checks import graph, ownership, sharing
 from ensembles.inputs import inferred_batch
 from ensembles.message import DEFAULT_SEED, aligned
 from ensembles.message import seed as present_seed
@@ -45,7 +47,7 @@ __all__ = [
     "resolve",
 ]
 
-DEFAULT_ENSEMBLE_CLAIMS: Mapping[str, Any] = {"sharing": "independent"}
+DEFAULT_ENSEMBLE_CLAIMS: Mapping[str, Any] = {"sharing": "independent", "ownership": "independent"}
 DEFAULT_MODULE_CLAIMS: Mapping[str, Any] = {"sharing": "distinct"}
 
 
@@ -77,10 +79,44 @@ def _run_sharing(subject: Subject, model: Model, claim: Any) -> object:
     return measured
 
 
+def _run_ownership(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    measured = ownership.measure_ownership_map(model, _batch(subject), outputs=subject.outputs)
+    ownership.assert_ownership(measured, claim)
+    return measured
+
+
+def _batch(subject: Subject) -> Any:
+    if subject.batch is None:
+        raise ValueError(f"subject {subject.name!r} has no batch: give Subject(batch=...).")
+    return subject.batch()
+
+
+def _run_graph(subject: Subject, model: Model, claim: Any) -> object:
+    if not isinstance(claim, (str, Path)):
+        words = ["the text of a recorded graph", "a pathlib.Path of its file"]
+        raise _unknown_claim("graph", claim, words)
+    text = graph.recorded_text(claim)
+    measured = graph.measure_autograd_graph(
+        model,
+        _batch(subject),
+        outputs=subject.outputs,
+        training=graph.recorded_in_training(text),
+    )
+    graph.assert_graph_equal(measured, text)
+    return measured
+
+
 CHECKS: Mapping[str, Check] = {
     check.name: check
     for check in (
         Check("sharing", "members share exactly the memory that they claim to share", _run_sharing),
+        Check(
+            "ownership",
+            "every scalar weight moves the outputs of exactly the members that own it",
+            _run_ownership,
+        ),
+        Check("graph", "the autograd graph of the model is the recorded one", _run_graph),
     )
 }
 
@@ -116,6 +152,8 @@ class BoundCheck:
                 measurement = self.check.run(subject, made(subject), self.claim)
         except Exception as told:
             self.seen.append(_first_line(_told(told)))
+            if _is_ours(told):  # the message says more than the frames that led to it
+                raise told.with_traceback(None) from told.__cause__
             raise
         self.seen.append(_first_line(str(measurement)))
         return measurement
@@ -394,6 +432,12 @@ def _told(error: Exception) -> str:
     """The message; with its type where it is not one of ours, or says nothing."""
     ours = isinstance(error, (AssertionError, ValueError)) and str(error)
     return str(error) if ours else f"{type(error).__name__}: {error}"
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised it; else the frames of the user's model are worth reading."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("ensembles.")
 
 
 def _first_line(text: str) -> str:

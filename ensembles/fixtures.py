@@ -10,16 +10,26 @@ fixture is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from ensembles.checks.graph import AutogradGraph
+    from ensembles.checks.ownership import OwnershipMap, Statement
     from ensembles.checks.sharing import ParameterSharing
-    from ensembles.subject import Members, Model
+    from ensembles.subject import Members, Model, Outputs
 
-__all__ = ["SharingFixture", "parameter_sharing"]
+__all__ = [
+    "GraphFixture",
+    "OwnershipFixture",
+    "SharingFixture",
+    "autograd_graph",
+    "ownership_map",
+    "parameter_sharing",
+]
 
 
 class SharingFixture:
@@ -80,3 +90,185 @@ def parameter_sharing() -> SharingFixture:
           ...
     """
     return SharingFixture()
+
+
+class OwnershipFixture:
+    """What `ownership_map` gives to a test."""
+
+    def measure(self, model: Model, batch: Any, *, outputs: Outputs | None = None) -> OwnershipMap:
+        """Which members every scalar weight reaches: `measure_ownership_map`."""
+        from ensembles.checks.ownership import measure_ownership_map
+
+        return measure_ownership_map(model, batch, outputs=outputs)
+
+    def assert_independent(
+        self, model: Model, batch: Any, *, outputs: Outputs | None = None
+    ) -> None:
+        """Checks that no weight moves more than one member."""
+        __tracebackhide__ = True
+        self.assert_owned(model, batch, "independent", outputs=outputs)
+
+    def assert_tied(self, model: Model, batch: Any, *, outputs: Outputs | None = None) -> None:
+        """Checks that every weight moves every member."""
+        __tracebackhide__ = True
+        self.assert_owned(model, batch, "tied", outputs=outputs)
+
+    def assert_owned(
+        self,
+        model: Model,
+        batch: Any,
+        claim: Statement | Mapping[str, Statement],
+        *,
+        outputs: Outputs | None = None,
+    ) -> None:
+        """Checks a statement, or one for each pattern of names: `assert_ownership`."""
+        __tracebackhide__ = True
+        from ensembles.checks.ownership import assert_ownership
+
+        assert_ownership(self.measure(model, batch, outputs=outputs), claim)
+
+
+@pytest.fixture
+def ownership_map() -> OwnershipFixture:
+    """Promises that every scalar weight moves exactly the members that are claimed to own it.
+
+    Catches members that mix inside packed and grouped layers, subnets that read another's block
+    or an empty group, a stem that is not tied, weights that reach nobody. Right where storage is
+    blind: masks, groups, low-rank factors; dead ReLUs and dropout hide nothing.
+
+    Example::
+
+        def test_subnets_partition_the_parent(ownership_map):
+            ownership_map.assert_owned(subnet_resnet18(width=2), torch.randn(2, 3, 32, 32), {
+                "parent.conv1.weight": Partition(times=2),
+                "parent.layer*.conv?.weight": "partition",
+                "parent.layer*.downsample.0.weight": "partition",
+                "*": "independent",
+            })
+
+    Prints on failure::
+
+        weights of members a, b are claimed independent, and leak into other members
+
+          mix.weight   [:, 0:4]   expected one member   found members a, b
+          ...
+    """
+    return OwnershipFixture()
+
+
+class GraphFixture:
+    """What `autograd_graph` gives to a test."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._request = request
+
+    def measure(
+        self, model: Model, batch: Any, *, outputs: Outputs | None = None, training: bool = False
+    ) -> AutogradGraph:
+        """The graph in canonical form, whose `str` is the text: `measure_autograd_graph`."""
+        from ensembles.checks.graph import measure_autograd_graph
+
+        return measure_autograd_graph(model, batch, outputs=outputs, training=training)
+
+    def assert_equals(
+        self,
+        model: Model,
+        batch: Any,
+        golden: str | Path,
+        *,
+        outputs: Outputs | None = None,
+        training: bool = False,
+    ) -> None:
+        """Checks that the graph is the golden: its text, or the path of a file that holds it."""
+        __tracebackhide__ = True
+        from ensembles.checks.graph import assert_graph_equal
+
+        graph = self.measure(model, batch, outputs=outputs, training=training)
+        assert_graph_equal(graph, golden)
+
+    def assert_recorded(
+        self,
+        model: Model,
+        batch: Any,
+        path: str | Path | None = None,
+        *,
+        outputs: Outputs | None = None,
+        training: bool = False,
+    ) -> None:
+        """Checks that the graph is the one in the test's golden file.
+
+        The first run writes the file, and fails; `--force-regen` writes it anew. It lies where
+        pytest-regressions puts it, <test file>/<test name>.txt, or at `path`.
+        """
+        __tracebackhide__ = True
+        from ensembles.checks.graph import assert_graph_equal
+
+        try:
+            file_regression = self._request.getfixturevalue("file_regression")
+        except pytest.FixtureLookupError as error:
+            raise pytest.UsageError(
+                "autograd_graph.assert_recorded keeps golden files with pytest-regressions, which "
+                'is not installed: pip install "pytest-ensembles[goldens]". Or give the golden to '
+                "autograd_graph.assert_equals."
+            ) from error
+        graph = self.measure(model, batch, outputs=outputs, training=training)
+
+        def compare(obtained: Path, expected: Path) -> None:
+            __tracebackhide__ = True
+            try:
+                assert_graph_equal(graph, expected)
+            except ValueError as error:
+                # pytest-regressions writes a file anew only after an AssertionError.
+                if self._request.config.getoption("force_regen"):
+                    raise AssertionError(str(error)) from error
+                raise
+
+        file_regression.check(
+            f"{graph}\n",
+            encoding="utf-8",
+            fullpath=None if path is None else Path(path).resolve(),
+            check_fn=compare,
+        )
+
+    def draw(
+        self,
+        model: Model,
+        batch: Any,
+        path: str | Path,
+        *,
+        outputs: Outputs | None = None,
+        training: bool = False,
+        overwrite: bool = False,
+    ) -> tuple[Path, Path]:
+        """Draws the graph as path.pdf and path.svg: `draw_autograd_graph`."""
+        from ensembles.checks.graph import draw_autograd_graph
+
+        return draw_autograd_graph(
+            model, batch, path, outputs=outputs, training=training, overwrite=overwrite
+        )
+
+
+@pytest.fixture
+def autograd_graph(request: pytest.FixtureRequest) -> GraphFixture:
+    """Promises that the autograd graph of the model is the recorded one.
+
+    Catches a layer that is skipped, an activation that was lost, streams that run through one
+    network, a subnet that does not read its parent's weight, a branch that was detached. The text
+    is the same on every machine, for every batch size, and in every run.
+
+    Example::
+
+        def test_graph_of_resnet18(autograd_graph):
+            autograd_graph.assert_recorded(resnet18(), torch.randn(2, 3, 32, 32))
+
+    Prints on failure::
+
+        the autograd graph is claimed to be the recorded one, and is another
+
+          - layer2.1.bn1:Relu(:BatchNorm)
+          - layer2.1.conv2:Convolution(layer2.1.bn1:Relu, .weight) padding=1
+          + layer2.1.conv2:Convolution(layer2.1.bn1:BatchNorm, .weight) padding=1
+          (- recorded: 2 of 139 lines; + found: 1 of 138)
+          ...
+    """
+    return GraphFixture(request)

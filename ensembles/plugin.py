@@ -14,6 +14,8 @@ import pytest
 
 from ensembles import message
 from ensembles.fixtures import (  # noqa: F401  (pytest finds fixtures by name in a plugin)
+    autograd_graph,
+    ownership_map,
     parameter_sharing,
 )
 

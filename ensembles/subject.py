@@ -89,6 +89,24 @@ class Subject:
         return replace(self, claims=claims)
 
 
+@dataclass(frozen=True)
+class Partition:
+    """The claim that every element belongs to the parent and to `times` subnets.
+
+    Attributes:
+        parent: The parent's member name. All other members are subnets, and each owns an equal
+            share.
+        times: 1 where subnets partition a weight; k for a stem, whose k row blocks are each
+            shared by the k subnets that start there.
+    """
+
+    parent: str = "parent"
+    times: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.parent} and {self.times} subnet" + ("" if self.times == 1 else "s")
+
+
 def split_axis(axis: int) -> Outputs:
     """Member outputs are stacked along `axis` of one tensor.
 
@@ -190,6 +208,7 @@ def named_members(model: Model, members: Members | None = None) -> dict[str, nn.
         >>> named_members(nn.ModuleDict({"a": nn.Linear(2, 2)}), dict)
         {'a': Linear(in_features=2, out_features=2, bias=True)}
     """
+    __tracebackhide__ = True
     if members is None:
         return named_modules_of(model)
     try:
@@ -224,6 +243,7 @@ def member_outputs(
         >>> {name: y[0].shape for name, y in member_outputs(two, torch.randn(5, 4)).items()}
         {'0': torch.Size([5, 2]), '1': torch.Size([5, 2])}
     """
+    __tracebackhide__ = True
     if is_one_module(model):
         result = call(model, batch, place="the model")
         if outputs is not None:
@@ -254,6 +274,7 @@ def call(module: nn.Module, batch: Any, *, place: str) -> Any:
         >>> call(nn.Linear(4, 2), (torch.ones(3, 4),), place="the model").shape
         torch.Size([3, 2])
     """
+    __tracebackhide__ = True
     try:
         if isinstance(batch, dict):
             return module(**batch)

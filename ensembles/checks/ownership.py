@@ -1,0 +1,427 @@
+"""Promise: every scalar weight moves the outputs of exactly the members that are claimed to own it.
+
+Catches members that mix where they are claimed apart (a layer with groups=1 in a grouped network,
+a channel shuffle, a norm over all channels), subnets that read a block of another or an empty
+group, a stem that is not tied, and parameters that move nothing. It is right where storage is
+blind: masks, grouped and packed convolutions, low-rank factors, functional weights.
+
+For every element of every parameter it finds the set of members whose output it reaches: one
+backward pass a member, with the network made transparent, so that dead ReLUs, max-pool ties,
+dropout, saturated softmax and branches that start at zero hide nothing. How, and the limits of it
+(stop-gradients, hard routing, weights held at zero from outside), is told in
+`ensembles.probes.influence`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from ctypes import c_char
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensembles.message import aligned, broken, counted, listed
+from ensembles.probes.influence import probing
+from ensembles.subject import Model, Outputs, Partition, is_one_module
+
+__all__ = [
+    "OwnershipMap",
+    "assert_ownership",
+    "measure_ownership_map",
+]
+
+Owners = tuple[str, ...]
+
+
+Statement = str | Partition
+"""`independent`, `tied`, `unused`, `partition` (short for `Partition()`), or a `Partition`."""
+
+WORDS = ("independent", "tied", "partition", "unused")
+
+
+@dataclass(frozen=True)
+class OwnershipMap:
+    """For every element of every parameter, the members whose output it reaches.
+
+    Two maps are equal when every element has the same owners.
+
+    Attributes:
+        members: The members' names.
+        owners: Parameter name to its sets of owners, each with the number of elements; () is the
+            set of elements that reach nobody.
+        digests: Parameter name to a digest of where those elements are.
+        lookups: Parameters that are read by index: rows that the batch does not name reach
+            nobody, and that is no finding.
+        separate: Whether members are modules of their own; names then begin with the member's.
+        labels: Parameter name to a tensor of its shape; values index `sets`.
+        sets: The sets of owners.
+    """
+
+    members: Owners
+    owners: Mapping[str, Mapping[Owners, int]]
+    digests: Mapping[str, str]
+    lookups: frozenset[str]
+    separate: bool
+    labels: Mapping[str, Tensor] = field(compare=False, repr=False)
+    sets: tuple[Owners, ...] = field(compare=False, repr=False)
+
+    def statement(self, name: str) -> str:
+        """What holds of a parameter: independent, tied, unused, or shared."""
+        found = [owners for owners in self.owners[name] if owners]
+        if not found:
+            return "unused"
+        if all(len(owners) == 1 for owners in found):
+            return "independent"
+        return "tied" if all(owners == self.members for owners in found) else "shared"
+
+    def where(self, name: str, owners: Owners) -> str:
+        """The elements of a parameter with these owners: a block such as [0:32, 32:64], or all.
+
+        Args:
+            name: The parameter.
+            owners: One of the keys of `self.owners[name]`.
+        """
+        mask = self.labels[name] == self.sets.index(owners)
+        count = int(mask.sum())
+        if count == mask.numel():
+            return "all"
+        index = mask.nonzero()
+        low, high = index.amin(0).tolist(), index.amax(0).tolist()
+        sides = [h - lo + 1 for lo, h in zip(low, high, strict=True)]
+        box = ", ".join(
+            ":" if side == size else f"{lo}:{lo + side}"
+            for lo, side, size in zip(low, sides, mask.shape, strict=True)
+        )
+        filled = count == torch.tensor(sides).prod()
+        return f"[{box}]" if filled else f"{count:,} elements within [{box}]"
+
+    def __str__(self) -> str:
+        totals: Counter[Owners] = Counter()
+        spread: Counter[Owners] = Counter()
+        for counts in self.owners.values():
+            totals.update(counts)
+            spread.update(counts.keys())
+        everything = sum(totals.values())
+        states = Counter(self.statement(name) for name in self.owners)
+        told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+        head = f"{counted(self.members, 'member')}, {everything:,} elements, parameters: {told}"
+        rows = [
+            (listed(owners) or "nobody", f"{total:,} elements", f"in {spread[owners]} parameters")
+            for owners, total in sorted(totals.items(), key=lambda item: (-len(item[0]), item[0]))
+        ]
+        return "\n".join([head, *(f"  {line}" for line in aligned(rows))])
+
+
+def measure_ownership_map(
+    model: Model, batch: Any, *, outputs: Outputs | None = None
+) -> OwnershipMap:
+    """Finds, for every element of every parameter, the members whose output it reaches.
+
+    The model is looked at in evaluation mode, as it predicts. Parameters that reach nobody there
+    (auxiliary heads) are looked at in training mode too.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+        batch: What the model is called with; the values of floating inputs do not matter.
+        outputs: Splits what one module returns into member outputs: by default a list, tuple or
+            dict; `split_axis` and `split_batch` for stacked ones.
+
+    Returns:
+        The map. It costs a forward pass and a backward pass through what each member uses, and
+        one integer of memory for each element.
+
+    Raises:
+        ValueError: If parameters hold no usable numbers, if the model cannot be called or split,
+            or if its outputs do not depend on parameters by autograd.
+
+    Example:
+        >>> grouped = nn.Conv1d(4, 2, 1, groups=2, bias=False)
+        >>> print(measure_ownership_map(
+        ...     grouped, torch.randn(1, 4, 3), outputs=lambda y: [y[:, 0], y[:, 1]]))
+        2 members, 4 elements, parameters: 1 independent
+          0   2 elements   in 1 parameters
+          1   2 elements   in 1 parameters
+    """
+    sets: list[Owners] = [()]
+    labels: dict[str, Tensor] = {}
+    with probing(model, batch, outputs=outputs) as probe:
+        members, lookups = tuple(probe.outputs), probe.lookups
+        labels = {
+            name: torch.zeros_like(p, dtype=torch.int32) for name, p in probe.parameters.items()
+        }
+        for member in members:
+            _label(labels, sets, member, probe.reach(member))
+    silent = {name for name, label in labels.items() if not bool(label.any())}
+    if silent:
+        with probing(model, batch, outputs=outputs, training=True) as probe:
+            for member in probe.outputs:
+                reached = probe.reach(member)
+                _label(labels, sets, member, {name: reached[name] for name in silent})
+    owners: dict[str, dict[Owners, int]] = {}
+    for name, label in labels.items():
+        counts = torch.bincount(label.flatten().cpu(), minlength=len(sets)).tolist()
+        owners[name] = {sets[i]: count for i, count in enumerate(counts) if count}
+    return OwnershipMap(
+        members=members,
+        owners=owners,
+        digests={name: _digest(label, sets) for name, label in labels.items()},
+        lookups=lookups,
+        separate=not is_one_module(model),
+        labels=labels,
+        sets=tuple(sets),
+    )
+
+
+def assert_ownership(
+    ownership: OwnershipMap, claim: Statement | Mapping[str, Statement] = "independent"
+) -> None:
+    """Checks that every element's owners are those that are claimed.
+
+    Args:
+        ownership: From `measure_ownership_map`.
+        claim: A statement about every parameter, or patterns (`fnmatch`) of parameter names, each
+            with a statement; the first that fits counts, and every parameter must have one.
+            Statements:
+
+            - `independent`: an element reaches one member at most (where members are modules of
+              their own: the one that it belongs to), and every parameter reaches some member.
+              Blocks that a mask leaves unused are no finding.
+            - `tied`: every element reaches every member.
+            - `partition`, or `Partition(parent, times)`: every element reaches the parent and
+              `times` subnets, and every subnet has an equal share.
+            - `unused`: no element reaches anybody.
+
+    Raises:
+        ValueError: If there is one member only, a statement is unknown, a pattern fits nothing, a
+            parameter fits no pattern, or there is no such parent.
+        AssertionError: If some element has other owners than claimed.
+
+    Example:
+        >>> members = [nn.Linear(3, 2), nn.Linear(3, 2)]
+        >>> assert_ownership(measure_ownership_map(members, torch.randn(1, 3)), "independent")
+    """
+    __tracebackhide__ = True
+    if len(ownership.members) < 2:
+        raise ValueError(
+            "ownership compares members, and the model's output is one member's "
+            f"({listed(ownership.members)}). Give outputs=... to split it: split_axis, "
+            "split_batch or a function."
+        )
+    findings = [
+        (name, finding)
+        for name, statement in _statements(ownership, claim)
+        for finding in _findings(ownership, name, statement)
+    ]
+    if not findings:
+        return
+    kinds = Counter(finding.kind for _, finding in findings)
+    main = max(kinds, key=lambda kind: (kinds[kind], kind))
+    touched = {name for name, _ in findings}
+    meaning, remedy = _EXPLANATIONS[main]
+    raise AssertionError(
+        broken(
+            f"weights of members {listed(ownership.members)} are claimed {_told(claim)}, "
+            f"and {_VERBS[main]}",
+            [
+                (
+                    _short(name),
+                    ownership.where(name, finding.owners) if finding.here else "",
+                    f"expected {finding.expected}",
+                    f"found {finding.found}",
+                )
+                for name, finding in findings
+            ],
+            total=f"{len(touched)} of {counted(ownership.owners, 'parameter')}",
+            meaning=meaning,
+            remedy=remedy,
+        )
+    )
+
+
+# --- what is found ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Finding:
+    kind: str
+    owners: Owners
+    expected: str
+    found: str
+    here: bool = True
+
+
+_VERBS = {
+    "leaking": "leak into other members",
+    "missing": "do not reach all the members that they should",
+    "unused": "reach no member",
+    "used": "reach members",
+    "uneven": "are not divided equally",
+}
+
+_EXPLANATIONS = {
+    "leaking": (
+        "Training one member moves another's prediction: the members are not separate.",
+        "Usual cause: a layer with groups=1, a channel shuffle or a norm over all channels between "
+        "grouped layers; a shared layer; a reshape that mixes members. Look at the first place.",
+    ),
+    "missing": (
+        "Some member computes with other weights than is claimed: it is not tied there.",
+        "Usual cause: a copy (deepcopy, clone) or a layer that was built instead of passed on; a "
+        "subnet that reads another block, or a group that is empty.",
+    ),
+    "unused": (
+        "Such weights are trained by nothing, and no prediction depends on them.",
+        "Usual cause: a layer that forward does not call, a branch that reads an empty group, a "
+        "mask that hides everything. Remove it, or claim it as 'unused'.",
+    ),
+    "used": (
+        "What is claimed to be dead weight takes part in predictions.",
+        "Claim what it is: 'independent', 'tied' or 'partition'.",
+    ),
+    "uneven": (
+        "Some subnet has more of the parent than another: a block belongs to the wrong one.",
+        "Usual cause: a route that visits a block twice and another never.",
+    ),
+}
+
+
+def _statements(ownership: OwnershipMap, claim: Any) -> Iterator[tuple[str, Statement]]:
+    patterns = claim if isinstance(claim, Mapping) else {"*": claim}
+    for statement in patterns.values():
+        if not isinstance(statement, Partition) and statement not in WORDS:
+            raise ValueError(
+                f"ownership cannot be claimed to be {statement!r}. It is {', '.join(WORDS)}, or a "
+                "Partition(parent, times)."
+            )
+    for pattern in patterns:
+        if not any(fnmatchcase(_short(name), pattern) for name in ownership.owners):
+            raise ValueError(
+                f"no parameter is named {pattern!r}, whose ownership is claimed. Names are, for "
+                f"example, {listed([_short(name) for name in ownership.owners], 3)}."
+            )
+    for name in ownership.owners:
+        fitting = [p for p in patterns if fnmatchcase(_short(name), p)]
+        if not fitting:
+            raise ValueError(
+                f"nothing is claimed about the ownership of {_short(name)}. Add a pattern that "
+                "fits it, or '*' as the last one."
+            )
+        statement = patterns[fitting[0]]
+        statement = Partition() if statement == "partition" else statement
+        if isinstance(statement, Partition) and statement.parent not in ownership.members:
+            raise ValueError(
+                f"ownership is claimed to be {statement}, and no member is named "
+                f"{statement.parent!r}. Members are {listed(ownership.members)}."
+            )
+        yield name, statement
+
+
+def _findings(ownership: OwnershipMap, name: str, statement: Statement) -> Iterator[_Finding]:
+    counts = ownership.owners[name]
+    reached = [owners for owners in counts if owners]
+    if statement == "unused":
+        for owners in reached:
+            yield _Finding("used", owners, "nobody", _members(owners))
+        return
+    if not reached:
+        yield _Finding("unused", (), _expected(ownership, name, statement), "nobody")
+        return
+    for owners in counts:
+        if statement == "independent":
+            home = name.partition(".")[0]
+            misplaced = ownership.separate and owners and owners != (home,)
+            if len(owners) > 1 or misplaced:
+                expected = _expected(ownership, name, statement)
+                yield _Finding("leaking", owners, expected, _members(owners))
+        elif not owners:
+            if name not in ownership.lookups:
+                yield _Finding("unused", owners, _expected(ownership, name, statement), "nobody")
+        elif statement == "tied" and owners != ownership.members:
+            yield _Finding("missing", owners, "all members", _members(owners))
+        elif isinstance(statement, Partition):
+            subnets = len(owners) - (statement.parent in owners)
+            if statement.parent not in owners or subnets < statement.times:
+                yield _Finding("missing", owners, str(statement), _members(owners))
+            elif subnets > statement.times:
+                yield _Finding("leaking", owners, str(statement), _members(owners))
+    if isinstance(statement, Partition):
+        yield from _uneven(ownership, counts, statement)
+
+
+def _uneven(
+    ownership: OwnershipMap, counts: Mapping[Owners, int], statement: Partition
+) -> Iterator[_Finding]:
+    subnets = [member for member in ownership.members if member != statement.parent]
+    fair = sum(counts.values()) * statement.times // len(subnets)
+    for subnet in subnets:
+        share = sum(count for owners, count in counts.items() if subnet in owners)
+        if share != fair:
+            yield _Finding("uneven", (), f"{fair:,} elements of {subnet}", f"{share:,}", here=False)
+
+
+def _expected(ownership: OwnershipMap, name: str, statement: Statement) -> str:
+    if isinstance(statement, Partition):
+        return str(statement)
+    if statement == "tied":
+        return "all members"
+    return f"member {name.partition('.')[0]}" if ownership.separate else "one member"
+
+
+def _members(owners: Owners) -> str:
+    return f"member {owners[0]}" if len(owners) == 1 else f"members {listed(owners)}"
+
+
+def _told(claim: Any) -> str:
+    if isinstance(claim, Mapping):
+        return "owned as " + listed([f"{p}: {s}" for p, s in claim.items()], 4)
+    return f"to belong to {claim}" if isinstance(claim, Partition) else str(claim)
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+# --- labels -------------------------------------------------------------------------------------
+
+
+def _label(
+    labels: dict[str, Tensor],
+    sets: list[Owners],
+    member: str,
+    reached: Mapping[str, Tensor | None],
+) -> None:
+    """Adds a member to the owners of the elements that it reaches; labels index `sets`."""
+    grown: dict[int, int] = {}
+    for name, mask in reached.items():
+        if mask is None:
+            continue
+        label = labels[name]
+        for old in torch.unique(label[mask]).tolist():
+            if old not in grown:
+                wanted = (*sets[old], member)
+                if wanted not in sets:
+                    sets.append(wanted)
+                grown[old] = sets.index(wanted)
+        table = torch.arange(len(sets), dtype=torch.int32, device=label.device)
+        for old, new in grown.items():
+            table[old] = new
+        labels[name] = torch.where(mask, table[label.long()], label)
+
+
+def _digest(label: Tensor, sets: list[Owners]) -> str:
+    """Equal for equal maps, whatever the order in which sets were met."""
+    present = torch.unique(label).tolist()
+    ordered = sorted(sets[i] for i in present)
+    sha = hashlib.sha256(f"{ordered}{tuple(label.shape)}".encode())
+    if len(present) > 1:
+        ranks = torch.zeros(len(sets), dtype=torch.uint8 if len(present) < 256 else torch.int32)
+        ranks[present] = torch.tensor([ordered.index(sets[i]) for i in present]).to(ranks.dtype)
+        ranked = ranks[label.cpu().long()].contiguous()
+        # The memory itself: NumPy, whose buffers hashlib takes, is not a dependency.
+        sha.update((c_char * ranked.nbytes).from_address(ranked.data_ptr()))
+    return sha.hexdigest()[:16]
