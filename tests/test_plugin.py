@@ -41,6 +41,12 @@ OTHERS = [name for name in CHECKS if name != "sharing"]
 ALL = list(CHECKS)
 
 
+@pytest.fixture(autouse=True)
+def without_hypothesis(pytester, monkeypatch):
+    """Its plugin loads the whole of hypothesis anew in every inner run."""
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest")
+
+
 def said_of(result: pytest.RunResult) -> list[str]:
     """The lines of our section of the terminal report; empty where there is none."""
     found: list[str] = []

@@ -1,0 +1,238 @@
+"""The gate from the command line, in a directory that holds the user's module and nothing else."""
+
+import pytest
+
+import ensembles.suite  # noqa: F401  (before pytester forgets what inner runs import)
+from ensembles.conformance import CHECKS
+
+ZOO = """
+import torch
+from torch import nn
+from ensembles import Subject
+
+def model():
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+def members():
+    return [model() for _ in range(3)]
+
+def named():
+    return {"left": model(), "right": model()}
+
+def subject():
+    return Subject(make=members, name="three models", claims={"sharing": "independent"})
+
+ready = Subject(make=members, name="ready made", claims={"sharing": "independent"})
+
+class Zoo:
+    inner = staticmethod(members)
+
+def repeated():
+    return [model()] * 3
+
+def silent():
+    return Subject(make=members)
+
+def misspelt():
+    return Subject(make=members, claims={"shraing": "independent"})
+
+def misclaimed():
+    return Subject(make=members, claims={"sharing": "indepndent"})
+
+def raising():
+    raise RuntimeError("no such checkpoint: weights.pt")
+
+def nothing():
+    return None
+
+def number():
+    return 3
+
+def empty():
+    return []
+
+def numbers():
+    return [model(), 3]
+
+def lazy():
+    return [nn.LazyLinear(2), nn.LazyLinear(2)]
+
+def on_meta():
+    return [nn.Linear(4, 2, device="meta") for _ in range(2)]
+
+def memberless():
+    return Subject(make=model, members=lambda m: m.towers, claims={"sharing": "independent"})
+
+later = []
+
+def raising_later():
+    later.append(1)
+    if len(later) > 1:
+        raise RuntimeError("the second call fails")
+    return members()
+"""
+
+
+@pytest.fixture
+def gate(pytester, monkeypatch):
+    """Runs the gate on an attribute of zoo.py, which is all that the directory holds."""
+    (pytester.path / "zoo.py").write_text(ZOO)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest")  # slow to load, run after run
+
+    def run(subject: str, *options: str) -> pytest.RunResult:
+        return pytester.runpytest_inprocess(
+            "-p", "no:randomly", "--pyargs", "ensembles.suite", subject, *options
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("factory", "name"),
+    [
+        ("model", "model"),
+        ("members", "members"),
+        ("named", "named"),
+        ("subject", "three models"),
+        ("ready", "ready made"),
+        ("Zoo.inner", "members"),
+    ],
+)
+def test_what_a_factory_returns_is_gated(gate, factory, name):
+    result = gate(f"--ensembles-subject=zoo:{factory}", "-k", "sharing")
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(passed=1, deselected=len(CHECKS) - 1)
+    assert f"ensembles: subject zoo:{factory}, seed 1729" in result.outlines
+    assert name in result.outlines
+
+
+def test_a_broken_subject_fails_with_its_message_alone(gate):
+    result = gate("--ensembles-subject=zoo:repeated", "-k", "sharing")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    start = next(i for i, line in enumerate(result.outlines) if line.startswith("____"))
+    stop = next(i for i, line in enumerate(result.outlines) if "what the models claim" in line)
+    assert result.outlines[start + 1 : stop] == [
+        "members 0, 1, 2 are claimed independent, and share parameters",
+        "",
+        "  0.weight   one tensor in members 0, 1, 2",
+        "  0.bias     one tensor in members 0, 1, 2",
+        "  2.weight   one tensor in members 0, 1, 2",
+        "  2.bias     one tensor in members 0, 1, 2",
+        "  (4 of 4 parameters)",
+        "",
+        "  Members 0, 1, 2 are one network: training them trains one model 3 times.",
+        "  Usual cause: [model] * n, or a registry that returns the same instance. "
+        "Build each member anew.",
+        "  replay: pytest --pyargs 'ensembles.suite::test_claim[repeated-sharing]' "
+        "--ensembles-subject=zoo:repeated --ensembles-seed=1729",
+    ]
+
+
+def test_the_replay_runs_the_same_check_again(pytester, gate):
+    result = gate("--ensembles-subject=zoo:repeated", "-k", "sharing", "--ensembles-seed=3")
+    (replay,) = (line for line in result.outlines if "replay: " in line)
+    again = pytester.runpytest_inprocess(*replay.replace("'", "").split()[2:])
+    assert replay in again.outlines
+    again.assert_outcomes(failed=1)
+
+
+def test_no_frame_of_the_gate_stands_before_the_error_of_a_model(gate):
+    result = gate("--ensembles-subject=zoo:raising_later", "-k", "sharing")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert "conformance.py:" not in result.stdout.str()
+    result.stdout.fnmatch_lines(
+        [
+            '>*raise RuntimeError("the second call fails")',
+            "E       ValueError: the factory of subject 'raising_later' raised RuntimeError: "
+            "the second call fails",
+        ]
+    )
+
+
+# --- bad input: what cannot be collected --------------------------------------------------------
+
+NO_MODEL = "It returns a module, a list or dict of modules, or a Subject."
+
+
+REFUSED = {
+    "zoo:raising": "the factory raising raised RuntimeError: no such checkpoint: weights.pt",
+    "zoo": "'zoo' names no factory: write package.module:factory.",
+    "zoo:": "'zoo:' names no factory: write package.module:factory.",
+    ":model": "':model' names no factory: write package.module:factory.",
+    "zou:model": (
+        "cannot import 'zou' for the subject 'zou:model': "
+        "ModuleNotFoundError: No module named 'zou'"
+    ),
+    "zoo:modle": "'zoo' has no 'modle', which 'zoo:modle' names.",
+    "zoo:nothing": (
+        "the factory nothing returned no model: the model is an object of type NoneType: "
+        f"give a list or dict, one entry per member. {NO_MODEL}"
+    ),
+    "zoo:number": (
+        "the factory number returned no model: the model is an object of type int: "
+        f"give a list or dict, one entry per member. {NO_MODEL}"
+    ),
+    "zoo:empty": (
+        "the factory empty returned no model: the model has no members: "
+        f"there is nothing to compare. {NO_MODEL}"
+    ),
+    "zoo:numbers": (
+        "the factory numbers returned no model: the model: member 1 is an object of type int, "
+        f"not a torch.nn.Module. {NO_MODEL}"
+    ),
+    "zoo:silent": (
+        "subject 'members' claims nothing, so that there is nothing to gate. "
+        "Give Subject(claims={check: claim})."
+    ),
+    "zoo:misspelt": (
+        "subject 'members' claims 'shraing', and there is no such check. "
+        f"Checks are: {', '.join(CHECKS)}."
+    ),
+}
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_what_is_no_subject_is_refused_with_the_reason_alone(gate, path):
+    result = gate(f"--ensembles-subject={path}")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.assert_outcomes(errors=1)
+    start = next(i for i, line in enumerate(result.outlines) if line.startswith("____"))
+    assert result.outlines[start + 1] == f"--ensembles-subject={path}: {REFUSED[path]}"
+    assert result.outlines[start + 2].startswith("===")
+
+
+# --- bad input: what a check refuses ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("factory", "told"),
+    [
+        (
+            "lazy",
+            "parameter 0.weight is lazy and has no shape yet. "
+            "Call the model on one batch in make() first.",
+        ),
+        (
+            "memberless",
+            "Subject(members=...) raised AttributeError: 'Sequential' object has no attribute "
+            "'towers' for an object of type Sequential. It takes the model and returns its "
+            "member modules, as a list or dict.",
+        ),
+        (
+            "misclaimed",
+            "'sharing' cannot be claimed to be 'indepndent'. "
+            "It is independent, tied, distinct, a list of name patterns.",
+        ),
+    ],
+    ids=["lazy", "memberless", "misclaimed"],
+)
+def test_a_check_that_cannot_look_is_an_error(gate, factory, told):
+    result = gate(f"--ensembles-subject=zoo:{factory}", "-k", "sharing")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert f"E       ValueError: {told}" in result.outlines
+    assert f"  sharing   error   {told}" in result.outlines
+
+
+def test_sharing_is_gated_on_the_meta_device(gate):
+    result = gate("--ensembles-subject=zoo:on_meta", "-k", "sharing")
+    assert result.ret == pytest.ExitCode.OK
