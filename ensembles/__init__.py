@@ -16,6 +16,13 @@ _HOMES = {
         "checks_for",
         "parametrize_with_checks",
     ),
+    "ensembles.checks.coupling": (
+        "assert_members_coupled",
+        "assert_members_coupled_to",
+        "assert_members_uncoupled",
+        "measure_gradient_coupling",
+    ),
+    "ensembles.checks.coverage": ("assert_optimizer_complete", "measure_optimizer_coverage"),
     "ensembles.checks.ownership": ("assert_ownership", "measure_ownership_map"),
     "ensembles.checks.graph": (
         "assert_graph_equal",

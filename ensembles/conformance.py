@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 
-from ensembles.checks import graph, ownership, sharing
+from ensembles.checks import coupling, coverage, graph, ownership, sharing
 from ensembles.inputs import inferred_batch
 from ensembles.message import DEFAULT_SEED, aligned
 from ensembles.message import seed as present_seed
@@ -47,8 +47,13 @@ __all__ = [
     "resolve",
 ]
 
-DEFAULT_ENSEMBLE_CLAIMS: Mapping[str, Any] = {"sharing": "independent", "ownership": "independent"}
-DEFAULT_MODULE_CLAIMS: Mapping[str, Any] = {"sharing": "distinct"}
+DEFAULT_ENSEMBLE_CLAIMS: Mapping[str, Any] = {
+    "sharing": "independent",
+    "ownership": "independent",
+    "coupling": "independent",
+    "coverage": "complete",
+}
+DEFAULT_MODULE_CLAIMS: Mapping[str, Any] = {"sharing": "distinct", "coverage": "complete"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,39 @@ def _run_ownership(subject: Subject, model: Model, claim: Any) -> object:
     return measured
 
 
+def _run_coupling(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    parent = claim.get("parent") if isinstance(claim, Mapping) and len(claim) == 1 else None
+    if claim not in ("independent", "tied") and not isinstance(parent, str):
+        raise _unknown_claim("coupling", claim, ["independent", "tied", '{"parent": its name}'])
+    measured = coupling.measure_gradient_coupling(
+        model,
+        _batch(subject),
+        outputs=subject.outputs,
+        members=subject.members,
+        optimizer=subject.optimizer,
+        loss=subject.loss,
+    )
+    if isinstance(parent, str):
+        coupling.assert_members_coupled_to(measured, parent)
+    elif claim == "tied":
+        coupling.assert_members_coupled(measured)
+    else:
+        coupling.assert_members_uncoupled(measured)
+    return measured
+
+
+def _run_coverage(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    if claim != "complete":
+        raise _unknown_claim("coverage", claim, ["complete"])
+    measured = coverage.measure_optimizer_coverage(
+        model, subject.optimizer, _batch(subject), outputs=subject.outputs, loss=subject.loss
+    )
+    coverage.assert_optimizer_complete(measured)
+    return measured
+
+
 def _batch(subject: Subject) -> Any:
     if subject.batch is None:
         raise ValueError(f"subject {subject.name!r} has no batch: give Subject(batch=...).")
@@ -115,6 +153,16 @@ CHECKS: Mapping[str, Check] = {
             "ownership",
             "every scalar weight moves the outputs of exactly the members that own it",
             _run_ownership,
+        ),
+        Check(
+            "coupling",
+            "a training step on one member moves that member only, or all that are tied to it",
+            _run_coupling,
+        ),
+        Check(
+            "coverage",
+            "training reaches every trainable parameter, and steps each exactly once",
+            _run_coverage,
         ),
         Check("graph", "the autograd graph of the model is the recorded one", _run_graph),
     )

@@ -10,23 +10,31 @@ fixture is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ensembles.checks.coupling import GradientCoupling
+    from ensembles.checks.coverage import OptimizerCoverage
     from ensembles.checks.graph import AutogradGraph
     from ensembles.checks.ownership import OwnershipMap, Statement
     from ensembles.checks.sharing import ParameterSharing
     from ensembles.subject import Members, Model, Outputs
 
 __all__ = [
+    "CouplingFixture",
+    "CoverageFixture",
     "GraphFixture",
     "OwnershipFixture",
     "SharingFixture",
     "autograd_graph",
+    "gradient_coupling",
+    "optimizer_coverage",
     "ownership_map",
     "parameter_sharing",
 ]
@@ -154,6 +162,173 @@ def ownership_map() -> OwnershipFixture:
           ...
     """
     return OwnershipFixture()
+
+
+class CouplingFixture:
+    """What `gradient_coupling` gives to a test.
+
+    Every method takes the same arguments: `outputs` and `members` find the members in one module,
+    `optimizer` is a function of the model, `loss` one of the dict of member outputs.
+    """
+
+    def measure(
+        self,
+        model: Model,
+        batch: Any,
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+        loss: Callable[[dict[str, Any]], Tensor] | None = None,
+    ) -> GradientCoupling:
+        """What a step on each member moves of the others: `measure_gradient_coupling`."""
+        from ensembles.checks.coupling import measure_gradient_coupling
+
+        return measure_gradient_coupling(
+            model, batch, outputs=outputs, members=members, optimizer=optimizer, loss=loss
+        )
+
+    def assert_independent(
+        self,
+        model: Model,
+        batch: Any,
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+        loss: Callable[[dict[str, Any]], Tensor] | None = None,
+    ) -> None:
+        """Checks that a step on one member moves nothing of another: outputs, weights, buffers."""
+        __tracebackhide__ = True
+        from ensembles.checks.coupling import assert_members_uncoupled
+
+        assert_members_uncoupled(
+            self.measure(
+                model, batch, outputs=outputs, members=members, optimizer=optimizer, loss=loss
+            )
+        )
+
+    def assert_tied(
+        self,
+        model: Model,
+        batch: Any,
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Checks that a step on any member moves all others."""
+        __tracebackhide__ = True
+        from ensembles.checks.coupling import assert_members_coupled
+
+        assert_members_coupled(
+            self.measure(model, batch, outputs=outputs, members=members, optimizer=optimizer)
+        )
+
+    def assert_tied_to(
+        self,
+        model: Model,
+        batch: Any,
+        parent: str,
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Checks that a step on any subnet moves the parent, and a step on the parent all."""
+        __tracebackhide__ = True
+        from ensembles.checks.coupling import assert_members_coupled_to
+
+        assert_members_coupled_to(
+            self.measure(model, batch, outputs=outputs, members=members, optimizer=optimizer),
+            parent,
+        )
+
+
+@pytest.fixture
+def gradient_coupling() -> CouplingFixture:
+    """Promises that a training step on one member moves that member only, or all that are tied.
+
+    Catches members that are one network, packed members that mix (groups=1, a channel shuffle, a
+    norm over all channels), features read from another member even where they are detached,
+    BatchNorm statistics of two members, and a loss on the mean prediction.
+
+    Example::
+
+        def test_members_train_independently(gradient_coupling):
+            gradient_coupling.assert_independent(
+                [resnet18() for _ in range(4)], torch.randn(4, 3, 32, 32))
+
+    Prints on failure::
+
+        members 0, 1 are claimed to train independently, and a training step on one moves another
+
+          step on 0   moves 1:   buffer 1.running_mean by 3e-02, buffer 1.running_var by 9e-02
+          ...
+    """
+    return CouplingFixture()
+
+
+class CoverageFixture:
+    """What `optimizer_coverage` gives to a test."""
+
+    def measure(
+        self,
+        model: Model,
+        optimizer: Any = None,
+        batch: Any = None,
+        *,
+        outputs: Outputs | None = None,
+        loss: Callable[[dict[str, Any]], Tensor] | None = None,
+    ) -> OptimizerCoverage:
+        """What training reaches, and what it does not: `measure_optimizer_coverage`."""
+        from ensembles.checks.coverage import measure_optimizer_coverage
+
+        return measure_optimizer_coverage(model, optimizer, batch, outputs=outputs, loss=loss)
+
+    def assert_complete(
+        self,
+        model: Model,
+        optimizer: Any = None,
+        batch: Any = None,
+        *,
+        outputs: Outputs | None = None,
+        loss: Callable[[dict[str, Any]], Tensor] | None = None,
+    ) -> None:
+        """Checks that every trainable parameter is stepped exactly once and has a gradient.
+
+        `optimizer` is an optimizer, a list of them, or a function of the model.
+        """
+        __tracebackhide__ = True
+        from ensembles.checks.coverage import assert_optimizer_complete
+
+        assert_optimizer_complete(self.measure(model, optimizer, batch, outputs=outputs, loss=loss))
+
+
+@pytest.fixture
+def optimizer_coverage() -> CoverageFixture:
+    """Promises that training reaches every trainable parameter, and steps each exactly once.
+
+    Catches parameters in no group or in two, an optimizer that is older than the model, members
+    in a Python list, `nn.Parameter(...).to(device)`, branches cut by detach or no_grad, and
+    `module.requires_grad = False`. Zero-initialised branches and dead ReLUs are no findings.
+
+    Example::
+
+        def test_everything_is_trained(optimizer_coverage):
+            model = resnet18()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            optimizer_coverage.assert_complete(model, optimizer, torch.randn(4, 3, 32, 32))
+
+    Prints on failure::
+
+        training is claimed to reach every trainable parameter exactly once, and does not
+
+          model.fc.weight                      missing:   in no group
+          optimizer 0, group 0, position 60    stale:     shape (1000, 512), not in the model
+          ...
+    """
+    return CoverageFixture()
 
 
 class GraphFixture:

@@ -15,6 +15,8 @@ import pytest
 from ensembles import message
 from ensembles.fixtures import (  # noqa: F401  (pytest finds fixtures by name in a plugin)
     autograd_graph,
+    gradient_coupling,
+    optimizer_coverage,
     ownership_map,
     parameter_sharing,
 )
