@@ -71,4 +71,4 @@ def test_the_fixtures_assertions_say_what_they_check():
         for name, method in inspect.getmembers(fixture, inspect.isfunction):
             if name.startswith("assert_"):
                 assert method.__doc__, f"{fixture.__name__}.{name}"
-                assert method.__doc__.startswith("Checks that "), f"{fixture.__name__}.{name}"
+                assert method.__doc__.startswith("Checks "), f"{fixture.__name__}.{name}"

@@ -45,7 +45,10 @@ def preserved(model: Model) -> Iterator[None]:
         for tensor in (*parameters.values(), *buffers.values())
         if tensor is not None
     }
-    saved = [(t, t.grad, t.requires_grad, t.data, t.detach().clone()) for t in tensors.values()]
+    saved = [
+        (t, t.grad if t.is_leaf else None, t.requires_grad, t.data, t.detach().clone())
+        for t in tensors.values()
+    ]
     generators = _generators()
     for tensor in tensors.values():
         if tensor.is_leaf:
@@ -55,12 +58,14 @@ def preserved(model: Model) -> Iterator[None]:
     finally:
         for module, mode, (parameters, buffers) in zip(modules, modes, registers, strict=True):
             module.training = mode
+            module._parameters.clear()
             module._parameters.update(parameters)
+            module._buffers.clear()
             module._buffers.update(buffers)
         with torch.no_grad():
             for tensor, grad, requires_grad, memory, values in saved:
-                memory.copy_(values)
-                if tensor.data.untyped_storage()._cdata != memory.untyped_storage()._cdata:
+                _unexpanded(memory).copy_(_unexpanded(values, like=memory))
+                if _layout(tensor) != _layout(memory):
                     tensor.data = memory
                 if tensor.is_leaf:
                     tensor.requires_grad_(requires_grad)
@@ -132,13 +137,27 @@ def parameters_kept(model: Model) -> Iterator[None]:
             )
 
 
-def _fingerprint(parameter: Tensor) -> tuple[int, int]:
-    """Address and a sum over the bits: cheap, and any single changed element changes it."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+def _unexpanded(tensor: Tensor, *, like: Tensor | None = None) -> Tensor:
+    """Without the repeats of an expanded tensor, which cannot be written to."""
+    strides = (tensor if like is None else like).stride() if tensor.ndim else ()
+    return tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in strides)]
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    data = tensor.detach()
+    storage = data.untyped_storage()._cdata
+    return storage, data.storage_offset(), data.shape, data.stride(), data.dtype
+
+
+def _fingerprint(parameter: Tensor) -> tuple[int, int, int]:
+    """Address and two sums over the bits: cheap, and a changed or moved element changes it."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     data = parameter.detach()
     if data.is_complex():
         data = torch.view_as_real(data)
-    return data.data_ptr(), int(data.view(bits[data.element_size()]).sum(dtype=torch.int64))
+    bits = data.view(kinds[data.element_size()]).flatten().long()
+    places = torch.arange(1, bits.numel() + 1, device=bits.device)
+    return data.data_ptr(), int(bits.sum()), int(bits.mul(places).sum())
 
 
 def _generators() -> dict[str, Any]:

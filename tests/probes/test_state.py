@@ -1,0 +1,234 @@
+import random
+import re
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from ensembles.probes.state import (
+    generators_kept,
+    parameters_kept,
+    preserved,
+    seed_generators,
+)
+
+
+def network() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2))
+    model[3].eval()
+    model(torch.randn(5, 3)).sum().backward()
+    return model
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    """Every value of a module, and of its gradients, bit by bit."""
+    values = dict(model.state_dict())
+    values |= {f"{n}.grad": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {name: value.numpy().tobytes() for name, value in values.items()}
+
+
+def fail_after_a_step(model: nn.Module) -> None:
+    train_a_step(model)
+    raise RuntimeError("out of memory")
+
+
+def train_a_step(model: nn.Module) -> None:
+    model.train()
+    model(torch.randn(5, 3)).square().sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1, momentum=0.9).step()
+
+
+# --- preserved ----------------------------------------------------------------------------------
+
+
+def test_a_training_step_inside_leaves_every_bit_as_it_was():
+    model = network()
+    before = bits(model)
+    with preserved(model):
+        train_a_step(model)
+        assert bits(model) != before
+    assert bits(model) == before
+
+
+def test_modes_come_back_module_by_module():
+    model = network()
+    with preserved(model):
+        model.train()
+    assert [m.training for m in model] == [True, True, True, False]
+
+
+def test_gradients_are_absent_inside_and_the_same_objects_afterwards():
+    model = network()
+    gradients = [p.grad for p in model.parameters()]
+    with preserved(model):
+        assert [p.grad for p in model.parameters()] == [None] * 6
+        train_a_step(model)
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+def test_an_absent_gradient_stays_absent():
+    model = nn.Linear(3, 4)
+    with preserved(model):
+        train_a_step(model)
+    assert model.weight.grad is None
+
+
+def test_a_frozen_parameter_stays_frozen():
+    model = network()
+    model[0].weight.requires_grad_(False)
+    with preserved(model):
+        model.requires_grad_(True)
+        model[3].bias.requires_grad_(False)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["0.weight"]
+
+
+def test_replaced_and_added_tensors_give_way_to_the_old_objects():
+    model = network()
+    weight, mean = model[0].weight, model[1].running_mean
+    names = list(model.state_dict())
+    before = bits(model)
+    with preserved(model):
+        model[0].weight = nn.Parameter(torch.zeros(4, 3))
+        model[1].running_mean = torch.ones(4)
+        model[3].register_buffer("calls", torch.ones(1))
+        del model[3].bias
+    assert model[0].weight is weight
+    assert model[1].running_mean is mean
+    assert list(model.state_dict()) == names
+    assert bits(model) == before
+
+
+def test_a_conversion_inside_is_undone_in_the_same_memory():
+    model = network()
+    address = model[0].weight.data_ptr()
+    before = bits(model)
+    with preserved(model):
+        model.double()
+        model[3].weight.data = model[3].weight.data[:1]
+    assert bits(model) == before
+    assert model[0].weight.data_ptr() == address
+    assert model[3].weight.shape == (2, 4)
+
+
+def test_ties_and_views_survive():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    model.register_buffer("rows", model[0].weight.detach()[1:3])
+    before = bits(model)
+    with preserved(model):
+        train_a_step(nn.Sequential(nn.Linear(3, 4), model))
+    assert bits(model) == before
+    assert model[1].weight is model[0].weight
+    with torch.no_grad():
+        model[0].weight.fill_(7)
+    assert torch.equal(model.rows, torch.full((2, 4), 7.0))
+
+
+def test_an_expanded_buffer_comes_back():
+    model = nn.Linear(2, 2)
+    model.register_buffer("scale", torch.full((1, 3), 2.0).expand(4, 3))
+    model.register_buffer("count", torch.zeros(()))
+    with preserved(model):
+        model.scale[0].zero_()
+        model.count.add_(1)
+    assert torch.equal(model.scale, torch.full((4, 3), 2.0))
+    assert model.scale.stride() == (0, 1)
+    assert model.count == 0
+
+
+def test_values_that_are_not_numbers_come_back():
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[float("nan"), -0.0], [float("inf"), 1.0]]))
+    before = bits(model)
+    with preserved(model), torch.no_grad():
+        model.weight.zero_()
+    assert bits(model) == before
+
+
+def test_everything_comes_back_after_an_exception():
+    model = network()
+    before, state = bits(model), torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="^out of memory$"), preserved(model):
+        fail_after_a_step(model)
+    assert bits(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model[3].training
+
+
+def test_members_that_share_a_module_come_back():
+    shared = network()
+    before = bits(shared)
+    with preserved({"a": shared, "b": nn.Sequential(shared)}):
+        train_a_step(shared)
+    assert bits(shared) == before
+
+
+# --- random generators --------------------------------------------------------------------------
+
+
+def drawn() -> tuple[float, float, float]:
+    return random.random(), float(numpy.random.rand()), float(torch.rand(()))
+
+
+@pytest.mark.parametrize(
+    "block", [lambda: preserved(nn.ReLU()), generators_kept], ids=["preserved", "generators_kept"]
+)
+def test_all_random_generators_continue_where_they_were(block):
+    seed_generators(3)
+    expected = drawn()
+    seed_generators(3)
+    with block():
+        drawn()
+        seed_generators(4)
+    assert drawn() == expected
+
+
+def test_a_seed_larger_than_numpy_takes_is_accepted():
+    with generators_kept():
+        seed_generators(2**40 + 1)
+        first = drawn()
+        seed_generators(2**40 + 1)
+        assert drawn() == first
+
+
+# --- parameters kept ----------------------------------------------------------------------------
+
+
+def changed_value(layer: nn.Linear) -> None:
+    layer.weight.data[1, 2] = 9.0
+
+
+def changed_last_bit(layer: nn.Linear) -> None:
+    layer.weight.data[1, 2] = torch.nextafter(layer.weight.data[1, 2], torch.tensor(9.0))
+
+
+def swapped_elements(layer: nn.Linear) -> None:
+    layer.weight.data.copy_(layer.weight.data.flip(0))
+
+
+def moved_elsewhere(layer: nn.Linear) -> None:
+    layer.weight.data = layer.weight.data.clone()
+
+
+@pytest.mark.parametrize(
+    "change", [changed_value, changed_last_bit, swapped_elements, moved_elsewhere]
+)
+def test_a_call_that_changes_a_parameter_is_refused(change):
+    model = nn.Sequential(nn.ReLU(), nn.Linear(3, 2))
+    told = "calling the model changes its own parameter member.1.weight, so that what is measured"
+    with pytest.raises(ValueError, match=re.escape(told)), parameters_kept({"member": model}):
+        change(model[1])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64], ids=str
+)
+def test_a_call_that_changes_nothing_is_accepted(dtype):
+    model = nn.Linear(3, 2, dtype=dtype)
+    before = model.weight.detach().clone()
+    with parameters_kept(model):
+        model(torch.ones(1, 3, dtype=dtype))
+    assert torch.equal(model.weight, before)
