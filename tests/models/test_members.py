@@ -83,7 +83,7 @@ class TestEnsemble:
         one = network()
         with pytest.raises(
             ValueError,
-            match=r"^members 0, 1, 2 are one module: build each member anew, or use NStreams\(network, 3\)",
+            match=r"^members 0, 1, 2 are one module: build each member anew, or use NStr",
         ):
             Ensemble.of(lambda: one, 3)
 
@@ -213,5 +213,5 @@ class TestNStreams:
         assert repr(NStreams(nn.ReLU(), 3)) == "NStreams(\n  streams=3\n  (network): ReLU()\n)"
 
     def test_less_than_one_stream_is_refused(self):
-        with pytest.raises(ValueError, match="^streams must be at least 1, got 0$"):
+        with pytest.raises(ValueError, match=r"^streams must be at least 1, got 0$"):
             NStreams(network(), 0)
