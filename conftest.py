@@ -1,6 +1,12 @@
 """What every test and doctest of the project starts from."""
 
+import os
+
 import pytest
+
+# Small networks on shared cores: two threads that wait for each other cost up to twenty times
+# what one costs. Set before torch is imported, so that subprocesses have it too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["pytester"]  # runs the plugin in a pytest of its own, as a user would see it
 

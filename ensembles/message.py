@@ -9,9 +9,12 @@ import os
 from collections.abc import Sequence, Sized
 from contextvars import ContextVar
 from shlex import quote as quoted
+from textwrap import wrap
 
 SHOWN_ROWS = 8
 """Rows of a table before it is capped: a message fits on one screen."""
+
+PROSE_WIDTH = 92
 
 DEFAULT_SEED = 1729
 
@@ -55,7 +58,9 @@ def broken(
     hidden = len(rows) - len(shown)
     table = aligned(shown)
     table.append(f"... {hidden} more ({total})" if hidden else f"({total})")
-    lines = [claim, "", *(f"  {line}" for line in table), "", f"  {meaning}", f"  {remedy}"]
+    told = [line for text in (meaning, remedy) for line in wrap(text, PROSE_WIDTH)]
+    lines = [claim, "", *(f"  {line}" for line in [*table, "", *told])]
+    lines = [line.rstrip() for line in lines]
     command = replay()
     return "\n".join([*lines, f"  {command}"] if command else lines)
 

@@ -59,7 +59,7 @@ class Probe:
     Attributes:
         outputs: Member name to its output tensors.
         parameters: Qualified name ("<member>.<name>", member "model" for one module) to tensor;
-            a tied parameter once, under its first name.
+            a tied parameter once, under its first name. Frozen masks are left out.
         lookups: Names of parameters that are read by index (embeddings): rows that the batch does
             not name are not reached, and that says nothing about them.
     """
@@ -150,7 +150,6 @@ def probing(
         modules = named_modules_of(model)
         for module in modules.values():
             module.train(training)
-        parameters = _parameters(modules)
         found: dict[str, tuple[Tensor, ...]] = {}
         for gain in GAINS:
             torch.manual_seed(seed.get())
@@ -173,6 +172,7 @@ def probing(
                 "under no_grad or detaches. Influence cannot be followed; enable gradients."
             )
         lookups = _make_transparent(found)
+        parameters = _parameters(modules)
         names = {id(parameter): name for name, parameter in parameters.items()}
         yield Probe(found, parameters, frozenset(names[i] for i in lookups if i in names))
 
@@ -181,7 +181,8 @@ def _parameters(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     named: dict[int, tuple[str, Tensor]] = {}
     for member, module in modules.items():
         for name, parameter in module.named_parameters():
-            named.setdefault(id(parameter), (f"{member}.{name}", parameter))
+            if parameter.requires_grad:  # all but frozen masks
+                named.setdefault(id(parameter), (f"{member}.{name}", parameter))
     return dict(named.values())
 
 
