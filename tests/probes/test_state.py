@@ -151,7 +151,7 @@ def test_values_that_are_not_numbers_come_back():
 def test_everything_comes_back_after_an_exception():
     model = network()
     before, state = bits(model), torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="^out of memory$"), preserved(model):
+    with pytest.raises(RuntimeError, match=r"^out of memory$"), preserved(model):
         fail_after_a_step(model)
     assert bits(model) == before
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,108 @@
+import re
+
+import pytest
+
+from ensembles import message
+
+PARTS = {"total": "9 of 9", "meaning": "It trains one network.", "remedy": "Build each anew."}
+
+
+@pytest.fixture
+def told_outside(monkeypatch):
+    """The lines of a message, as a script would see them."""
+
+    def told(count: int) -> list[str]:
+        monkeypatch.delenv("PYTEST_CURRENT_TEST")
+        return message.broken("A claim.", rows(count), **PARTS).splitlines()
+
+    return told
+
+
+@pytest.fixture
+def in_test(monkeypatch):
+    def enter(name: str) -> None:
+        monkeypatch.setenv("PYTEST_CURRENT_TEST", f"{name} (call)")
+
+    return enter
+
+
+def rows(count: int) -> list[tuple[str, str]]:
+    return [(f"layer{i}.weight", "one tensor in members 0, 1") for i in range(count)]
+
+
+def test_a_table_that_fits_is_whole(told_outside):
+    lines = told_outside(8)
+    assert lines[0] == "A claim."
+    assert lines[2:11] == [
+        *(f"  layer{i}.weight   one tensor in members 0, 1" for i in range(8)),
+        "  (9 of 9)",
+    ]
+
+
+def test_a_long_table_is_capped_and_says_so(told_outside):
+    lines = told_outside(9)
+    assert lines[2:] == [
+        *(f"  layer{i}.weight   one tensor in members 0, 1" for i in range(8)),
+        "  ... 1 more (9 of 9)",
+        "",
+        "  It trains one network.",
+        "  Build each anew.",
+    ]
+
+
+def test_the_replay_is_the_last_line_and_quotes_what_a_shell_would_read(in_test):
+    in_test("tests/test_model.py::test_members[vgg 11]")
+    last = message.broken("A claim.", rows(1), **PARTS).splitlines()[-1]
+    assert last == "  replay: pytest 'tests/test_model.py::test_members[vgg 11]' " + (
+        "--ensembles-seed=1729"
+    )
+
+
+def test_the_replay_has_the_present_seed(in_test):
+    in_test("test_model.py::test_members")
+    token = message.seed.set(5)
+    assert message.replay() == "replay: pytest test_model.py::test_members --ensembles-seed=5"
+    message.seed.reset(token)
+
+
+@pytest.mark.parametrize("file", ["", "../lib/python3.11/site-packages/ensembles/suite.py"])
+def test_the_gate_is_replayed_by_its_import_name_and_with_its_subject(in_test, file):
+    in_test(f"{file}::test_claim[zoo-sharing]")
+    token = message.subject.set("zoo:my models")
+    assert message.replay() == (
+        "replay: pytest --pyargs 'ensembles.suite::test_claim[zoo-sharing]' "
+        "--ensembles-subject='zoo:my models' --ensembles-seed=1729"
+    )
+    message.subject.reset(token)
+
+
+def test_another_tests_replay_names_no_subject(in_test):
+    in_test("test_model.py::test_members")
+    token = message.subject.set("zoo:models")
+    assert "--ensembles-subject" not in message.replay()
+    message.subject.reset(token)
+
+
+def test_there_is_no_replay_outside_a_test(told_outside):
+    assert told_outside(1)[-1] == "  Build each anew."
+    assert message.replay() == ""
+
+
+def test_columns_without_rows_are_no_lines():
+    assert message.aligned([]) == []
+
+
+def test_rows_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match=re.escape("zip() argument 2 is shorter than argument 1")):
+        message.aligned([("a",), ("b", "c")])
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (6, "0, 1, 2, 3, 4, 5"),
+        (7, "0, 1, 2, 3, 4, 5 and 1 more"),
+    ],
+)
+def test_names_are_capped_after_six(count, text):
+    assert message.listed([str(i) for i in range(count)]) == text
