@@ -1,0 +1,358 @@
+import re
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from ensembles.conformance import (
+    CHECKS,
+    DEFAULT_ENSEMBLE_CLAIMS,
+    DEFAULT_MODULE_CLAIMS,
+    as_subject,
+    check_ensemble,
+    checks_for,
+    parametrize_with_checks,
+    resolve,
+)
+from ensembles.probes.state import generators_kept
+from ensembles.subject import Subject
+
+LEFT, RIGHT = nn.Linear(4, 2), nn.Linear(4, 2)
+
+
+def pair() -> list[nn.Module]:
+    return [nn.Linear(4, 2), nn.Linear(4, 2)]
+
+
+def of(results, check: str):
+    (found,) = (result for result in results if result.check == check)
+    return found
+
+
+# --- what a subject claims ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("thing", "claims"),
+    [
+        ([LEFT, RIGHT], DEFAULT_ENSEMBLE_CLAIMS),
+        ({"a": LEFT, "b": RIGHT}, DEFAULT_ENSEMBLE_CLAIMS),
+        (nn.ModuleList([LEFT, RIGHT]), DEFAULT_ENSEMBLE_CLAIMS),
+        (pair, DEFAULT_ENSEMBLE_CLAIMS),
+        (LEFT, DEFAULT_MODULE_CLAIMS),
+        ([LEFT], DEFAULT_MODULE_CLAIMS),
+        (nn.Sequential(LEFT, RIGHT), DEFAULT_MODULE_CLAIMS),
+        (lambda: LEFT, DEFAULT_MODULE_CLAIMS),
+        (Subject(make=pair), {}),
+        (lambda: Subject(make=pair, claims={"sharing": "tied"}), {"sharing": "tied"}),
+    ],
+    ids=[
+        *("list", "dict", "module_list", "factory_of_list", "module", "list_of_one", "sequential"),
+        *("factory_of_module", "subject", "factory_of_subject"),
+    ],
+)
+def test_what_is_claimed_by_default(thing, claims):
+    assert dict(as_subject(thing).claims) == dict(claims)
+
+
+def test_every_check_is_bound_and_says_whether_it_is_claimed():
+    bound = list(checks_for(Subject(make=pair, claims={"sharing": "independent"})))
+    assert [b.check.name for b in bound] == list(CHECKS)
+    assert [b.check.name for b in bound if b.claimed] == ["sharing"]
+
+
+def test_default_claims_hold_for_healthy_members():
+    results = check_ensemble(pair)
+    assert results.held
+    assert [r.check for r in results if r.status == "held"] == list(DEFAULT_ENSEMBLE_CLAIMS)
+
+
+def test_default_claims_are_broken_by_one_module_twice():
+    results = check_ensemble([LEFT, LEFT])
+    assert not results.held
+    assert of(results, "sharing").status == of(results, "ownership").status == "broken"
+
+
+def test_nothing_claimed_is_not_held():
+    results = check_ensemble(Subject(make=pair))
+    assert {result.status for result in results} == {"not claimed"}
+    assert not results.held
+
+
+def test_what_is_not_claimed_is_skipped_and_never_passed():
+    (bound, *_) = checks_for(Subject(make=pair, name="pair"))
+    with pytest.raises(pytest.skip.Exception, match=r"^pair does not claim sharing$"):
+        bound()
+
+
+def test_an_unknown_claim_is_refused():
+    with pytest.raises(ValueError, match=r"subject 'pair' claims 'shraing', and there is no such"):
+        check_ensemble(Subject(make=pair, claims={"shraing": "independent"}))
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+def test_results_print_as_a_table_with_the_messages_below():
+    text = str(check_ensemble(Subject(make=lambda: [LEFT, LEFT], claims={"sharing": "tied"})))
+    first, *others = text.splitlines()
+    assert re.fullmatch(r"sharing +held +2 members, 4 parameters and buffers, 2 pieces .*", first)
+    assert [line.split() for line in others] == [
+        [name, "not", "claimed"] for name in CHECKS if name != "sharing"
+    ]
+    text = str(check_ensemble(Subject(make=pair, claims={"sharing": "tied"})))
+    assert "\n\nmembers 0, 1 are claimed to share *, and do not\n\n" in text
+
+
+def test_a_failing_check_does_not_keep_the_others_from_running():
+    def optimizer(model):
+        raise MemoryError("no room")
+
+    subject = Subject(
+        make=pair,
+        batch=lambda: torch.randn(3, 4),
+        optimizer=optimizer,
+        claims={"coverage": "complete", "coupling": "independent", "sharing": "independent"},
+    )
+    results = check_ensemble(subject)
+    assert of(results, "sharing").status == "held"
+    assert of(results, "coverage").status == of(results, "coupling").status == "error"
+
+
+def test_any_error_of_a_check_names_its_type(monkeypatch):
+    def fails(subject, model, claim):
+        raise KeyError("weight")
+
+    monkeypatch.setitem(CHECKS, "sharing", type(CHECKS["sharing"])("sharing", "", fails))
+    found = of(check_ensemble(LEFT), "sharing")
+    assert (found.status, found.message) == ("error", "KeyError: 'weight'")
+
+
+def test_an_assertion_without_a_text_is_told_by_its_type(monkeypatch):
+    def fails(subject, model, claim):
+        raise AssertionError
+
+    monkeypatch.setitem(CHECKS, "sharing", type(CHECKS["sharing"])("sharing", "", fails))
+    found = of(check_ensemble(LEFT), "sharing")
+    assert (found.status, found.message) == ("broken", "AssertionError: ")
+
+
+# --- seeds and generators -----------------------------------------------------------------------
+
+
+def test_every_check_gets_a_model_made_anew_under_the_seed():
+    made = []
+
+    def make():
+        made.append(pair())
+        return made[-1]
+
+    subject = Subject(
+        make=make, batch=lambda: torch.ones(1, 4), claims=dict(DEFAULT_ENSEMBLE_CLAIMS)
+    )
+    check_ensemble(subject, seed=5)
+    check_ensemble(subject, seed=6)
+    assert len(made) == 2 * len(DEFAULT_ENSEMBLE_CLAIMS)
+    first, second, last = made[0], made[1], made[-1]
+    assert first[0] is not second[0]
+    assert torch.equal(first[0].weight, second[0].weight)
+    assert not torch.equal(first[0].weight, last[0].weight)
+
+
+def test_the_callers_random_generators_are_as_before():
+    def drawn():
+        return float(torch.rand(())), float(numpy.random.rand())
+
+    with generators_kept():
+        expected = drawn()
+    with generators_kept():
+        check_ensemble(pair)
+        assert drawn() == expected
+
+
+def test_the_users_model_is_as_before():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    other = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert check_ensemble([model, other]).held
+    assert all(p.grad is None for p in model.parameters())
+    assert all(m.training for m in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+# --- parametrize --------------------------------------------------------------------------------
+
+
+def test_tests_are_named_by_subject_and_check():
+    mark = parametrize_with_checks([Subject(make=pair, name="two"), LEFT]).mark
+    assert [p.id for p in mark.args[1]] == [f"{s}-{c}" for s in ("two", "subject1") for c in CHECKS]
+
+
+def test_no_subjects_are_refused():
+    with pytest.raises(ValueError, match="got no subjects: there is nothing to check"):
+        parametrize_with_checks([])
+
+
+def test_subjects_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="2 subjects are named 'pair': reports could not tell"):
+        parametrize_with_checks([Subject(make=pair), pair])
+
+
+def test_an_expected_failure_of_an_unknown_check_is_refused():
+    with pytest.raises(
+        ValueError, match=r"^expected_failures names 'shraing', and there is no such check\. Checks"
+    ):
+        parametrize_with_checks([LEFT], expected_failures={"shraing": "known"})
+
+
+def test_only_claims_are_expected_to_fail():
+    subject = Subject(make=pair, name="two", claims={"sharing": "tied"})
+    expected = dict.fromkeys(CHECKS, "known")
+    (_, params) = parametrize_with_checks([subject], expected_failures=expected).args
+    failing = [p.id for p in params if any(m.name == "xfail" for m in p.marks)]
+    assert failing == ["two-sharing"]
+    (mark,) = (m for m in params[0].marks if m.name == "xfail")
+    assert mark.kwargs == {"reason": "known", "strict": True}
+
+
+# --- paths --------------------------------------------------------------------------------------
+
+
+def test_a_path_may_lead_into_a_class():
+    assert resolve("torch.nn:modules.activation.ReLU").name == "ReLU"
+
+
+def test_a_module_that_fails_when_imported_is_refused_with_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "half_written.py").write_text("def model(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    told = "cannot import 'half_written' for the subject 'half_written:model': SyntaxError: "
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}"):
+        resolve("half_written:model")
+
+
+# --- bad input: each with a clear error that names the place ------------------------------------
+
+
+class Layered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Restless(Layered):
+    def forward(self, x):
+        with torch.no_grad():
+            self.layer.weight.add_(1.0)
+        return self.layer(x)
+
+
+class Speaking(Layered):
+    def forward(self, x):
+        return "a cat"
+
+
+class Failing(Layered):
+    def forward(self, x):
+        raise KeyError("mask")
+
+
+class HalfOnMeta(Layered):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(2, 2, device="meta")
+
+
+class WithTable(Layered):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.arange(3), requires_grad=False)
+
+
+class WithComplex(Layered):
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+
+class WithNaN(Layered):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer.weight.data[0, 1:3] = float("nan")
+
+
+BAD = {
+    Restless: "calling the model changes its own parameter 1.layer.weight, so that what is "
+    "measured depends on how often it was called.",
+    Speaking: "the output of member 1 is an object of type str, and holds no floating tensor.",
+    Failing: "calling member 1 (Failing) on the batch (3, 4) torch.float32 on cpu raised "
+    "KeyError: 'mask'.",
+    HalfOnMeta: "parameter 1.head.weight is on the meta device, and this check computes with "
+    "numbers.",
+    WithTable: "parameter 1.table has dtype torch.int64, and this check needs real floating "
+    "parameters.",
+    WithComplex: "parameter 1.phase has dtype torch.complex64, and this check needs real floating "
+    "parameters.",
+    WithNaN: "parameter 1.layer.weight holds NaN or infinity in 2 of 8 elements.",
+    nn.LazyLinear: "parameter 1.weight is lazy and has no shape yet.",
+}
+NUMERIC = {"ownership": "independent", "coupling": "independent", "coverage": "complete"}
+
+
+def optimizer(members) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for member in members for p in member.parameters()], 0.1)
+
+
+def total(outputs) -> torch.Tensor:
+    return sum(output.square().sum() for output in outputs.values())
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.__name__)
+def test_bad_input_is_an_error_that_names_the_place(bad):
+    subject = Subject(
+        make=lambda: [Layered(), bad(2) if bad is nn.LazyLinear else bad()],
+        batch=lambda: torch.randn(3, 4),
+        optimizer=optimizer,
+        loss=total,
+        claims=NUMERIC,
+    )
+    found = {r.check: (r.status, r.message[: len(BAD[bad])]) for r in check_ensemble(subject)}
+    assert {name: found[name] for name in NUMERIC} == dict.fromkeys(NUMERIC, ("error", BAD[bad]))
+
+
+@pytest.mark.parametrize("check", NUMERIC)
+def test_a_batch_on_another_device_is_an_error_that_names_both(check):
+    subject = Subject(
+        make=lambda: [Layered(), Layered()],
+        batch=lambda: torch.randn(3, 4, device="meta"),
+        optimizer=optimizer,
+        loss=total,
+        claims={check: NUMERIC[check]},
+    )
+    found = of(check_ensemble(subject), check)
+    assert found.status == "error"
+    assert "on the batch (3, 4) torch.float32 on meta" in found.message
+    assert "Several devices are in use: " in found.message
+    assert "cpu holds layer.weight; meta holds the batch." in found.message
+
+
+@pytest.mark.parametrize("check", NUMERIC)
+def test_members_that_do_not_exist_are_an_error(check):
+    subject = Subject(
+        make=Layered,
+        batch=lambda: torch.randn(3, 4),
+        outputs=lambda output: output.heads,
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), 0.1),
+        loss=total,
+        claims={check: NUMERIC[check]},
+    )
+    found = of(check_ensemble(subject), check)
+    assert found.status == "error"
+    assert found.message.startswith(
+        "outputs=... raised AttributeError: 'Tensor' object has no attribute 'heads' for what the "
+        "model returned, a tensor of dtype torch.float32 and shape "
+    )
