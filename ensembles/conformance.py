@@ -131,17 +131,15 @@ def _batch(subject: Subject) -> Any:
 
 
 def _run_graph(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
     if not isinstance(claim, (str, Path)):
         words = ["the text of a recorded graph", "a pathlib.Path of its file"]
         raise _unknown_claim("graph", claim, words)
-    text = graph.recorded_text(claim)
+    recorded = graph.RecordedGraph.of(claim)
     measured = graph.measure_autograd_graph(
-        model,
-        _batch(subject),
-        outputs=subject.outputs,
-        training=graph.recorded_in_training(text),
+        model, _batch(subject), outputs=subject.outputs, training=recorded.training
     )
-    graph.assert_graph_equal(measured, text)
+    graph.assert_graph_equal(measured, recorded.text)
     return measured
 
 

@@ -46,11 +46,10 @@ __all__ = [
     "AutogradGraph",
     "Leaf",
     "Operation",
+    "RecordedGraph",
     "assert_graph_equal",
     "draw_autograd_graph",
     "measure_autograd_graph",
-    "recorded_in_training",
-    "recorded_text",
 ]
 
 
@@ -165,6 +164,55 @@ class AutogradGraph:
         return f"member{'s' if len(members) > 1 else ''} {', '.join(members)}"
 
 
+@dataclass(frozen=True)
+class RecordedGraph:
+    """A golden: the text of a graph as it was recorded.
+
+    Attributes:
+        text: `str` of an `AutogradGraph`.
+    """
+
+    text: str
+
+    @property
+    def training(self) -> bool:
+        """Whether the model was called in training mode."""
+        return self.text.lstrip().startswith(_title(training=True))
+
+    @classmethod
+    def of(cls, golden: str | Path) -> RecordedGraph:
+        """Reads and checks a golden.
+
+        Args:
+            golden: The text, or the path of a file that holds it.
+
+        Raises:
+            ValueError: If the file is missing, or the text is no recorded graph.
+
+        Example:
+            >>> RecordedGraph.of("ReLU")
+            Traceback (most recent call last):
+            ValueError: the golden is no recorded graph: it starts with 'ReLU', ...
+        """
+        text, name = golden, "the golden"
+        if isinstance(golden, Path):
+            if not golden.is_file():
+                raise ValueError(
+                    f"there is no recorded graph at {golden}. Record it once, from a model that is "
+                    "right: pathlib.Path(...).write_text(str(measure_autograd_graph(model, "
+                    "batch))), or run a test with autograd_graph.assert_recorded."
+                )
+            text, name = golden.read_text(encoding="utf-8"), str(golden)
+        if not isinstance(text, str) or not text.lstrip().startswith(_TITLE):
+            shown = repr(text[:40]) if isinstance(text, str) else type(text).__name__
+            raise ValueError(
+                f"{name} is no recorded graph: it starts with {shown}, not with {_TITLE!r}. Give "
+                "str(measure_autograd_graph(model, batch)) of a model that is right, or the "
+                "pathlib.Path of a file that holds it."
+            )
+        return cls(text)
+
+
 def measure_autograd_graph(
     model: Model, batch: Any, *, outputs: Outputs | None = None, training: bool = False
 ) -> AutogradGraph:
@@ -219,44 +267,6 @@ def measure_autograd_graph(
         return _Canonical(model, batch, results).graph(training)
 
 
-def recorded_text(golden: str | Path) -> str:
-    """The text of a golden: itself, or what its file holds.
-
-    Args:
-        golden: `str` of an `AutogradGraph`, or the path of a file with it.
-
-    Raises:
-        ValueError: If the file is missing, or the text is no recorded graph.
-
-    Example:
-        >>> recorded_text("ReLU")
-        Traceback (most recent call last):
-        ValueError: the golden is no recorded graph: it starts with 'ReLU', ...
-    """
-    text, name = golden, "the golden"
-    if isinstance(golden, Path):
-        if not golden.is_file():
-            raise ValueError(
-                f"there is no recorded graph at {golden}. Record it once, from a model that is "
-                "right: pathlib.Path(...).write_text(str(measure_autograd_graph(model, batch))), "
-                "or run a test with autograd_graph.assert_recorded."
-            )
-        text, name = golden.read_text(encoding="utf-8"), str(golden)
-    if not isinstance(text, str) or not text.lstrip().startswith(_TITLE):
-        shown = repr(text[:40]) if isinstance(text, str) else type(text).__name__
-        raise ValueError(
-            f"{name} is no recorded graph: it starts with {shown}, not with {_TITLE!r}. Give "
-            "str(measure_autograd_graph(model, batch)) of a model that is right, or the "
-            "pathlib.Path of a file that holds it."
-        )
-    return text
-
-
-def recorded_in_training(text: str) -> bool:
-    """Whether a recorded graph is of a call in training mode."""
-    return text.lstrip().startswith(_title(training=True))
-
-
 def assert_graph_equal(graph: AutogradGraph, expected_text: str | Path) -> None:
     """Checks that a graph is the recorded one.
 
@@ -274,28 +284,27 @@ def assert_graph_equal(graph: AutogradGraph, expected_text: str | Path) -> None:
         >>> assert_graph_equal(measure_autograd_graph(nn.Linear(3, 2), torch.ones(5, 3)), recorded)
     """
     __tracebackhide__ = True
-    text = recorded_text(expected_text)
-    expected = [line.rstrip() for line in text.strip().splitlines()]
-    found = str(graph).splitlines()
+    recorded = RecordedGraph.of(expected_text)
+    expected = [line.rstrip() for line in recorded.text.splitlines() if line.strip()]
+    found = [line for line in str(graph).splitlines() if line]
     if found == expected:
         return
     # The first line counts operations, and so differs whenever anything does.
-    same_mode = recorded_in_training(text) == graph.training
+    same_mode = recorded.training == graph.training
     skipped = 1 if same_mode and found[1:] != expected[1:] else 0
-    rows = [
-        (f"{line[0]} {line[1:].strip()}",)
-        for line in difflib.unified_diff(expected[skipped:], found[skipped:], n=0, lineterm="")
-        if not line.startswith(("---", "+++", "@@")) and line[1:].strip()
-    ]
-    gone, new = (sum(row[0][0] == sign for row in rows) for sign in "-+")
+    changes = list(_changes(expected[skipped:], found[skipped:]))
+    gone, new = (sum(sign == one for one, _ in changes) for sign in "-+")
+    users = any(" used by " in line for _, line in changes)
     raise AssertionError(
         broken(
             "the autograd graph is claimed to be the recorded one, and is another",
-            rows,
+            [(f"{sign} {line.strip()}",) for sign, line in changes],
             total=f"- recorded: {gone} of {len(expected)} lines; + found: {new} of {len(found)}",
-            meaning="The outputs are computed in another way than when the graph was recorded."
-            if same_mode
-            else "One graph is in training mode and the other at inference.",
+            meaning="One graph is in training mode and the other at inference."
+            if not same_mode
+            else "Parameters are used by other members than when the graph was recorded."
+            if users
+            else "The outputs are computed in another way than when the graph was recorded.",
             remedy="If that was meant, record the graph anew (pytest --force-regen, or write "
             "str(measure_autograd_graph(...)) to the golden file) and review the golden's diff. "
             "If not, begin with the first line above: later lines often only follow from it.",
@@ -314,8 +323,8 @@ def draw_autograd_graph(
 ) -> tuple[Path, Path]:
     """Draws the graph that `measure_autograd_graph` writes down, as PDF and as SVG.
 
-    Drawn by torchviz: parameters are blue and have all of their names, outputs are green. The
-    names of the canonical text are the tool tips of the SVG. The same graph gives the same files.
+    Drawn by torchviz: parameters are blue and have all of their names, outputs are green, and
+    operations have the names of the canonical text. The same graph gives the same files.
 
     Args:
         model: One module, or the members as a list or dict of modules.
@@ -366,6 +375,37 @@ _TITLE = "autograd graph"
 
 def _title(*, training: bool) -> str:
     return f"{_TITLE} {'in training' if training else 'at inference'}"
+
+
+def _changes(expected: Sequence[str], found: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Lines that were recorded ("-") or found ("+") only; what has one name stands together."""
+    before, after = _entries(expected), _entries(found)
+    for _, i, j, m, n in difflib.SequenceMatcher(None, before, after).get_opcodes():
+        gone, new = before[i:j], after[m:n]
+        if gone == new:
+            continue
+        for entry in gone:
+            partner = next((other for other in new if _named(other) == _named(entry)), ())
+            if partner:
+                new.remove(partner)
+            yield from (("-", line) for line in entry if line not in partner)
+            yield from (("+", line) for line in partner if line not in entry)
+        yield from (("+", line) for entry in new for line in entry)
+
+
+def _entries(lines: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every line with the other names that follow a parameter."""
+    entries: list[tuple[str, ...]] = []
+    for line in lines:
+        if entries and line.startswith("    = "):
+            entries[-1] += (line,)
+        else:
+            entries.append((line,))
+    return entries
+
+
+def _named(entry: tuple[str, ...]) -> str:
+    return re.split(r"[ (]", entry[0].strip(), maxsplit=1)[0]
 
 
 # --- the call ------------------------------------------------------------------------------------
@@ -638,10 +678,15 @@ class _Canonical:
     def drawn(self, make_dot: Callable[..., Any]) -> str:
         """Torchviz's drawing as DOT, with canonical names in place of addresses."""
         ids: dict[str, str] = {}
+        labels: dict[str, str] = {}
         for i, fn in enumerate(self.fns):
             leaf = self.leaves.get(i)
-            ids[str(id(fn))] = self.names[i] if leaf is None else f"gradient of {self.names[i]}"
-            if leaf is not None:
+            if leaf is None:
+                ids[str(id(fn))] = self.names[i]
+                shown = " ".join(f"{key}={value}" for key, value in self.attributes[i])
+                labels[str(id(fn))] = "\n".join(filter(None, [self.names[i], shown]))
+            else:
+                ids[str(id(fn))] = f"gradient of {self.names[i]}"
                 ids[str(id(leaf))] = self.names[i]
         ends = [
             (tensor, f"output {member}" + (f" [{number}]" if number else ""))
@@ -649,21 +694,20 @@ class _Canonical:
             for number, tensor in enumerate(tensors)
             if tensor.requires_grad
         ]
-        shown = {name: tensor for tensor, name in ends}
         for tensor, name in ends:
             ids.setdefault(str(id(tensor)), name)
-        shown |= {"\n".join(names): tensor for tensor, names, _ in self.parameters}
+        named = {name: tensor for tensor, name in ends}
+        named |= {"\n".join(names): tensor for tensor, names, _ in self.parameters}
         limit = sys.getrecursionlimit()
         # Torchviz follows the graph by recursion.
         sys.setrecursionlimit(max(limit, 4 * len(self.fns) + 1000))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # it compares versions so
-                dot = make_dot(tuple(dict.fromkeys(t for t, _ in ends)), params=shown)
+                dot = make_dot(tuple(dict.fromkeys(t for t, _ in ends)), params=named)
         finally:
             sys.setrecursionlimit(limit)
-        lines = [_with_names(line, ids) for line in dot.body]
-        dot.body[:] = lines
+        dot.body[:] = [_with_names(line, ids, labels) for line in dot.body]
         return str(dot.source)
 
     # Every step below fills one attribute, and uses those of the steps before it.
@@ -706,8 +750,9 @@ class _Canonical:
         self.layers: list[_Layer] = []
         for i in range(len(self.fns)):
             if i in self.leaves:
-                (name, *_), _ = self._place(i)
-                rank = self.ranks.get(id(self.leaves[i]), -1)
+                (name, *_), kind = self._place(i)
+                # Last is the batch: it may be near, and is no layer.
+                rank = self.ranks.get(id(self.leaves[i]), -2 if kind == "batch" else -1)
                 self.layers.append(_Layer(0, -rank, name.rpartition(".")[0] or name, self.reach[i]))
                 continue
             near = min((self.layers[e.node] for e in filter(None, self.operands[i])), default=None)
@@ -910,8 +955,8 @@ def _torchviz() -> Callable[..., Any]:
     return make_dot  # type: ignore[no-any-return]
 
 
-def _with_names(line: str, ids: dict[str, str]) -> str:
-    """A statement of DOT with names in place of addresses.
+def _with_names(line: str, ids: dict[str, str], labels: dict[str, str]) -> str:
+    """A statement of DOT with names in place of addresses, and with labels for operations.
 
     Addresses that are not known belong to tensors that torchviz found by itself: those that a
     custom function has saved, and bases of views. They are numbered as they occur.
@@ -922,10 +967,16 @@ def _with_names(line: str, ids: dict[str, str]) -> str:
         address = match.group()
         if address not in ids:
             ids[address] = f"tensor {sum(n.startswith('tensor ') for n in ids.values()) + 1}"
-        escaped = ids[address].replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return _quoted(ids[address])
 
+    if head.strip() in labels:
+        rest = f"label={_quoted(labels[head.strip()])}]\n"
     return re.sub(r"\b\d+\b", named, head) + bracket + rest
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
 
 
 def _rendered(program: str, source: str, form: str) -> bytes:
@@ -941,4 +992,5 @@ def _rendered(program: str, source: str, form: str) -> bytes:
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()
         raise RuntimeError(f"{program} -T{form} failed: {said}")
-    return done.stdout
+    # Graphviz repeats every title as a comment.
+    return re.sub(rb"<!--.*?-->\n?", b"", done.stdout) if form == "svg" else done.stdout
