@@ -14,6 +14,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +67,8 @@ class Moved:
     by: float = field(compare=False)
 
     def __str__(self) -> str:
-        return f"{self.place} by {self.by:.0e}"
+        what = "its gradient of the loss" if self.place == "loss" else self.place
+        return f"{what} by {self.by:.0e}"
 
 
 @dataclass(frozen=True)
@@ -220,13 +222,13 @@ def assert_members_uncoupled(coupling: GradientCoupling) -> None:
         broken(
             f"members {listed(coupling.members)} are claimed to train independently, and "
             + (
-                "the loss couples them"
+                "the loss trains each by what others predict"
                 if kinds == {"loss"}
                 else "a training step on one moves another"
             ),
             [
                 (
-                    f"step on {step}",
+                    f"{'output of' if kinds == {'loss'} else 'step on'} {step}",
                     f"moves {member}:",
                     listed([str(moved) for moved in coupling.places(step, member)], 3),
                 )
@@ -369,6 +371,14 @@ class _Seen:
     outputs: Mapping[str, tuple[Tensor, ...]]
     tensors: Mapping[tuple[str, str], Tensor]
 
+    def copied(self) -> _Seen:
+        """The same values in memory of their own, each tied tensor once."""
+        copies = {id(tensor): tensor.clone() for tensor in self.tensors.values()}
+        return _Seen(
+            {member: tuple(y.clone() for y in ys) for member, ys in self.outputs.items()},
+            {place: copies[id(tensor)] for place, tensor in self.tensors.items()},
+        )
+
 
 class _Bench:
     """The model with what is needed to repeat an experiment on it from the same state."""
@@ -396,7 +406,8 @@ class _Bench:
 
     def control(self) -> _Seen:
         """What is seen without a step; twice, because only a model that repeats can be judged."""
-        first, second = self._unstepped(), self._unstepped()
+        with self._unstepped() as seen:
+            first = seen.copied()
         self.names = list(first.outputs)
         if len(self.names) < 2:
             raise ValueError(
@@ -410,7 +421,9 @@ class _Bench:
                     "step. Nothing can be concluded from it."
                 )
         self._name_holders()
-        for name, place, by in _differences(first, second):
+        with self._unstepped() as second:
+            differences = list(_differences(first, second))
+        for name, place, by in differences:
             raise ValueError(
                 f"the model is not deterministic: {place} of member {name} differs by {by:.0e} "
                 "between two runs from the same state and random numbers, so that what a step "
@@ -434,25 +447,32 @@ class _Bench:
         else:
             self.holders = dict(zip(self.names, self.holders.values(), strict=True))
 
-    def _unstepped(self) -> _Seen:
+    @contextmanager
+    def _unstepped(self) -> Iterator[_Seen]:
         with preserved(self.everything):
             if self.one:
                 with _rewound(), parameters_kept(self.model):
                     self._train_mode(self.model)
                     member_outputs(self.model, fresh(self.batch), outputs=self.outputs)
-            return self._see()
+            with parameters_kept(self.model):
+                seen = self._see()
+            yield seen
 
     def moved_by(self, step: str, control: _Seen) -> Iterator[Moved]:
         """What a step on one member moves of the others."""
-        seen = self._stepped(step)
-        differences = list(_differences(control, seen, but=step))
+        with self._stepped(step) as seen:
+            differences = list(_differences(control, seen, but=step))
         if differences and self.one and self.optimizer is not None:
-            # The part that the same step makes of zero gradients (decay) is no coupling.
-            differences = list(_differences(self._stepped(step, zero=True), seen, but=step))
+            # What the same step makes of zero gradients (decay) is no coupling.
+            with self._stepped(step, zero=True) as seen:
+                drift = seen.copied()
+            with self._stepped(step) as seen:
+                differences = list(_differences(drift, seen, but=step))
         for member, place, by in differences:
             yield Moved(step, member, place, by)
 
-    def _stepped(self, step: str, *, zero: bool = False) -> _Seen:
+    @contextmanager
+    def _stepped(self, step: str, *, zero: bool = False) -> Iterator[_Seen]:
         with preserved(self.everything):
             with _rewound():
                 optimizers = optimizers_of(self.optimizer or _sgd, self.model)
@@ -460,7 +480,7 @@ class _Bench:
                 parameters = list(held.values())
                 model = self.model if self.one else {step: self.called[step]}
                 self._train_mode(model)
-                with parameters_kept(model):
+                with parameters_kept(model) if not self.one else nullcontext():
                     found = member_outputs(model, fresh(self.batch), outputs=self.outputs)
                 if step not in found:
                     raise ValueError(
@@ -476,7 +496,7 @@ class _Bench:
                         parameter.grad = torch.zeros_like(gradient) if zero else wanted
                 for optimizer in optimizers:
                     _step(optimizer)
-            return self._see()
+            yield self._see()
 
     def _checked_step(self, step: str, gradients: Sequence[Tensor | None]) -> None:
         """A step that moves nothing at all would make every member look independent."""
@@ -495,18 +515,17 @@ class _Bench:
             module.train()
 
     def _see(self) -> _Seen:
-        copies: dict[int, Tensor] = {}
-        tensors: dict[tuple[str, str], Tensor] = {}
-        for member, module in self.holders.items():
-            for place, tensor in _registered(module):
-                if id(tensor) not in copies:
-                    copies[id(tensor)] = tensor.detach().clone()
-                tensors[member, place] = copies[id(tensor)]
+        """What the model now yields in eval mode and holds; the tensors are the model's own."""
         for module in self.called.values():
             module.eval()
-        with parameters_kept(self.model):
-            found = member_outputs(self.model, fresh(self.batch), outputs=self.outputs)
-        return _Seen({m: tuple(y.detach().clone() for y in ys) for m, ys in found.items()}, tensors)
+        found = member_outputs(self.model, fresh(self.batch), outputs=self.outputs)
+        held: dict[int, Tensor] = {}
+        tensors = {
+            (member, place): held.setdefault(id(tensor), tensor.detach())
+            for member, module in self.holders.items()
+            for place, tensor in _registered(module)
+        }
+        return _Seen({m: tuple(y.detach() for y in ys) for m, ys in found.items()}, tensors)
 
     # --- the loss
 
@@ -777,8 +796,8 @@ def loss_of(
         )
     if not value.detach().isfinite().all():
         raise ValueError(
-            f"loss={_called(loss)} is {float(value)} for this model and batch. Nothing can be "
-            "concluded from it."
+            f"loss={_called(loss)} is {float(value.detach())} for this model and batch. Nothing "
+            "can be concluded from it."
         )
     return value
 

@@ -233,8 +233,8 @@ def assert_optimizer_complete(coverage: OptimizerCoverage) -> None:
             [(found.place, f"{found.kind}:", found.detail) for found in coverage.findings],
             total=f"{', '.join(counts)}; {counted(coverage.trainable, 'trainable parameter')} "
             "in all",
-            meaning="\n  ".join(_MEANINGS[kind] for kind in kinds),
-            remedy="\n  ".join(_REMEDIES[kind] for kind in kinds),
+            meaning=" ".join(_MEANINGS[kind] for kind in kinds),
+            remedy=" ".join(_REMEDIES[kind] for kind in kinds),
         )
     )
 
