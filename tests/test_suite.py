@@ -122,7 +122,8 @@ def test_a_broken_subject_fails_with_its_message_alone(gate):
         "",
         "  Members 0, 1, 2 are one network: training them trains one model 3 times.",
         "  Usual cause: [model] * n, or a registry that returns the same instance. "
-        "Build each member anew.",
+        "Build each member",
+        "  anew.",
         "  replay: pytest --pyargs 'ensembles.suite::test_claim[repeated-sharing]' "
         "--ensembles-subject=zoo:repeated --ensembles-seed=1729",
     ]

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import count, pairwise
 from typing import NamedTuple
 
@@ -355,6 +356,13 @@ class _Extent(NamedTuple):
         return self.start + sum((size - 1) * stride for size, stride in self.dims) + self.run
 
 
+_HERE = ("relative", 0)
+"""The space of extents that start relative to each other."""
+
+_Piece = tuple[tuple[int, ...], int]
+"""Which extents of a cluster hold a piece of memory, and how many bytes it has."""
+
+
 class _View(NamedTuple):
     place: Place
     extent: _Extent
@@ -396,6 +404,8 @@ def _strided(tensor: Tensor, place: Place) -> list[Tensor]:
 
 def _extent(tensor: Tensor) -> _Extent:
     item = tensor.element_size()
+    if tensor.is_contiguous():
+        return _Extent(*_start(tensor), (), item * tensor.numel())
     dims = sorted(
         (
             (size, stride * item)
@@ -407,13 +417,16 @@ def _extent(tensor: Tensor) -> _Extent:
     run = item
     while dims and dims[-1][1] == run:
         run *= dims.pop()[0]
-    storage = tensor.untyped_storage()
-    offset = int(tensor.storage_offset()) * item
+    return _Extent(*_start(tensor), tuple(dims), run)
+
+
+def _start(tensor: Tensor) -> tuple[tuple[str, int], int]:
+    """The space and the first byte of a tensor."""
     device = tensor.device
     if device.type == "meta":
-        return _Extent(("meta", storage._cdata), offset, tuple(dims), run)
-    space = (device.type, device.index or 0)
-    return _Extent(space, storage.data_ptr() + offset, tuple(dims), run)
+        offset = int(tensor.storage_offset()) * tensor.element_size()
+        return ("meta", tensor.untyped_storage()._cdata), offset
+    return (device.type, device.index or 0), tensor.data_ptr()
 
 
 def _clusters(extents: list[_Extent]) -> Iterator[list[_Extent]]:
@@ -436,8 +449,13 @@ def _pieces(
     """The pieces of memory on which all extents of a cluster agree, with where they rank."""
     if len(cluster) == 1 and len(distinct[cluster[0]]) == 1:
         return  # the common case: a tensor by itself
-    runs_only = not any(extent.dims for extent in cluster)
-    pieces = list(_runs(cluster) if runs_only else _atoms(cluster))
+    cut: Iterable[_Piece]
+    if any(extent.dims for extent in cluster):
+        base = cluster[0].start
+        cut = _atoms(tuple(_Extent(_HERE, e.start - base, e.dims, e.run) for e in cluster))
+    else:
+        cut = _runs(cluster)
+    pieces = [([cluster[i] for i in members], size) for members, size in cut]
     lengths: dict[_Extent, int] = defaultdict(int)
     for extents, size in pieces:
         for extent in extents:
@@ -461,7 +479,7 @@ def _length(extent: _Extent) -> int:
     return extent.run * math.prod(size for size, _ in extent.dims)
 
 
-def _runs(cluster: list[_Extent]) -> Iterator[tuple[list[_Extent], int]]:
+def _runs(cluster: list[_Extent]) -> Iterable[_Piece]:
     """`_atoms` for contiguous extents: a sweep over their ends, whatever their number."""
     ends = sorted({end for extent in cluster for end in (extent.start, extent.stop)})
     sizes: dict[tuple[int, ...], int] = defaultdict(int)
@@ -473,20 +491,21 @@ def _runs(cluster: list[_Extent]) -> Iterator[tuple[list[_Extent], int]]:
             active.append(queue.popleft())
         if active:
             sizes[tuple(active)] += high - low
-    for members, size in sizes.items():
-        yield [cluster[i] for i in members], size
+    return sizes.items()
 
 
-def _atoms(cluster: list[_Extent]) -> list[tuple[list[_Extent], int]]:
+@lru_cache(maxsize=256)
+def _atoms(cluster: tuple[_Extent, ...]) -> list[_Piece]:
     """Cuts a cluster's memory into pieces: which extents hold it, and how many bytes it has.
 
     Memory is a row of cells, as large as all offsets, strides and runs allow (their greatest
     common divisor), each with a label that stands for the set of extents seen there. Every extent
     splits the labels that it meets; so the work is the number of cells that extents cover.
+
+    Extents start relative to the first, so that layers of equal shapes are cut once.
     """
-    base = min(extent.start for extent in cluster)
-    cell = math.gcd(*(n for e in cluster for n in (e.start - base, e.run, *(s for _, s in e.dims))))
-    cells = (max(extent.stop for extent in cluster) - base) // cell
+    cell = math.gcd(*(n for e in cluster for n in (e.start, e.run, *(s for _, s in e.dims))))
+    cells = max(extent.stop for extent in cluster) // cell
     labels = torch.zeros(cells, dtype=torch.int32)
     sets: list[tuple[int, ...]] = [()]
     # The longest first: most extents then meet a single label, which is relabelled in one fill.
@@ -495,7 +514,7 @@ def _atoms(cluster: list[_Extent]) -> list[tuple[list[_Extent], int]]:
         extent = cluster[i]
         shape = (*(size for size, _ in extent.dims), extent.run // cell)
         strides = (*(stride // cell for _, stride in extent.dims), 1)
-        seen = labels.as_strided(shape, strides, (extent.start - base) // cell)
+        seen = labels.as_strided(shape, strides, extent.start // cell)
         low, high = (int(x) for x in seen.aminmax())
         if low == high:
             met, table = [low], None
@@ -506,7 +525,7 @@ def _atoms(cluster: list[_Extent]) -> list[tuple[list[_Extent], int]]:
         new = len(sets) if table is None else table[seen.long()]
         sets.extend((*sets[label], i) for label in met)
         if _overlaps_itself(extent):
-            index = torch.arange(cells).as_strided(shape, strides, (extent.start - base) // cell)
+            index = torch.arange(cells).as_strided(shape, strides, extent.start // cell)
             labels[index.flatten()] = new if isinstance(new, int) else new.flatten()
         elif isinstance(new, int):
             seen.fill_(new)
@@ -514,7 +533,7 @@ def _atoms(cluster: list[_Extent]) -> list[tuple[list[_Extent], int]]:
             seen.copy_(new)
     sizes = torch.bincount(labels.long(), minlength=len(sets)).tolist()
     return [
-        ([cluster[i] for i in sorted(members)], size * cell)
+        (tuple(sorted(members)), size * cell)
         for members, size in zip(sets, sizes, strict=True)
         if size and members
     ]
