@@ -13,6 +13,7 @@ from __future__ import annotations
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -168,12 +169,14 @@ def measure_optimizer_coverage(
             "Give optimizer=, and batch= to have gradients looked at too."
         )
     checked_numbers(model)
-    optimizers = _given_optimizers(optimizer, model)
     registered = _registered(model)
+    false_freezes = tuple(_false_freezes(model))
     flow = _Flow({}, {}, (), ())
-    if batch is not None:
-        with torch.inference_mode(False), torch.enable_grad():
-            flow = _flow(model, batch, outputs, loss, registered)
+    with _methods_kept(registered):
+        optimizers = _given_optimizers(optimizer, model)
+        if batch is not None:
+            with torch.inference_mode(False), torch.enable_grad():
+                flow = _flow(model, batch, outputs, loss, registered)
     trainable = {key: held for key, held in registered.items() if held.tensor.requires_grad}
     if not trainable and not flow.lost:
         raise ValueError(
@@ -187,17 +190,20 @@ def measure_optimizer_coverage(
         if key not in registered and key not in flow.lost and key not in flow.of_loss
     }
     homes = _homes(model, {**flow.lost, **foreign})
+    ranks = {key: rank for rank, key in enumerate(homes)}
     found = [
         *_missing(trainable, slots if optimizers else None),
         *_repeated(model, registered, trainable, slots),
         *_foreign(foreign, slots, homes),
         *(
             Finding("unregistered", homes.get(key, _nowhere(tensor)), _lost(tensor, key in slots))
-            for key, tensor in flow.lost.items()
+            for key, tensor in sorted(
+                flow.lost.items(), key=lambda lost: ranks.get(lost[0], len(ranks))
+            )
         ),
         *flow.cut,
         *flow.unused_members,
-        *_false_freezes(model),
+        *false_freezes,
     ]
     return OptimizerCoverage(
         trainable=tuple(held.names[0] for held in trainable.values()),
@@ -261,7 +267,8 @@ _REMEDIES = {
     "unregistered": "Unregistered: use nn.ModuleList, nn.ModuleDict or nn.ParameterList for "
     "containers, and wrap last: nn.Parameter(tensor.to(device)).",
     "without gradient": "Without gradient: detach, .data, no_grad, a checkpoint with "
-    "use_reentrant=True, or a layer that forward does not use. Mend it, or freeze it.",
+    "use_reentrant=True, a layer that forward does not use, or a member that the loss leaves "
+    "out. Mend it, or freeze it.",
     "zero gradient": "Zero gradient: a mask, or a block that reads channels which are always "
     "zero. Mend the route, or freeze it.",
     "false freeze": "False freeze: modules have no attribute requires_grad. Call "
@@ -332,7 +339,8 @@ def _repeated(
     for key, (tensor, places) in slots.items():
         if len(places) > 1 and tensor.requires_grad:
             name = registered[key].names[0] if key in registered else _nowhere(tensor)
-            yield Finding("repeated", name, "; ".join(places))
+            more = f" and {len(places) - 2} more" if len(places) > 2 else ""
+            yield Finding("repeated", name, f"{places[0]}; {places[1]}{more}")
     objects = {name: key for key, held in registered.items() for name in held.names}
     for memory in measure_parameter_sharing(model).shared:
         names = [str(place) for place in memory.places if place.kind == "parameter"]
@@ -381,6 +389,18 @@ def _false_freezes(model: Model) -> Iterator[Finding]:
                         f"{member}.{name}.{word} = False",
                         "the parameter still requires gradients",
                     )
+
+
+@contextmanager
+def _methods_kept(registered: Mapping[int, _Held]) -> Iterator[None]:
+    """Uncovers `requires_grad_` of parameters where a false freeze hides the method."""
+    hidden = [held.tensor for held in registered.values() if "requires_grad_" in vars(held.tensor)]
+    values = [vars(tensor).pop("requires_grad_") for tensor in hidden]
+    try:
+        yield
+    finally:
+        for tensor, value in zip(hidden, values, strict=True):
+            vars(tensor)["requires_grad_"] = value
 
 
 # --- gradients ----------------------------------------------------------------------------------
@@ -440,7 +460,7 @@ def _flow(
             if gradient is None or not bool(values_of(gradient).any())
         }
         live = any(tensor.requires_grad for tensor in every)
-        cut = _cut(model, batch, outputs, suspects, registered) if live else suspects
+        cut = _cut(model, batch, outputs, suspects, registered, live=live)
     return _Flow(
         lost,
         of_loss,
@@ -462,11 +482,16 @@ def _cut(
     outputs: Outputs | None,
     suspects: Mapping[int, bool],
     registered: Mapping[int, _Held],
+    *,
+    live: bool,
 ) -> dict[int, bool]:
-    """The suspects that no output depends on by structure either, in train and in eval mode."""
+    """The suspects that no output depends on by structure either, in train and in eval mode.
+
+    `live` says whether outputs in train mode depend on anything at all.
+    """
     left = dict(suspects)
     errors = []
-    for training in (True, False):
+    for training in (True, False) if live else (False,):
         if not left:
             break
         try:

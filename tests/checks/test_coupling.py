@@ -3,6 +3,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy, nll_loss
 
@@ -125,6 +127,24 @@ def test_a_shared_layer_is_seen_between_its_members_only(make, together):
         f"parameter {last}.weight",
         f"parameter {last}.bias",
     ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(origin=st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=3, max_size=3))
+def test_exactly_the_members_with_a_common_layer_are_coupled(origin):
+    # Layer l of member m is the one that was made for member origin[l][m].
+    made = [[nn.Linear(4, 4) for _ in range(4)] for _ in range(3)]
+    members = [
+        nn.Sequential(*(layers[places[m]] for layers, places in zip(made, origin, strict=True)))
+        for m in range(4)
+    ]
+    expected = {
+        (str(i), str(j))
+        for i in range(4)
+        for j in range(4)
+        if i != j and any(places[i] == places[j] for places in origin)
+    }
+    assert set(measure_gradient_coupling(members, torch.randn(3, 4)).pairs) == expected
 
 
 def test_the_message_of_a_shared_layer(golden):
