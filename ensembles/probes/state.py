@@ -126,10 +126,10 @@ def parameters_kept(model: Model) -> Iterator[None]:
         for member, module in named_modules_of(model).items()
         for name, parameter in module.named_parameters()
     ]
-    before = [_fingerprint(parameter) for _, parameter in named]
+    before = [(p.data_ptr(), _bits(p).clone()) for _, p in named]
     yield
-    for (place, parameter), fingerprint in zip(named, before, strict=True):
-        if _fingerprint(parameter) != fingerprint:
+    for (place, parameter), (address, bits) in zip(named, before, strict=True):
+        if parameter.data_ptr() != address or not torch.equal(_bits(parameter), bits):
             raise ValueError(
                 f"calling the model changes its own parameter {place}, so that what is measured "
                 "depends on how often it was called. Change parameters in the training step, "
@@ -149,15 +149,13 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return storage, data.storage_offset(), data.shape, data.stride(), data.dtype
 
 
-def _fingerprint(parameter: Tensor) -> tuple[int, int, int]:
-    """Address and two sums over the bits: cheap, and a changed or moved element changes it."""
+def _bits(parameter: Tensor) -> Tensor:
+    """The values as integers, so that NaN equals itself and -0.0 differs from 0.0."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     data = parameter.detach()
     if data.is_complex():
         data = torch.view_as_real(data)
-    bits = data.view(kinds[data.element_size()]).flatten().long()
-    places = torch.arange(1, bits.numel() + 1, device=bits.device)
-    return data.data_ptr(), int(bits.sum()), int(bits.mul(places).sum())
+    return data.view(kinds[data.element_size()])
 
 
 def _generators() -> dict[str, Any]:
