@@ -1,0 +1,271 @@
+"""Faults of training: parameters that the optimizer or the gradient does not reach."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ensembles.faults.architectures import (
+    CLASSES,
+    WIDTH,
+    Architecture,
+    Network,
+    loss_of_members,
+    sgd,
+)
+from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.members import Masked, separate
+from ensembles.subject import Subject
+
+__all__ = ["FAULTS"]
+
+
+def _healthy(architecture: Architecture, place: Place) -> Subject:
+    return separate(architecture, place, lambda members: None)
+
+
+# --- groups -------------------------------------------------------------------------------------
+
+
+@fault("training", "coverage")
+def not_in_optimizer(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """The groups were made by hand, and leave out a block of one member."""
+
+    def optimizer(members: list[Network]) -> torch.optim.Optimizer:
+        forgotten = list(members[place.member].blocks[place.layer].parameters()) if broken else []
+        every = nn.ModuleList(members).parameters()
+        return torch.optim.SGD([p for p in every if not any(p is f for f in forgotten)], lr=0.1)
+
+    return replace(_healthy(architecture, place), optimizer=optimizer)
+
+
+@fault("training", "coverage")
+def stale_optimizer(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """The head was replaced after the optimizer was built."""
+
+    class Trained(nn.ModuleList):
+        def __init__(self) -> None:
+            super().__init__([architecture.network() for _ in range(place.members)])
+            before = sgd(self)
+            self[place.member].head = nn.Linear(WIDTH, CLASSES)
+            self.optimizer = before if broken else sgd(self)
+
+    def optimizer(model: Trained) -> torch.optim.Optimizer:
+        return model.optimizer
+
+    return replace(_healthy(architecture, place), make=Trained, optimizer=optimizer)
+
+
+@fault("training", "coverage")
+def optimizer_of_a_copy(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """The optimizer was built for the model that was copied before training."""
+
+    def optimizer(members: list[Network]) -> torch.optim.Optimizer:
+        return sgd(copy.deepcopy(members) if broken else members)
+
+    return replace(_healthy(architecture, place), optimizer=optimizer)
+
+
+@fault("training", "coverage")
+def optimizer_of_another(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Every member has an optimizer, and one of them got the parameters of another member."""
+
+    def optimizers(members: list[Network]) -> list[torch.optim.Optimizer]:
+        trained = list(members)
+        if broken:
+            trained[place.member] = members[place.other]
+        return [sgd(network) for network in trained]
+
+    return replace(_healthy(architecture, place), optimizer=optimizers)
+
+
+@fault("training", "coverage")
+def twice_in_optimizer(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A weight is listed twice, and so is stepped twice."""
+
+    def optimizer(members: list[Network]) -> torch.optim.Optimizer:
+        again = [members[place.member].head.weight] if broken else []
+        return torch.optim.SGD([*nn.ModuleList(members).parameters(), *again], lr=0.1)
+
+    return replace(_healthy(architecture, place), optimizer=optimizer)
+
+
+# --- registration -------------------------------------------------------------------------------
+
+
+class _Scaled(nn.Module):
+    """A block whose output is scaled by a learned number."""
+
+    def __init__(self, block: nn.Module, scale: Tensor) -> None:
+        super().__init__()
+        self.block, self.scale = block, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled: Tensor = self.block(x) * self.scale
+        return scaled
+
+
+def _scaled(architecture: Architecture, place: Place, scale: Callable[[], Tensor]) -> Subject:
+    def plant(members: list[Network]) -> None:
+        blocks = members[place.member].blocks
+        blocks[place.layer] = _Scaled(blocks[place.layer], scale())
+
+    return separate(architecture, place, plant)
+
+
+@fault("training", "coverage")
+def unregistered(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A learned tensor is a plain attribute."""
+
+    def scale() -> Tensor:
+        return torch.ones(1, requires_grad=True) if broken else nn.Parameter(torch.ones(1))
+
+    return _scaled(architecture, place, scale)
+
+
+@fault("training", "coverage")
+def lost_parameter(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """`nn.Parameter(...).to(...)` is a tensor computed from a Parameter, and is not registered."""
+
+    def scale() -> Tensor:
+        number = torch.ones(1, dtype=torch.float64)
+        return nn.Parameter(number).to(torch.float32) if broken else nn.Parameter(number.float())
+
+    return _scaled(architecture, place, scale)
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+class _Cut(nn.Module):
+    def __init__(self, block: nn.Module, how: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.block, self.how = block, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self.block, x)
+
+
+def _through(
+    architecture: Architecture, place: Place, how: Callable[[nn.Module, Tensor], Tensor]
+) -> Subject:
+    def plant(members: list[Network]) -> None:
+        blocks = members[place.member].blocks
+        blocks[place.layer] = _Cut(blocks[place.layer], how)
+
+    return separate(architecture, place, plant)
+
+
+@fault("training", "ownership", "coverage")
+def detached_branch(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """The output of a block is detached."""
+
+    def how(block: nn.Module, x: Tensor) -> Tensor:
+        y: Tensor = block(x)
+        return y.detach() if broken else y
+
+    return _through(architecture, place, how)
+
+
+@fault("training", "ownership", "coverage")
+def no_grad_branch(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A block runs under no_grad, as in a forward pass that was copied from evaluation."""
+
+    def how(block: nn.Module, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(not broken):
+            y: Tensor = block(x)
+        return y
+
+    return _through(architecture, place, how)
+
+
+@fault("training", "ownership", "coverage")
+def weight_by_data(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """The head computes with `weight.data`, which has no gradient."""
+
+    class Head(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight.data if broken else self.weight, self.bias)
+
+    def plant(members: list[Network]) -> None:
+        members[place.member].head = Head(WIDTH, CLASSES)
+
+    return separate(architecture, place, plant)
+
+
+@fault("training", "ownership", "coverage")
+def unused_layer(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A block is registered, and forward does not call it."""
+
+    def plant(members: list[Network]) -> None:
+        if broken:
+            network = members[place.member]
+            network.skipped = network.blocks[place.layer]
+            network.blocks[place.layer] = nn.Identity()
+
+    return separate(architecture, place, plant)
+
+
+@fault("training", "ownership", "coverage")
+def hidden_by_mask(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A mask hides the whole weight of a head: its gradient is zero, whatever its values."""
+
+    def plant(members: list[Network]) -> None:
+        network = members[place.member]
+        mask = torch.zeros_like(network.head.weight)
+        if not broken:
+            mask[:, ::2] = 1
+        network.head = Masked(network.head, mask)
+
+    return separate(architecture, place, plant)
+
+
+@fault("training", "coverage")
+def member_without_loss(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """The loss leaves out one member."""
+
+    def loss(outputs: Mapping[str, Tensor]) -> Tensor:
+        members: dict[str, Any] = dict(outputs)
+        if broken:
+            del members[str(place.member)]
+        return loss_of_members(members)
+
+    return replace(_healthy(architecture, place), loss=loss)
+
+
+@fault("training", "coverage")
+def false_freeze(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """`stem.requires_grad = False` sets an attribute of the module, and freezes nothing."""
+
+    def plant(members: list[Network]) -> None:
+        stem = members[place.member].stem
+        if broken:
+            stem.requires_grad = False  # type: ignore[assignment]
+        else:
+            stem.requires_grad_(False)
+
+    return separate(architecture, place, plant)
+
+
+FAULTS: tuple[Fault, ...] = (
+    not_in_optimizer,
+    stale_optimizer,
+    optimizer_of_a_copy,
+    optimizer_of_another,
+    twice_in_optimizer,
+    unregistered,
+    lost_parameter,
+    detached_branch,
+    no_grad_branch,
+    weight_by_data,
+    unused_layer,
+    hidden_by_mask,
+    member_without_loss,
+    false_freeze,
+)
