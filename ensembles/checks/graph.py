@@ -231,7 +231,8 @@ def measure_autograd_graph(
 
     Values are never shown, so a mask or another constant is seen only as the operand that has no
     gradient. Start and end of a slice along axis 0 are shown for weights only, since axis 0 of
-    activations is the batch. A compiled model is one operation.
+    activations is the batch. A compiled model is one operation. Layers that choose a kernel by
+    the memory format of their input (channels_last) may have a graph of their own for each.
 
     Args:
         model: One module, or the members as a list or dict of modules.
@@ -540,9 +541,9 @@ def _attributes(fn: Any, operation: str, *, of_weight: bool) -> tuple[tuple[str,
         elif isinstance(value, (tuple, list)) and all(type(entry) is int for entry in value):
             saved[key] = tuple(_signed(entry) for entry in value)
     if sizes is not None:
-        _counted_from_the_front(saved, tuple(sizes))
+        _counted_from_the_front(saved, tuple(sizes), of_weight=of_weight)
     if saved.get("dim") == 0 and not of_weight:
-        for key in ("start", "end", "index", "split_size"):
+        for key in ("start", "end", "split_size"):
             saved.pop(key, None)
     shown = []
     for key, value in saved.items():
@@ -555,7 +556,9 @@ def _attributes(fn: Any, operation: str, *, of_weight: bool) -> tuple[tuple[str,
     return tuple(shown)
 
 
-def _counted_from_the_front(saved: dict[str, Any], sizes: tuple[int, ...]) -> None:
+def _counted_from_the_front(
+    saved: dict[str, Any], sizes: tuple[int, ...], *, of_weight: bool
+) -> None:
     """Writes negative axes and indices as positive ones, so that both spellings are one text."""
     for key in ("dim", "dims"):
         if isinstance(value := saved.get(key), tuple):
@@ -563,8 +566,8 @@ def _counted_from_the_front(saved: dict[str, Any], sizes: tuple[int, ...]) -> No
         elif isinstance(value, int):
             saved[key] = value % len(sizes)
     axis = saved.get("dim")
-    if not isinstance(axis, int):
-        return
+    if not isinstance(axis, int) or (axis == 0 and not of_weight):
+        return  # the size is that of the batch
     for key in ("start", "end", "index"):
         if isinstance(value := saved.get(key), int):
             saved[key] = min(value + sizes[axis] if value < 0 else value, sizes[axis])
@@ -607,15 +610,17 @@ class _Canonical:
 
         ends = {
             member: [
-                torch.autograd.graph.get_gradient_edge(tensor) if tensor.requires_grad else None
+                _past_whole_slices(*torch.autograd.graph.get_gradient_edge(tensor)[:2])
+                if tensor.requires_grad
+                else None
                 for tensor in tensors
             ]
             for member, tensors in results.items()
         }
-        self.fns = _operands_first([end.node for found in ends.values() for end in found if end])
+        self.fns = _operands_first([end[0] for found in ends.values() for end in found if end])
         index = {fn: i for i, fn in enumerate(self.fns)}
         self.ends = {
-            member: [_Edge(index[end.node], end.output_nr) if end else None for end in found]
+            member: [_Edge(index[end[0]], end[1]) if end else None for end in found]
             for member, found in ends.items()
         }
         # AccumulateGrad, and not whatever has an attribute `variable`: users name theirs so too.
@@ -623,7 +628,7 @@ class _Canonical:
             i: fn.variable for i, fn in enumerate(self.fns) if fn.name().endswith("AccumulateGrad")
         }
         self.operands: list[list[_Edge | None]] = [
-            [_Edge(index[fn], nr) if fn is not None else None for fn, nr in fn.next_functions]
+            [_Edge(index[used], nr) if used is not None else None for used, nr in _edges(fn)]
             for fn in self.fns
         ]
         self._label()
@@ -908,7 +913,20 @@ def _batch_tensors(batch: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _operands_first(roots: Iterable[Any]) -> list[Any]:
-    return _postorder(roots, lambda fn: [f for f, _ in fn.next_functions if f is not None])
+    return _postorder(roots, lambda fn: [used for used, _ in _edges(fn) if used is not None])
+
+
+def _edges(fn: Any) -> list[tuple[Any, int]]:
+    return [_past_whole_slices(used, nr) for used, nr in fn.next_functions]
+
+
+def _past_whole_slices(fn: Any, nr: int) -> tuple[Any, int]:
+    """Leaves out the ":" of x[:, 2:], which is a node in some versions of torch."""
+    while fn is not None and fn.name().startswith("SliceBackward"):
+        if (fn._saved_start, fn._saved_end, fn._saved_step) != (0, 2**63 - 1, 1):
+            break
+        fn, nr = fn.next_functions[0]
+    return fn, nr
 
 
 def _postorder(roots: Iterable[Any], operands: Callable[[Any], Sequence[Any]]) -> list[Any]:
@@ -958,15 +976,16 @@ def _torchviz() -> Callable[..., Any]:
 def _with_names(line: str, ids: dict[str, str], labels: dict[str, str]) -> str:
     """A statement of DOT with names in place of addresses, and with labels for operations.
 
-    Addresses that are not known belong to tensors that torchviz found by itself: those that a
-    custom function has saved, and bases of views. They are numbered as they occur.
+    Addresses that are not known belong to what the canonical graph has not: tensors that a custom
+    function has saved, bases of views, and slices that are left out. They are numbered as they
+    occur.
     """
     head, bracket, rest = line.partition(" [")
 
     def named(match: re.Match[str]) -> str:
         address = match.group()
         if address not in ids:
-            ids[address] = f"tensor {sum(n.startswith('tensor ') for n in ids.values()) + 1}"
+            ids[address] = f"other {sum(n.startswith('other ') for n in ids.values()) + 1}"
         return _quoted(ids[address])
 
     if head.strip() in labels:
@@ -980,7 +999,8 @@ def _quoted(text: str) -> str:
 
 
 def _rendered(program: str, source: str, form: str) -> bytes:
-    # With this variable set, a PDF holds no time: the same graph gives the same file.
+    # The same graph gives the same file: newer cairo takes the time in a PDF from this variable,
+    # and where an older one has written it, it is replaced below by one of the same length.
     fixed_time = {"SOURCE_DATE_EPOCH": os.environ.get("SOURCE_DATE_EPOCH", "0")}
     done = subprocess.run(
         [program, f"-T{form}"],
@@ -992,5 +1012,7 @@ def _rendered(program: str, source: str, form: str) -> bytes:
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()
         raise RuntimeError(f"{program} -T{form} failed: {said}")
+    if form == "pdf":
+        return re.sub(rb"(?<=/CreationDate \(D:)\d{14}", b"19700101000000", done.stdout)
     # Graphviz repeats every title as a comment.
-    return re.sub(rb"<!--.*?-->\n?", b"", done.stdout) if form == "svg" else done.stdout
+    return re.sub(rb"<!--.*?-->\n?", b"", done.stdout)
