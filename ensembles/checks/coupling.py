@@ -154,7 +154,8 @@ def measure_gradient_coupling(
 
     Limits: what one step from the present values cannot move is not seen. A layer that two
     members share behind branches that are both initialised to zero moves at the second step only;
-    the sharing check sees it.
+    the sharing check sees it. A parameter has moved where any of its elements has: whether two
+    members use different elements of it is for the ownership check to say.
 
     Args:
         model: One module, or the members as a list or dict of modules.

@@ -51,6 +51,11 @@ LOSS_DRAWS = 16
 out of all of them with a probability of less than exp(-16)."""
 
 
+ROUTING_DRAWS = 16
+"""Draws of other weights before a parameter is called cut: hard routing sends rows to an expert
+for some of them. Needed only where something was found."""
+
+
 @dataclass(frozen=True, order=True)
 class Finding:
     """One place where training does not do what it seems to do.
@@ -131,7 +136,10 @@ def measure_optimizer_coverage(
     generic and activations transparent, in train or in eval mode. So zero-initialised branches,
     dead ReLUs, dropped blocks and auxiliary heads are no findings, and a detached branch is one.
 
-    Limits: an expert to which hard routing sends no row of this batch counts as cut. Tensors
+    And so that an expert to which hard routing sends no row of this batch is not taken for cut,
+    other weights are drawn before something is.
+
+    Limits: with many more experts than rows some stay without any row, and count as cut. Tensors
     behind a re-entrant checkpoint are not in the autograd graph, so unregistered ones are not
     found there.
 
@@ -505,7 +513,48 @@ def _cut(
             errors.append(error)
     if left and len(errors) == 2:
         raise errors[0]
+    for draw in range(ROUTING_DRAWS):
+        if not left:
+            break
+        for key in _reached_elsewhere(model, batch, outputs, draw, left, registered):
+            del left[key]
     return left
+
+
+def _reached_elsewhere(
+    model: Model,
+    batch: Any,
+    outputs: Outputs | None,
+    draw: int,
+    left: Mapping[int, bool],
+    registered: Mapping[int, _Held],
+) -> list[int]:
+    """The suspects with a gradient for other weights: routers choose other experts there."""
+    with preserved(model):
+        torch.manual_seed(draw)
+        with torch.no_grad():
+            for held in registered.values():
+                if held.tensor.requires_grad:  # a frozen one may be a mask
+                    held.tensor.add_(_noise_like(held.tensor))
+        try:
+            found = member_outputs(model, fresh(batch), outputs=outputs)
+        except ValueError:  # the model does not take any values; what is known already stands
+            return []
+        every = [tensor for tensors in found.values() for tensor in tensors]
+        gradients = projected_gradients(every, [registered[key].tensor for key in left])
+        return [
+            key
+            for key, gradient in zip(left, gradients, strict=True)
+            if gradient is not None
+            and bool(values_of(gradient).any())
+            and bool(values_of(gradient).isfinite().all())
+        ]
+
+
+def _noise_like(tensor: Tensor) -> Tensor:
+    """Normal noise of the tensor's own size, so that it becomes another of its kind."""
+    size = float(tensor.detach().double().square().mean().sqrt()) if tensor.numel() else 0.0
+    return torch.randn_like(tensor.detach()) * (size or 0.1)
 
 
 def _unused_members(

@@ -394,6 +394,14 @@ def test_a_layer_that_reads_an_empty_group_is_broken(golden):
     golden(message_of(model, sgd(model), batch_for(mlp)), "messages/coverage_empty_group.txt")
 
 
+def test_a_frozen_mask_hides_no_cut_branch():
+    model = Net(lambda net, x: net.head(net.trunk(x) * net.mask) + x[..., :3])
+    model.mask = nn.Parameter(torch.zeros(8), requires_grad=False)
+    assert measure_optimizer_coverage(model, sgd(model), batch_for(mlp)).places(
+        "zero gradient"
+    ) == ("model.trunk.weight", "model.trunk.bias", "model.head.weight")
+
+
 def test_a_loss_that_leaves_a_member_out_is_broken(golden):
     members = [mlp() for _ in range(2)]
     target = torch.tensor([0, 1, 2, 0, 1])
@@ -497,6 +505,23 @@ class DropsAll(nn.Module):
         return x if self.training else x + self.block(x)
 
 
+class Experts(nn.Module):
+    """Hard routing: every row goes to one expert of four."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, 4), nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x):
+        weights, chosen = self.gate(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = chosen == number
+            if rows.any():
+                out[rows] = expert(x[rows]) * weights[rows, None]
+        return out
+
+
 def dead_relus():
     model = mlp()
     nn.init.constant_(model[0].bias, -100.0)
@@ -541,6 +566,7 @@ def with_a_teacher():
         lambda: Auxiliary(True),
         lambda: Auxiliary(False),
         DropsAll,
+        Experts,
         dead_relus,
         zero_head,
         dropped,
@@ -550,8 +576,8 @@ def with_a_teacher():
     ],
     ids=[
         "low_rank", "re_zero", "key_bias", "auxiliary_in_training", "auxiliary_in_eval",
-        "stochastic_depth", "dead_relus", "zero_head", "dropout", "weight_norm", "pruned",
-        "teacher",
+        "stochastic_depth", "experts", "dead_relus", "zero_head", "dropout", "weight_norm",
+        "pruned", "teacher",
     ],
 )  # fmt: skip
 def test_healthy_networks_are_complete(make):
