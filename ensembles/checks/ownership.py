@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ensembles.message import aligned, broken, counted, listed
-from ensembles.probes.influence import probing
+from ensembles.probes.influence import Probe, probing
 from ensembles.subject import Model, Outputs, Partition, is_one_module
 
 __all__ = [
@@ -58,8 +58,6 @@ class OwnershipMap:
         lookups: Parameters that are read by index: rows that the batch does not name reach
             nobody, and that is no finding.
         separate: Whether members are modules of their own; names then begin with the member's.
-        labels: Parameter name to a tensor of its shape; values index `sets`.
-        sets: The sets of owners.
     """
 
     members: Owners
@@ -67,8 +65,7 @@ class OwnershipMap:
     digests: Mapping[str, str]
     lookups: frozenset[str]
     separate: bool
-    labels: Mapping[str, Tensor] = field(compare=False, repr=False)
-    sets: tuple[Owners, ...] = field(compare=False, repr=False)
+    elements: Mapping[str, _Owners] = field(compare=False, repr=False)
 
     def statement(self, name: str) -> str:
         """What holds of a parameter: independent, tied, unused, or shared."""
@@ -86,7 +83,7 @@ class OwnershipMap:
             name: The parameter.
             owners: One of the keys of `self.owners[name]`.
         """
-        mask = self.labels[name] == self.sets.index(owners)
+        mask = self.elements[name].mask(owners)
         count = int(mask.sum())
         if count == mask.numel():
             return "all"
@@ -133,7 +130,7 @@ def measure_ownership_map(
 
     Returns:
         The map. It costs a forward pass and a backward pass through what each member uses, and
-        one integer of memory for each element.
+        one byte of memory for each element (eight where there are more than eight members).
 
     Raises:
         ValueError: If parameters hold no usable numbers, if the model cannot be called or split,
@@ -147,34 +144,30 @@ def measure_ownership_map(
           0   2 elements   in 1 parameters
           1   2 elements   in 1 parameters
     """
-    sets: list[Owners] = [()]
-    labels: dict[str, Tensor] = {}
+    owned: dict[str, _Owners] = {}
     with probing(model, batch, outputs=outputs) as probe:
         members, lookups = tuple(probe.outputs), probe.lookups
-        labels = {
-            name: torch.zeros_like(p, dtype=torch.int32) for name, p in probe.parameters.items()
-        }
-        for member in members:
-            _label(labels, sets, member, probe.reach(member))
-    silent = {name for name, label in labels.items() if not bool(label.any())}
+        owned = {name: _Owners(p, members) for name, p in probe.parameters.items()}
+        _add_members(owned, probe)
+    silent = {name: owners for name, owners in owned.items() if not bool(owners.codes.any())}
     if silent:
         with probing(model, batch, outputs=outputs, training=True) as probe:
-            for member in probe.outputs:
-                reached = probe.reach(member)
-                _label(labels, sets, member, {name: reached[name] for name in silent})
-    owners: dict[str, dict[Owners, int]] = {}
-    for name, label in labels.items():
-        counts = torch.bincount(label.flatten().cpu(), minlength=len(sets)).tolist()
-        owners[name] = {sets[i]: count for i, count in enumerate(counts) if count}
+            _add_members(silent, probe)
     return OwnershipMap(
         members=members,
-        owners=owners,
-        digests={name: _digest(label, sets) for name, label in labels.items()},
+        owners={name: owners.counts() for name, owners in owned.items()},
+        digests={name: owners.digest() for name, owners in owned.items()},
         lookups=lookups,
         separate=not is_one_module(model),
-        labels=labels,
-        sets=tuple(sets),
+        elements=owned,
     )
+
+
+def _add_members(owned: Mapping[str, _Owners], probe: Probe) -> None:
+    for position, member in enumerate(probe.outputs):
+        reached = probe.reach(member, owned)
+        for name, owners in owned.items():
+            owners.add(position, reached[name])
 
 
 def assert_ownership(
@@ -387,42 +380,57 @@ def _short(name: str) -> str:
     return name.removeprefix("model.")
 
 
-# --- labels -------------------------------------------------------------------------------------
+# --- owners of every element --------------------------------------------------------------------
 
 
-def _label(
-    labels: dict[str, Tensor],
-    sets: list[Owners],
-    member: str,
-    reached: Mapping[str, Tensor | None],
-) -> None:
-    """Adds a member to the owners of the elements that it reaches; labels index `sets`."""
-    grown: dict[int, int] = {}
-    for name, mask in reached.items():
-        if mask is None:
-            continue
-        label = labels[name]
-        for old in torch.unique(label[mask]).tolist():
-            if old not in grown:
-                wanted = (*sets[old], member)
-                if wanted not in sets:
-                    sets.append(wanted)
-                grown[old] = sets.index(wanted)
-        table = torch.arange(len(sets), dtype=torch.int32, device=label.device)
-        for old, new in grown.items():
-            table[old] = new
-        labels[name] = torch.where(mask, table[label.long()], label)
+class _Owners:
+    """The set of members of every element of one parameter, as bits that members add.
 
+    Eight members fit a byte. More take words of `CHUNK` bits; when one is full, the sets met so
+    far are numbered, and the number stands above the next word.
+    """
 
-def _digest(label: Tensor, sets: list[Owners]) -> str:
-    """Equal for equal maps, whatever the order in which sets were met."""
-    present = torch.unique(label).tolist()
-    ordered = sorted(sets[i] for i in present)
-    sha = hashlib.sha256(f"{ordered}{tuple(label.shape)}".encode())
-    if len(present) > 1:
-        ranks = torch.zeros(len(sets), dtype=torch.uint8 if len(present) < 256 else torch.int32)
-        ranks[present] = torch.tensor([ordered.index(sets[i]) for i in present]).to(ranks.dtype)
-        ranked = ranks[label.cpu().long()].contiguous()
+    CHUNK = 32
+
+    def __init__(self, parameter: Tensor, members: Owners) -> None:
+        self.members = members
+        small = len(members) <= 8
+        self.codes = torch.zeros_like(parameter, dtype=torch.uint8 if small else torch.int64)
+        self.bases: list[Owners] = [()]
+        self.word = 0
+
+    def add(self, position: int, reached: Tensor | None) -> None:
+        word, bit = divmod(position, self.CHUNK)
+        if word != self.word:
+            codes, numbers = torch.unique(self.codes, return_inverse=True)
+            self.bases = [self.owners(code) for code in codes.tolist()]
+            self.codes = numbers << self.CHUNK
+            self.word = word
+        if reached is not None:
+            self.codes += reached.to(self.codes.dtype) << bit
+
+    def owners(self, code: int) -> Owners:
+        here = self.members[self.word * self.CHUNK :]
+        own = tuple(name for bit, name in enumerate(here[: self.CHUNK]) if code >> bit & 1)
+        return (*self.bases[code >> self.CHUNK], *own)
+
+    def counts(self) -> dict[Owners, int]:
+        if self.codes.dtype is torch.uint8:
+            sizes = torch.bincount(self.codes.flatten()).tolist()
+            return {self.owners(code): size for code, size in enumerate(sizes) if size}
+        codes, numbers = torch.unique(self.codes, return_counts=True)
+        return {
+            self.owners(code): size
+            for code, size in zip(codes.tolist(), numbers.tolist(), strict=True)
+        }
+
+    def mask(self, owners: Owners) -> Tensor:
+        code = next(c for c in torch.unique(self.codes).tolist() if self.owners(c) == owners)
+        return torch.eq(self.codes, code)
+
+    def digest(self) -> str:
+        codes = self.codes.cpu().contiguous()
+        sha = hashlib.sha256(f"{self.members}{tuple(codes.shape)}{self.bases}".encode())
         # The memory itself: NumPy, whose buffers hashlib takes, is not a dependency.
-        sha.update((c_char * ranked.nbytes).from_address(ranked.data_ptr()))
-    return sha.hexdigest()[:16]
+        sha.update((c_char * codes.nbytes).from_address(codes.data_ptr()))
+        return sha.hexdigest()[:16]

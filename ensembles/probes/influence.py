@@ -23,7 +23,8 @@ dropout or `bernoulli` are taken as they fall.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,19 +69,25 @@ class Probe:
     parameters: dict[str, Tensor]
     lookups: frozenset[str]
 
-    def reach(self, member: str) -> dict[str, Tensor | None]:
-        """Which elements of each parameter reach the member; None where autograd has no path."""
+    def reach(self, member: str, names: Iterable[str] | None = None) -> dict[str, Tensor | None]:
+        """Which elements of each parameter reach the member; None where autograd has no path.
+
+        Args:
+            member: One of `outputs`.
+            names: The parameters to look at; all by default.
+        """
+        wanted = {name: self.parameters[name] for name in names or self.parameters}
         outputs = [y for y in self.outputs[member] if y.requires_grad]
         if not outputs:
-            return dict.fromkeys(self.parameters)
+            return dict.fromkeys(wanted)
         # Positive and generic: what adds up to zero for all-ones (softmax, differences) does not.
         seeds = [torch.rand_like(y) + 0.5 for y in outputs]
         gradients = torch.autograd.grad(
-            outputs, list(self.parameters.values()), seeds, retain_graph=True, allow_unused=True
+            outputs, list(wanted.values()), seeds, retain_graph=True, allow_unused=True
         )
         return {
             name: None if gradient is None else gradient != 0
-            for name, gradient in zip(self.parameters, gradients, strict=True)
+            for name, gradient in zip(wanted, gradients, strict=True)
         }
 
 
@@ -144,7 +151,8 @@ def probing(
     with ExitStack() as stack:
         stack.enter_context(preserved(model))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # its import takes seconds, and is nobody's need here
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         # The fused attentions have a backward of their own, which hides the softmax.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         modules = named_modules_of(model)
@@ -259,6 +267,11 @@ _DRAWS = frozenset(getattr(_aten, name) for name in ("bernoulli", "bernoulli_"))
 
 class _Transparent(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Below autograd: activations hide nothing, dropout drops nothing."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would wrap every call to keep the compiler off, and import it for that: seconds.
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

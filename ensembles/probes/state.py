@@ -58,10 +58,10 @@ def preserved(model: Model) -> Iterator[None]:
     finally:
         for module, mode, (parameters, buffers) in zip(modules, modes, registers, strict=True):
             module.training = mode
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            for register, before in ((module._parameters, parameters), (module._buffers, buffers)):
+                if not _same(dict(register), before):  # scripted modules have read-only ones
+                    register.clear()
+                    register.update(before)
         with torch.no_grad():
             for tensor, grad, requires_grad, memory, values in saved:
                 _unexpanded(memory).copy_(_unexpanded(values, like=memory))
@@ -156,6 +156,10 @@ def _bits(parameter: Tensor) -> Tensor:
     if data.is_complex():
         data = torch.view_as_real(data)
     return data.view(kinds[data.element_size()])
+
+
+def _same(one: dict[str, Tensor | None], other: dict[str, Tensor | None]) -> bool:
+    return list(one) == list(other) and all(one[name] is other[name] for name in one)
 
 
 def _generators() -> dict[str, Any]:

@@ -504,3 +504,19 @@ def test_reentrant_checkpointing_is_an_error():
     )
     with pytest.raises(ValueError, match="re-entrant activation checkpointing"):
         owned(model, torch.randn(2, 4))
+
+
+def test_more_members_than_bits_in_a_word():
+    """70 members, of which each reaches its own row, and all reach a common bias."""
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(70, 3)), nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return ((x @ self.weight.T) + self.bias).unbind(-1)
+
+    measured = owned(Rows(), torch.randn(2, 3), {"weight": "independent", "bias": "tied"})
+    assert measured.owners["model.weight"] == {(str(member),): 3 for member in range(70)}
+    assert measured.where("model.weight", ("40",)) == "[40:41, :]"
