@@ -58,7 +58,9 @@ def preserved(model: Model) -> Iterator[None]:
     finally:
         for module, mode, (parameters, buffers) in zip(modules, modes, registers, strict=True):
             module.training = mode
-            for register, before in ((module._parameters, parameters), (module._buffers, buffers)):
+            pairs: list[tuple[Any, Any]]
+            pairs = [(module._parameters, parameters), (module._buffers, buffers)]
+            for register, before in pairs:
                 if not _same(dict(register), before):  # scripted modules have read-only ones
                     register.clear()
                     register.update(before)
