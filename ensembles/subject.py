@@ -98,6 +98,10 @@ class Partition:
             share.
         times: 1 where subnets partition a weight; k for a stem, whose k row blocks are each
             shared by the k subnets that start there.
+
+    Example:
+        >>> print(Partition(), "|", Partition(times=2))
+        parent and 1 subnet | parent and 2 subnets
     """
 
     parent: str = "parent"

@@ -31,6 +31,7 @@ WHEN_USED = {
     "__init__": {"*"},
     "fixtures": {"checks.*", "probes.*", "subject", "inputs"},
     "plugin": {"conformance"},
+    "faults.*": {"checks.*", "conformance"},
 }
 """What it may import besides, inside functions or for types only: that costs nothing at start."""
 
