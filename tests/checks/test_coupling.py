@@ -461,24 +461,30 @@ def test_looking_changes_nothing():
             assert torch.equal(tensor, saved[name])
 
 
-def test_members_in_a_python_list_are_left_as_they_were():
+@pytest.mark.parametrize("members", [None, members_of], ids=["outputs", "modules"])
+def test_members_in_a_python_list_are_left_as_they_were(members):
     class Listed(nn.Module):
         def __init__(self):
             super().__init__()
             self.members = [conv() for _ in range(2)]
+            self.scales = [torch.ones(3, requires_grad=True) for _ in range(2)]
 
         def forward(self, x):
-            return [member(x) for member in self.members]
+            return [m(x) * scale for m, scale in zip(self.members, self.scales, strict=True)]
+
+        def trained(self, i):
+            return [*self.members[i].parameters(), self.scales[i]]
 
     model = Listed()
     before = [copy.deepcopy(member.state_dict()) for member in model.members]
     coupling = measure_gradient_coupling(
         model,
         batch_for(conv),
-        members=members_of,
-        optimizer=lambda m: [torch.optim.SGD(each.parameters(), lr=0.1) for each in m.members],
+        members=members,
+        optimizer=lambda m: [torch.optim.SGD(m.trained(i), lr=0.1) for i in range(2)],
     )
     assert not coupling.moved
+    assert all(torch.equal(scale, torch.ones(3)) for scale in model.scales)
     for member, saved in zip(model.members, before, strict=True):
         for name, tensor in member.state_dict().items():
             assert torch.equal(tensor, saved[name])
