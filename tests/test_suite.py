@@ -131,7 +131,7 @@ def test_a_broken_subject_fails_with_its_message_alone(gate):
 
 def test_the_replay_runs_the_same_check_again(pytester, gate):
     result = gate("--ensembles-subject=zoo:repeated", "-k", "sharing", "--ensembles-seed=3")
-    (replay,) = (line for line in result.outlines if "replay: " in line)
+    replay = next(line for line in result.outlines if "replay: " in line)
     again = pytester.runpytest_inprocess(*replay.replace("'", "").split()[2:])
     assert replay in again.outlines
     again.assert_outcomes(failed=1)
