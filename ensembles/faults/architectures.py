@@ -81,7 +81,7 @@ class Architecture:
         """The first layer of a classifier."""
         if self.name == "attention":
             return Embedding(self.shape[-1], width)
-        return nn.Sequential(self.conv(INPUTS, width, bias=True), *self._normalised(width))
+        return nn.Sequential(self.conv(INPUTS, width, bias=True), *self.normalised(width))
 
     def block(self, width: int = WIDTH, layer: int = 0) -> nn.Module:
         """One block; every second residual block of the conv net has a downsample."""
@@ -89,10 +89,12 @@ class Architecture:
             return Attention(width)
         if self.name == "convnet":
             return Residual(self, width, 1 + layer % 2)
-        return nn.Sequential(self.conv(width, width, bias=True), nn.ReLU())
+        return nn.Sequential(self.conv(width, width, bias=True), nn.GELU())
 
-    def _normalised(self, width: int) -> list[nn.Module]:
-        return [nn.BatchNorm2d(width), nn.ReLU()] if self.name == "convnet" else [nn.ReLU()]
+    def normalised(self, width: int) -> list[nn.Module]:
+        """The activation, behind a norm in the conv net."""
+        # Few units and no norm: with ReLU whole networks would start dead now and then.
+        return [nn.BatchNorm2d(width), nn.ReLU()] if self.name == "convnet" else [nn.GELU()]
 
 
 class Network(nn.Module):
@@ -225,9 +227,8 @@ class Packed(nn.Module):
     def _block(self, wide: int) -> nn.Module:
         if self.architecture.name == "attention":
             return Attention(wide, groups=self.members)
-        norm = [nn.BatchNorm2d(wide)] if self.architecture.name == "convnet" else []
         conv = self.architecture.conv(wide, wide, groups=self.members)
-        return nn.Sequential(conv, *norm, nn.ReLU())
+        return nn.Sequential(conv, *self.architecture.normalised(wide))
 
     def forward(self, x: Tensor) -> Any:
         """Logits of every member."""
@@ -318,7 +319,7 @@ class Subnets(nn.Module):
             if name != "parent":
                 step = self.steps[name][layer]
                 y, x = self.only(y, step.into), self.switched(x, step.switch)
-            x = F.relu(x + y)
+            x = F.gelu(x + y)
         logits: Tensor = self.heads[name](x.flatten(2).mean(-1))
         return logits
 
