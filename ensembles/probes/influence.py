@@ -180,18 +180,13 @@ def probing(
                 "under no_grad or detaches. Influence cannot be followed; enable gradients."
             )
         lookups = _make_transparent(found)
-        parameters = _parameters(modules)
+        parameters = {  # all but frozen masks
+            names[0]: tensor
+            for tensor, names, kind in registered(modules)
+            if kind == "parameter" and tensor.requires_grad
+        }
         names = {id(parameter): name for name, parameter in parameters.items()}
         yield Probe(found, parameters, frozenset(names[i] for i in lookups if i in names))
-
-
-def _parameters(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    named: dict[int, tuple[str, Tensor]] = {}
-    for member, module in modules.items():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:  # all but frozen masks
-                named.setdefault(id(parameter), (f"{member}.{name}", parameter))
-    return dict(named.values())
 
 
 def _usable(tensors: Sequence[Tensor]) -> bool:
@@ -235,7 +230,7 @@ def _scale(parameter: Tensor, fans: dict[int, int]) -> float:
 
 def _generic_inputs(batch: Any) -> Any:
     def generic(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_meta:
             return x
         if x.numel() and (bool(x.isinf().any()) or _is_binary(x)):
             return x  # a mask
