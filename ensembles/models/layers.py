@@ -5,11 +5,13 @@ channel groups, so that a shortcut can follow its subnet.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from ensembles.models.routing import Block
 
 __all__ = ["BlockConv2d", "ChannelSwitcher", "SubnetConv2d", "SubnetGrid"]
 
@@ -174,6 +176,33 @@ class SubnetConv2d(nn.Conv2d):
         if self._parameters.get("subnet_bias") is not None:
             self._reset_subnet_bias()
 
+    def narrow(
+        self, x: Tensor, i: int, j: int, *, blocks: Mapping[Block, Tensor] | None = None
+    ) -> Tensor:
+        """Computes with block (i, j) at ordinary width, without zeros.
+
+        Example:
+            >>> conv = SubnetConv2d(4, 6, kernel_size=1, bias=False, width=2)
+            >>> conv.narrow(torch.randn(1, 2, 5, 5), 1, 0).shape
+            torch.Size([1, 3, 5, 5])
+
+        Args:
+            x: (N, in/k, H, W), input group j; the whole image for a stem.
+            i: The output group.
+            j: The input group; 0 for a stem.
+            blocks: From `split_weight`, where several blocks of the conv are computed with.
+
+        Returns:
+            (N, out/k, H', W'), output group i.
+
+        Raises:
+            IndexError: If the parent has no block (i, j).
+        """
+        rows, columns = self._rows_and_columns(i, j)
+        weight = self.weight[rows, columns] if blocks is None else blocks[i, j]
+        bias = None if self.subnet_bias is None else self.subnet_bias[i, j]
+        return self._computed_with(x, weight, bias)
+
     def zero_padded(self, x: Tensor, i: int, j: int) -> Tensor:
         """Computes with block (i, j) at full width: every other weight is masked with zeros.
 
@@ -209,6 +238,59 @@ class SubnetConv2d(nn.Conv2d):
             around = (rows.start, self.out_channels - rows.stop)
             bias = nn.functional.pad(self.subnet_bias[i, j], around)
         return self._computed_with(x, weight * mask, bias)
+
+    def split_weight(self) -> dict[Block, Tensor]:
+        """Returns all blocks of the weight: views, made in one go.
+
+        A block that is taken by itself gets a gradient buffer of the size of the whole weight in
+        the backward pass. Blocks that are split off together are put into one buffer.
+
+        Example:
+            >>> conv = SubnetConv2d(4, 6, kernel_size=1, bias=False, width=2)
+            >>> blocks = conv.split_weight()
+            >>> list(blocks), torch.equal(blocks[1, 0], conv.weight[3:, :2])
+            ([(0, 0), (0, 1), (1, 0), (1, 1)], True)
+
+        Returns:
+            Block (i, j) by its (i, j), row by row.
+        """
+        rows, columns = self.grid
+        return {
+            (i, j): block
+            for i, row in enumerate(self.weight.chunk(rows, dim=0))
+            for j, block in enumerate(row.chunk(columns, dim=1))
+        }
+
+    def sum_of_blocks(self, x: Tensor, blocks: Mapping[Block, Tensor] | None = None) -> Tensor:
+        """Computes the whole conv as a sum of block products, without zeros.
+
+        Output group i is the sum over j of block (i, j) on input group j. It is what the conv
+        itself computes, in another order of summation.
+
+        Example:
+            >>> conv = SubnetConv2d(4, 6, kernel_size=3, width=2)
+            >>> x = torch.randn(1, 4, 5, 5)
+            >>> torch.allclose(conv.sum_of_blocks(x), conv(x), atol=1e-5)
+            True
+
+        Args:
+            x: (N, in, H, W); without N too.
+            blocks: From `split_weight`, to use blocks again that others have computed with.
+
+        Returns:
+            (N, out, H', W'), as the conv itself.
+        """
+        blocks = self.split_weight() if blocks is None else blocks
+        rows, columns = self.grid
+        groups = x.chunk(columns, dim=-3)
+        sums = []
+        for i in range(rows):
+            products = [
+                self._computed_with(group, blocks[i, j], None) for j, group in enumerate(groups)
+            ]
+            sums.append(sum(products[1:], start=products[0]))
+        y = torch.cat(sums, dim=-3)
+        return y if self.bias is None else y + self.bias[:, None, None]
 
     def extra_repr(self) -> str:
         """Shows the arguments."""
@@ -324,8 +406,8 @@ class BlockConv2d(nn.Module):
         return None if bias is None else bias[self.i, self.j]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Computes at ordinary width, without zeros."""
-        return self.conv._computed_with(x, self.weight, self.bias)
+        """Computes at ordinary width; see `SubnetConv2d.narrow`."""
+        return self.conv.narrow(x, self.i, self.j)
 
     def zero_padded(self, x: Tensor) -> Tensor:
         """Computes the same at the parent's width; see `SubnetConv2d.zero_padded`."""

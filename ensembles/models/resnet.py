@@ -8,16 +8,28 @@ bit by bit.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypedDict, Unpack, cast
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from ensembles.models.routing import ResidualShape
 
-__all__ = ["ResNet", "ResNetOptions", "ResidualBlock", "Stem", "resnet18", "resnet34", "resnet50"]
+__all__ = [
+    "Layer",
+    "ResNet",
+    "ResNetOptions",
+    "ResidualBlock",
+    "Stem",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+]
 
 Stem: TypeAlias = Literal["imagenet", "cifar", "cifar_maxpool"]
+
+Convolve: TypeAlias = Callable[[nn.Conv2d, Tensor], Tensor]
+"""How a conv is computed: ``convolve(conv, x)``."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,38 @@ class ResNetOptions(TypedDict, total=False):
     activation: Callable[[], nn.Module]
 
 
+def _called(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    y: Tensor = conv(x)
+    return y
+
+
+class Layer(nn.Sequential):
+    """A `torch.nn.Sequential` that passes what it gets beside ``x`` on to every module.
+
+    Example:
+        >>> Layer(nn.Bilinear(2, 3, 2), nn.Bilinear(2, 3, 4))(torch.ones(1, 2), torch.ones(1, 3)).shape
+        torch.Size([1, 4])
+
+    Args:
+        *modules: As in `torch.nn.Sequential`.
+    """
+
+    def forward(self, x: Tensor, *beside: Any) -> Tensor:
+        """Computes the modules in turn."""
+        for module in self:
+            x = module(x, *beside)
+        return x
+
+
+class _Downsample(nn.Sequential):
+    """The shortcut's conv and its BatchNorm."""
+
+    def forward(self, x: Tensor, convolve: Convolve = _called) -> Tensor:
+        conv, bn = self
+        y: Tensor = bn(convolve(cast(nn.Conv2d, conv), x))
+        return y
+
+
 class ResidualBlock(nn.Module):
     """A residual block, basic (two convs) or bottleneck (three): act(main(x) + shortcut(x)).
 
@@ -88,9 +132,9 @@ class ResidualBlock(nn.Module):
             self.add_module(f"conv{number}", conv)
             self.add_module(f"bn{number}", nn.BatchNorm2d(conv.out_channels))
         self.activation = activation()
-        self.downsample: nn.Sequential | None = None
+        self.downsample: _Downsample | None = None
         if downsample is not None:
-            self.downsample = nn.Sequential(downsample, nn.BatchNorm2d(downsample.out_channels))
+            self.downsample = _Downsample(downsample, nn.BatchNorm2d(downsample.out_channels))
 
     @property
     def shape(self) -> ResidualShape:
@@ -105,14 +149,14 @@ class ResidualBlock(nn.Module):
             (getattr(self, f"conv{number}"), getattr(self, f"bn{number}")) for number in numbers
         ]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Computes act(main(x) + shortcut(x))."""
+    def forward(self, x: Tensor, convolve: Convolve = _called) -> Tensor:
+        """Computes act(main(x) + shortcut(x)); ``convolve`` may compute the convs in another way."""
         out = x
         for number, (conv, bn) in enumerate(self.stages):
             if number > 0:
                 out = self.activation(out)
-            out = bn(conv(out))
-        shortcut = x if self.downsample is None else self.downsample(x)
+            out = bn(convolve(conv, out))
+        shortcut = x if self.downsample is None else self.downsample(x, convolve)
         result: Tensor = self.activation(out + shortcut)
         return result
 
@@ -206,14 +250,14 @@ class ResNet(nn.Module):
                 stride = 2 if index > 0 and number == 0 else 1
                 residuals.append(self._residual(into, inner, out, stride, convs, activation))
                 into = out
-            layers.append(nn.Sequential(*residuals))
+            layers.append(Layer(*residuals))
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(into, num_classes)
         self._reset_convs()
 
     @property
-    def layers(self) -> tuple[nn.Sequential, ...]:
+    def layers(self) -> tuple[Layer, ...]:
         """The four layers of residual blocks, in their order."""
         return (self.layer1, self.layer2, self.layer3, self.layer4)
 
@@ -222,11 +266,11 @@ class ResNet(nn.Module):
         """The residual blocks, layer by layer."""
         return tuple(tuple(cast(ResidualBlock, block) for block in layer) for layer in self.layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Computes the logits."""
-        x = self.maxpool(self.activation(self.bn1(self.conv1(x))))
+    def forward(self, x: Tensor, convolve: Convolve = _called) -> Tensor:
+        """Computes the logits; ``convolve`` may compute the convs in another way."""
+        x = self.maxpool(self.activation(self.bn1(convolve(self.conv1, x))))
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, convolve)
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return logits
 

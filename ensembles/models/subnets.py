@@ -1,31 +1,25 @@
 """A wide ResNet together with the k*k ResNets of ordinary width that share its convs.
 
 Shared with the parent is every conv weight, the stem included; own are BatchNorms, activations,
-biases and the classifier. How the shared weights are computed with is the construction. There is
-one:
-
-``zero_padded``, the reference: every activation of a subnet has the parent's width and is zero
-outside of the group where the subnet is, and every conv runs at full width with all blocks but one
-masked. It is slow (1 + k*k times the parent) and plain.
-
-The zero part is held at zero and not merely expected to stay there: BatchNorm, activation and
-max-pool see only the channels of the live group, and zeros are put around their result. So it does
-not matter whether act(0) is 0 (softplus, sigmoid), whether act'(0) is 0 (GELU, ELU), or which of a
-dead zero and a live negative value is larger.
-
-What a mask cannot hide: it multiplies, and 0 * inf is nan. One inf or nan in block (i, j) of a
-conv reaches every subnet that writes group i there, and not only the one that owns the block.
+biases and the classifier. How the shared weights are computed with is the construction; see
+`ensembles.models.constructions`.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, Protocol, TypeAlias, Unpack, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
+from ensembles.models.constructions import (
+    Construction,
+    ConstructionName,
+    known_construction,
+    make_construction,
+)
 from ensembles.models.layers import ChannelSwitcher, SubnetConv2d
-from ensembles.models.resnet import ResidualBlock, ResNet, ResNetOptions, Stem
+from ensembles.models.resnet import Layer, ResidualBlock, ResNet, ResNetOptions, Stem
 from ensembles.models.routing import Block, ResidualRoute, all_subnets, subnet_route
 
 __all__ = [
@@ -39,52 +33,6 @@ __all__ = [
     "subnet_resnet34",
     "subnet_resnet50",
 ]
-
-ConstructionName: TypeAlias = Literal["zero_padded"]
-
-
-class _Construction(Protocol):
-    """The four steps in which constructions differ; all else of a subnet is the same in each."""
-
-    def conv(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
-        """Computes with one block of a parent's conv."""
-
-    def own(self, x: Tensor, group: int, width: int, *modules: nn.Module) -> Tensor:
-        """Applies modules of ordinary width to the activations of a subnet that is in ``group``."""
-
-    def switch(self, x: Tensor, switcher: ChannelSwitcher) -> Tensor:
-        """Moves a shortcut to the group where the main path ends."""
-
-    def leave(self, x: Tensor, group: int, width: int) -> Tensor:
-        """Returns the activations at ordinary width."""
-
-
-class _ZeroPadded:
-    """Activations at the parent's width, zero outside of the live group."""
-
-    def conv(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
-        return conv.zero_padded(x, *block)
-
-    def own(self, x: Tensor, group: int, width: int, *modules: nn.Module) -> Tensor:
-        live = self.leave(x, group, width)
-        for module in modules:
-            live = module(live)
-        channels = live.shape[1]
-        before, behind = group * channels, (width - 1 - group) * channels
-        # pad counts from the last dimension: two numbers for W, two for H, two for the channels.
-        return nn.functional.pad(live, (0, 0, 0, 0, before, behind))
-
-    def switch(self, x: Tensor, switcher: ChannelSwitcher) -> Tensor:
-        switched: Tensor = switcher(x)
-        return switched
-
-    def leave(self, x: Tensor, group: int, width: int) -> Tensor:
-        channels = x.shape[1] // width
-        return x.narrow(1, group * channels, channels)
-
-
-_CONSTRUCTIONS: dict[str, _Construction] = {"zero_padded": _ZeroPadded()}
-
 
 class SubnetOptions(ResNetOptions, total=False):
     """The keyword arguments of `subnet_resnet18` and its like: those of `SubnetResNet`."""
@@ -169,7 +117,7 @@ class SubnetResidualBlock(nn.Module):
 
     Shape:
         (N, C, H, W) to (N, C', H', W'); in the ``zero_padded`` construction C and C' are the
-        parent's.
+        parent's, in ``sum_of_subnets`` those of ordinary width.
     """
 
     def __init__(
@@ -184,7 +132,7 @@ class SubnetResidualBlock(nn.Module):
         super().__init__()
         self.route = route
         self.width = width
-        self.construction = _known_construction(construction)
+        self.construction = known_construction(construction)
         for number, (conv, bn) in enumerate(block.stages, start=1):
             self.add_module(f"conv{number}", conv)
             self.add_module(f"bn{number}", nn.BatchNorm2d(bn.num_features // width))
@@ -202,9 +150,14 @@ class SubnetResidualBlock(nn.Module):
         if self.route.downsample is not None:
             yield "downsample.0", self.route.downsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Computes act(main(x) + switched shortcut(x))."""
-        steps = _CONSTRUCTIONS[self.construction]
+    def forward(self, x: Tensor, steps: Construction | None = None) -> Tensor:
+        """Computes act(main(x) + switched shortcut(x)).
+
+        Args:
+            x: (N, C, H, W).
+            steps: What this step shares with other members; None where it shares nothing.
+        """
+        steps = steps or make_construction(self.construction)
         out = x
         for number, block in enumerate(self.route.main, start=1):
             out = steps.conv(getattr(self, f"conv{number}"), out, block)
@@ -274,7 +227,7 @@ class Subnet(nn.Module):
         self.width = width
         self.base_channels = parent.base_channels
         self.image_channels = parent.image_channels
-        self.construction = _known_construction(construction)
+        self.construction = known_construction(construction)
 
         self.conv1 = parent.conv1
         self.bn1 = nn.BatchNorm2d(parent.bn1.num_features // width)
@@ -282,7 +235,7 @@ class Subnet(nn.Module):
         self.maxpool = copy.deepcopy(parent.maxpool)
         routes = iter(self.route.residuals)
         self.layer1, self.layer2, self.layer3, self.layer4 = (
-            nn.Sequential(
+            Layer(
                 *(
                     SubnetResidualBlock(
                         block,
@@ -310,13 +263,18 @@ class Subnet(nn.Module):
                 blocks.update({f"{name}.{conv}": block for conv, block in module.blocks()})
         return blocks
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Computes the logits."""
-        steps = _CONSTRUCTIONS[self.construction]
+    def forward(self, x: Tensor, steps: Construction | None = None) -> Tensor:
+        """Computes the logits.
+
+        Args:
+            x: (N, image_channels, H, W).
+            steps: What this step shares with other members; None where it shares nothing.
+        """
+        steps = steps or make_construction(self.construction)
         x = steps.conv(self.conv1, x, self.route.stem)
         x = steps.own(x, self.start, self.width, self.bn1, self.activation, self.maxpool)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
+            x = layer(x, steps)
         x = steps.leave(x, self.route.head, self.width)
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return logits
@@ -400,7 +358,7 @@ class SubnetResNet(nn.Module):
     ) -> None:
         super().__init__()
         # Before the parent is built, which takes seconds at full size.
-        self.construction = _known_construction(construction)
+        self.construction = known_construction(construction)
         # The parent comes first: the same seed gives it the weights of an ordinary ResNet of its
         # width.
         self.parent = ParentResNet(
@@ -444,8 +402,14 @@ class SubnetResNet(nn.Module):
             ValueError: If ``members`` is empty, or names a member that there is not.
         """
         names = self._selected(members)
+        starts = {cast(Subnet, self.subnets[name]).start for name in names if name != "parent"}
+        steps = make_construction(self.construction)
+        steps.share(x, self.parent, starts=sorted(starts), with_parent="parent" in names)
         return {
-            name: self.parent(x) if name == "parent" else self.subnets[name](x) for name in names
+            name: self.parent(x, steps.whole)
+            if name == "parent"
+            else self.subnets[name](x, steps)
+            for name in names
         }
 
     def _selected(self, members: Iterable[str] | None) -> list[str]:
@@ -512,12 +476,6 @@ def subnet_resnet50(**options: Unpack[SubnetOptions]) -> SubnetResNet:
         The network, in training mode.
     """
     return SubnetResNet(50, **options)
-
-
-def _known_construction(name: ConstructionName) -> ConstructionName:
-    if name not in _CONSTRUCTIONS:
-        raise ValueError(f"construction must be one of {sorted(_CONSTRUCTIONS)}, got {name!r}")
-    return name
 
 
 def _copy_into(

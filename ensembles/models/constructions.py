@@ -1,0 +1,164 @@
+"""How parent and subnets are computed together: two constructions with the same parameters.
+
+``zero_padded``, the reference: every activation of a subnet has the parent's width and is zero
+outside of the group where the subnet is, and every conv runs at full width with all blocks but one
+masked. It is slow (1 + k*k times the parent) and plain.
+
+The zero part is held at zero and not merely expected to stay there: BatchNorm, activation and
+max-pool see only the channels of the live group, and zeros are put around their result. So it does
+not matter whether act(0) is 0 (softplus, sigmoid), whether act'(0) is 0 (GELU, ELU), or which of a
+dead zero and a live negative value is larger.
+
+What a mask cannot hide: it multiplies, and 0 * inf is nan. One inf or nan in block (i, j) of a
+conv reaches every subnet that writes group i there, and not only the one that owns the block.
+
+``sum_of_subnets``: activations of a subnet are narrow, its group is bookkeeping, and no zero is
+computed. Let the parent's stem cost S, its other convs R, and its classifier F operations. The k*k
+subnets partition the other convs, so together they cost R again. The stem is not divided at its
+input, so the k subnets that start in a group need the same rows of the parent's own product: it is
+computed once for all. A classifier is narrow, F/k, and there are k*k. A forward pass costs
+
+    S + 2 R + (1 + k) F
+
+and a forward and backward pass the same with 2 S, 3 R and 3 F (the image needs no gradient). An
+inf in a block reaches the parent and the one subnet that owns the block.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ensembles.models.layers import ChannelSwitcher, SubnetConv2d
+from ensembles.models.resnet import ResNet
+from ensembles.models.routing import Block
+
+__all__ = ["Construction", "ConstructionName", "known_construction", "make_construction"]
+
+ConstructionName: TypeAlias = Literal["zero_padded", "sum_of_subnets"]
+
+
+class Construction(Protocol):
+    """The steps in which constructions differ; all else of a subnet is the same in each.
+
+    One is made for every forward pass, and holds what the members share in it.
+    """
+
+    def share(
+        self, x: Tensor, parent: ResNet, *, starts: Sequence[int], with_parent: bool
+    ) -> None:
+        """Computes what members share: the subnets that start in ``starts``, and the parent."""
+
+    def whole(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """Computes with the whole weight of a parent's conv."""
+
+    def conv(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
+        """Computes with one block of a parent's conv."""
+
+    def own(self, x: Tensor, group: int, width: int, *modules: nn.Module) -> Tensor:
+        """Applies modules of ordinary width to the activations of a subnet that is in ``group``."""
+
+    def switch(self, x: Tensor, switcher: ChannelSwitcher) -> Tensor:
+        """Moves a shortcut to the group where the main path ends."""
+
+    def leave(self, x: Tensor, group: int, width: int) -> Tensor:
+        """Returns the activations at ordinary width."""
+
+
+class _ZeroPadded:
+    """Activations at the parent's width, zero outside of the live group; nothing is shared."""
+
+    def share(
+        self, x: Tensor, parent: ResNet, *, starts: Sequence[int], with_parent: bool
+    ) -> None:
+        pass
+
+    def whole(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        y: Tensor = conv(x)
+        return y
+
+    def conv(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
+        return conv.zero_padded(x, *block)
+
+    def own(self, x: Tensor, group: int, width: int, *modules: nn.Module) -> Tensor:
+        live = self.leave(x, group, width)
+        for module in modules:
+            live = module(live)
+        channels = live.shape[1]
+        before, behind = group * channels, (width - 1 - group) * channels
+        # pad counts from the last dimension: two numbers for W, two for H, two for the channels.
+        return nn.functional.pad(live, (0, 0, 0, 0, before, behind))
+
+    def switch(self, x: Tensor, switcher: ChannelSwitcher) -> Tensor:
+        switched: Tensor = switcher(x)
+        return switched
+
+    def leave(self, x: Tensor, group: int, width: int) -> Tensor:
+        channels = x.shape[1] // width
+        return x.narrow(1, group * channels, channels)
+
+
+class _SumOfSubnets:
+    """Narrow activations; blocks and the stem's rows are shared by the members of a step."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[nn.Module, Mapping[Block, Tensor]] = {}
+        self._whole_stem: Tensor | None = None
+        self._stems: dict[int, Tensor] = {}
+
+    # Everything is computed here and nothing on first use: a member that is recomputed in the
+    # backward pass (activation checkpointing) must do what it did at first.
+    def share(
+        self, x: Tensor, parent: ResNet, *, starts: Sequence[int], with_parent: bool
+    ) -> None:
+        stem = parent.conv1
+        assert isinstance(stem, SubnetConv2d)
+        if starts:
+            convs = [module for module in parent.modules() if isinstance(module, SubnetConv2d)]
+            self._blocks = {conv: conv.split_weight() for conv in convs}
+        if with_parent:
+            self._whole_stem = stem(x)
+            rows = self._whole_stem.chunk(stem.width, dim=1)
+            self._stems = {start: rows[start] for start in starts}
+        else:
+            self._stems = {start: self._block(stem, x, (start, 0)) for start in starts}
+
+    def whole(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        assert isinstance(conv, SubnetConv2d)
+        if not conv.split_input and self._whole_stem is not None:
+            return self._whole_stem
+        y: Tensor = conv(x)
+        return y
+
+    def conv(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
+        if not conv.split_input and block[0] in self._stems:
+            return self._stems[block[0]]
+        return self._block(conv, x, block)
+
+    def own(self, x: Tensor, group: int, width: int, *modules: nn.Module) -> Tensor:
+        for module in modules:
+            x = module(x)
+        return x
+
+    def switch(self, x: Tensor, switcher: ChannelSwitcher) -> Tensor:
+        return x
+
+    def leave(self, x: Tensor, group: int, width: int) -> Tensor:
+        return x
+
+    def _block(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
+        return conv.narrow(x, *block, blocks=self._blocks.get(conv))
+
+
+def make_construction(name: ConstructionName) -> Construction:
+    """Makes the steps of one forward pass."""
+    return _SumOfSubnets() if name == "sum_of_subnets" else _ZeroPadded()
+
+
+def known_construction(name: ConstructionName) -> ConstructionName:
+    """Returns the name; raises ValueError where there is no such construction."""
+    names = get_args(ConstructionName)
+    if name not in names:
+        raise ValueError(f"construction must be one of {sorted(names)}, got {name!r}")
+    return name
