@@ -140,7 +140,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def _refuse_unknown(required: list[str]) -> None:
     if not required:
         return
-    from ensembles.conformance import CHECKS
+    from ensembles.claims import CHECKS
 
     unknown = [name for name in required if name not in CHECKS]
     if unknown:

@@ -5,10 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from ensembles.claims import CHECKS, DEFAULT_ENSEMBLE_CLAIMS, DEFAULT_MODULE_CLAIMS
 from ensembles.conformance import (
-    CHECKS,
-    DEFAULT_ENSEMBLE_CLAIMS,
-    DEFAULT_MODULE_CLAIMS,
     as_subject,
     check_ensemble,
     checks_for,

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import ensembles.suite  # noqa: F401  (before pytester forgets what inner runs import)
-from ensembles.conformance import CHECKS
+from ensembles.claims import CHECKS
 
 CLAIMS = """
     from torch import nn

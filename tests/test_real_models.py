@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.models.vgg import VGG, cfgs, make_layers
 
 from ensembles import Subject, check_ensemble, parametrize_with_checks
-from ensembles.conformance import DEFAULT_ENSEMBLE_CLAIMS, DEFAULT_MODULE_CLAIMS
+from ensembles.claims import DEFAULT_ENSEMBLE_CLAIMS, DEFAULT_MODULE_CLAIMS
 from ensembles.subject import whole
 
 DATA = Path(os.environ.get("ENSEMBLES_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -3,7 +3,7 @@
 import pytest
 
 import ensembles.suite  # noqa: F401  (before pytester forgets what inner runs import)
-from ensembles.conformance import CHECKS
+from ensembles.claims import CHECKS
 
 ZOO = """
 import torch

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ensembles.conformance import CHECKS
+from ensembles.claims import CHECKS
 from ensembles.faults import catalogue
 from ensembles.faults.catalogue import FAULTS, KillMatrix, kill_matrix
 from ensembles.faults.members import same_module

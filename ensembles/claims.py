@@ -1,0 +1,144 @@
+"""What can be claimed: every check by name, with how it reads a subject and its claim.
+
+What a subject claims is `Subject.claims`, check name to claim. A factory that returns bare
+modules claims by default:
+
+- a list or dict of at least two modules: `DEFAULT_ENSEMBLE_CLAIMS`;
+- one module: `DEFAULT_MODULE_CLAIMS`, whatever it returns, because nothing says that its outputs
+  are members. Say so with a `Subject` and its `outputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ensembles.checks import coupling, coverage, graph, ownership, sharing
+from ensembles.subject import Model, Subject
+
+__all__ = ["CHECKS", "DEFAULT_ENSEMBLE_CLAIMS", "DEFAULT_MODULE_CLAIMS", "Check"]
+
+DEFAULT_ENSEMBLE_CLAIMS: Mapping[str, Any] = {
+    "sharing": "independent",
+    "ownership": "independent",
+    "coupling": "independent",
+    "coverage": "complete",
+}
+DEFAULT_MODULE_CLAIMS: Mapping[str, Any] = {"sharing": "distinct", "coverage": "complete"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check by name: what it promises, and how it looks at a subject.
+
+    Attributes:
+        name: What claims, `-k`, `--ensembles-require` and reports call it.
+        promise: One sentence.
+        run: Measures the model and compares with the claim; returns the measurement.
+    """
+
+    name: str
+    promise: str
+    run: Callable[[Subject, Model, Any], object]
+
+
+def _run_sharing(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    words = {"independent": (), "tied": ("*",), "distinct": None}
+    names = words[claim] if isinstance(claim, str) and claim in words else claim
+    if isinstance(names, str) or not (names is None or isinstance(names, Sequence)):
+        raise _unknown_claim("sharing", claim, [*words, "a list of name patterns"])
+    measured = sharing.measure_parameter_sharing(model, members=subject.members)
+    sharing.assert_parameters_distinct(measured)
+    if names is not None:
+        sharing.assert_members_share(measured, names)
+    return measured
+
+
+def _run_ownership(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    measured = ownership.measure_ownership_map(model, _batch(subject), outputs=subject.outputs)
+    ownership.assert_ownership(measured, claim)
+    return measured
+
+
+def _run_coupling(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    parent = claim.get("parent") if isinstance(claim, Mapping) and len(claim) == 1 else None
+    if claim not in ("independent", "tied") and not isinstance(parent, str):
+        raise _unknown_claim("coupling", claim, ["independent", "tied", '{"parent": its name}'])
+    measured = coupling.measure_gradient_coupling(
+        model,
+        _batch(subject),
+        outputs=subject.outputs,
+        members=subject.members,
+        optimizer=subject.optimizer,
+        loss=subject.loss,
+    )
+    if isinstance(parent, str):
+        coupling.assert_members_coupled_to(measured, parent)
+    elif claim == "tied":
+        coupling.assert_members_coupled(measured)
+    else:
+        coupling.assert_members_uncoupled(measured)
+    return measured
+
+
+def _run_coverage(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    if claim != "complete":
+        raise _unknown_claim("coverage", claim, ["complete"])
+    measured = coverage.measure_optimizer_coverage(
+        model, subject.optimizer, _batch(subject), outputs=subject.outputs, loss=subject.loss
+    )
+    coverage.assert_optimizer_complete(measured)
+    return measured
+
+
+def _batch(subject: Subject) -> Any:
+    if subject.batch is None:
+        raise ValueError(f"subject {subject.name!r} has no batch: give Subject(batch=...).")
+    return subject.batch()
+
+
+def _run_graph(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    if not isinstance(claim, (str, Path)):
+        words = ["the text of a recorded graph", "a pathlib.Path of its file"]
+        raise _unknown_claim("graph", claim, words)
+    recorded = graph.RecordedGraph.of(claim)
+    measured = graph.measure_autograd_graph(
+        model, _batch(subject), outputs=subject.outputs, training=recorded.training
+    )
+    graph.assert_graph_equal(measured, recorded.text)
+    return measured
+
+
+def _unknown_claim(check: str, claim: Any, words: Sequence[str]) -> ValueError:
+    return ValueError(f"{check!r} cannot be claimed to be {claim!r}. It is {', '.join(words)}.")
+
+
+CHECKS: Mapping[str, Check] = {
+    check.name: check
+    for check in (
+        Check("sharing", "members share exactly the memory that they claim to share", _run_sharing),
+        Check(
+            "ownership",
+            "every scalar weight moves the outputs of exactly the members that own it",
+            _run_ownership,
+        ),
+        Check(
+            "coupling",
+            "a training step on one member moves that member only, or all that are tied to it",
+            _run_coupling,
+        ),
+        Check(
+            "coverage",
+            "training reaches every trainable parameter, and steps each exactly once",
+            _run_coverage,
+        ),
+        Check("graph", "the autograd graph of the model is the recorded one", _run_graph),
+    )
+}
