@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -292,14 +293,19 @@ def coupled_loss(architecture: Architecture, place: Place, broken: bool) -> Subj
             return cross_entropy(torch.stack(list(outputs.values())).mean(0))
         return loss_of_members(outputs)
 
-    healthy = separate(architecture, place, lambda members: None)
-    return Subject(
-        make=healthy.make,
-        batch=healthy.batch,
-        optimizer=healthy.optimizer,
-        loss=loss,
-        claims=healthy.claims,
-    )
+    return replace(separate(architecture, place, lambda members: None), loss=loss)
+
+
+@fault("members", "coupling")
+def common_target(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Members are drawn to their detached mean: no gradient flows between them, and all agree."""
+
+    def loss(outputs: Mapping[str, Tensor]) -> Tensor:
+        logits = torch.stack(list(outputs.values()))
+        target = logits.mean(0) if broken else torch.zeros_like(logits[0])
+        return loss_of_members(outputs) + (logits - target.detach()).square().mean()
+
+    return replace(separate(architecture, place, lambda members: None), loss=loss)
 
 
 @fault("members", "coupling")
@@ -363,6 +369,7 @@ FAULTS: tuple[Fault, ...] = (
     wrong_reshape,
     mixed_rows,
     coupled_loss,
+    common_target,
     foreign_features,
     swapped_outputs,
     list_members,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 
 from ensembles.faults.architectures import (
     CLASSES,
@@ -186,6 +188,27 @@ def no_grad_branch(architecture: Architecture, place: Place, broken: bool) -> Su
 
 
 @fault("training", "ownership", "coverage")
+def reentrant_checkpoint(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """The stem is under a re-entrant checkpoint, whose input, the batch, needs no gradient."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, stem: nn.Module) -> None:
+            super().__init__()
+            self.stem = stem
+
+        def forward(self, x: Tensor) -> Tensor:
+            with warnings.catch_warnings():  # PyTorch warns that no input needs a gradient
+                warnings.simplefilter("ignore")
+                y: Tensor = checkpoint(self.stem, x, use_reentrant=broken)
+            return y
+
+    def plant(members: list[Network]) -> None:
+        members[place.member].stem = Checkpointed(members[place.member].stem)
+
+    return separate(architecture, place, plant)
+
+
+@fault("training", "ownership", "coverage")
 def weight_by_data(architecture: Architecture, place: Place, broken: bool) -> Subject:
     """The head computes with `weight.data`, which has no gradient."""
 
@@ -263,6 +286,7 @@ FAULTS: tuple[Fault, ...] = (
     lost_parameter,
     detached_branch,
     no_grad_branch,
+    reentrant_checkpoint,
     weight_by_data,
     unused_layer,
     hidden_by_mask,
