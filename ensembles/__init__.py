@@ -24,16 +24,13 @@ _HOMES = {
     ),
     "ensembles.checks.coverage": ("assert_optimizer_complete", "measure_optimizer_coverage"),
     "ensembles.checks.ownership": ("assert_ownership", "measure_ownership_map"),
-    "ensembles.checks.graph": (
-        "assert_graph_equal",
-        "draw_autograd_graph",
-        "measure_autograd_graph",
-    ),
+    "ensembles.checks.graph": ("assert_graph_equal", "measure_autograd_graph"),
     "ensembles.checks.sharing": (
         "assert_members_share",
         "assert_parameters_distinct",
         "measure_parameter_sharing",
     ),
+    "ensembles.drawings": ("draw_autograd_graph",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -416,7 +416,7 @@ class GraphFixture:
         overwrite: bool = False,
     ) -> tuple[Path, Path]:
         """Draws the graph as path.pdf and path.svg: `draw_autograd_graph`."""
-        from ensembles.checks.graph import draw_autograd_graph
+        from ensembles.drawings import draw_autograd_graph
 
         return draw_autograd_graph(
             model, batch, path, outputs=outputs, training=training, overwrite=overwrite

@@ -38,6 +38,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ensembles.message import seed
+from ensembles.probes.autograd import postorder, signed
+from ensembles.probes.registers import registered
 from ensembles.probes.state import parameters_kept, preserved
 from ensembles.subject import (
     Model,
@@ -180,13 +182,14 @@ def probing(
                 "under no_grad or detaches. Influence cannot be followed; enable gradients."
             )
         lookups = _make_transparent(found)
-        parameters = {  # all but frozen masks
-            names[0]: tensor
-            for tensor, names, kind in registered(modules)
-            if kind == "parameter" and tensor.requires_grad
+        parameters = {
+            entry.names[0]: entry.tensor
+            for entry in registered(modules)
+            if entry.kind == "parameter" and entry.tensor.requires_grad  # all but frozen masks
         }
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        yield Probe(found, parameters, frozenset(names[i] for i in lookups if i in names))
+        yield Probe(
+            found, parameters, frozenset(n for n, p in parameters.items() if id(p) in lookups)
+        )
 
 
 def _usable(tensors: Sequence[Tensor]) -> bool:
@@ -309,10 +312,8 @@ Rule = Callable[[Any, Gradients, Gradients], Sequence[Tensor | None] | None]
 def _make_transparent(outputs: dict[str, tuple[Tensor, ...]]) -> set[int]:
     """Hooks the backward rules of the graph; returns ids of parameters that are read by index."""
     lookups: set[int] = set()
-    stack = [y.grad_fn for tensors in outputs.values() for y in tensors if y.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node: Any = stack.pop()
+    roots = [y.grad_fn for tensors in outputs.values() for y in tensors if y.grad_fn is not None]
+    for node in postorder(roots, lambda node: [n for n, _ in node.next_functions if n is not None]):
         name = type(node).__name__.rstrip("0123456789")
         if name.startswith("CheckpointFunction"):
             raise ValueError(
@@ -329,10 +330,6 @@ def _make_transparent(outputs: dict[str, tuple[Tensor, ...]]) -> set[int]:
                 for child, _ in node.next_functions
                 if child is not None and hasattr(child, "variable")
             }
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
     return lookups
 
 
@@ -392,8 +389,7 @@ def _convolution(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[T
 def _softmax(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None]:
     (gradient,) = (g for g in outputs[:1] if g is not None)
     result = node._saved_result
-    dim = node._saved_dim
-    dim = dim if dim < result.ndim else dim - 2**64  # stored unsigned
+    dim = signed(node._saved_dim)
     logarithmic = "Log" in type(node).__name__
     # Exactly zero probability is a mask: generic scores are too close together to underflow.
     unmasked = result.isfinite() if logarithmic else result != 0
@@ -442,8 +438,8 @@ def _max_over(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tens
         return [None]
     rank = inputs[0].ndim
     dims = getattr(node, "_saved_dim", ())
-    dims = [dims] if isinstance(dims, int) else list(dims)
-    dims = [d if d < 2**63 else d - 2**64 for d in dims] or list(range(rank))
+    dims = [dims] if isinstance(dims, int) else dims
+    dims = [signed(dim) for dim in dims] or list(range(rank))
     if not getattr(node, "_saved_keepdim", False):
         for dim in sorted(d % rank for d in dims):
             gradient = gradient.unsqueeze(dim)

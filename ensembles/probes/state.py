@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensembles.probes.registers import registered
 from ensembles.subject import Model, named_modules_of
 
 __all__ = ["generators_kept", "parameters_kept", "preserved", "seed_generators"]
@@ -124,9 +125,9 @@ def parameters_kept(model: Model) -> Iterator[None]:
         ValueError: calling the model changes its own parameter model.bias...
     """
     named = [
-        (f"{member}.{name}", parameter)
-        for member, module in named_modules_of(model).items()
-        for name, parameter in module.named_parameters()
+        (names[0], tensor)
+        for tensor, names, kind in registered(named_modules_of(model))
+        if kind == "parameter"
     ]
     before = [(p.data_ptr(), _bits(p).clone()) for _, p in named]
     yield

@@ -14,12 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ensembles.checks.graph import (
-    assert_graph_equal,
-    draw_autograd_graph,
-    measure_autograd_graph,
-)
+from ensembles.checks.graph import assert_graph_equal, measure_autograd_graph
 from ensembles.conformance import check_ensemble
+from ensembles.drawings import draw_autograd_graph
 from ensembles.models import Ensemble, NStreams, SubnetResNet, resnet18
 from ensembles.models.resnet import ResidualBlock
 from ensembles.subject import Subject, split_axis, split_batch
@@ -110,7 +107,7 @@ def test_a_lost_relu_is_broken(golden):
     recorded = str(measure_autograd_graph(network, images()))
 
     class WithoutActivation(ResidualBlock):
-        def forward(self, x):
+        def forward(self, x, *_):
             out = self.bn2(self.conv2(self.bn1(self.conv1(x))))
             return self.activation(out + x)
 
