@@ -1,9 +1,14 @@
-"""What tests share: goldens."""
+"""What tests share: goldens, and the networks that are recorded as a text and as a drawing."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+from ensembles.models import SubnetResNet
+from ensembles.models.resnet import ResidualBlock
 
 MATS = Path(__file__).parent / "test_mats"
 
@@ -23,3 +28,35 @@ def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
         )
 
     return check
+
+
+@pytest.fixture
+def small_resnet() -> Callable[[], nn.Module]:
+    """Builds every kind of layer that a ResNet has, and few of each: its drawing can be read."""
+
+    def make() -> nn.Module:
+        block = ResidualBlock(
+            [nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False), nn.Conv2d(8, 8, 3, padding=1)],
+            downsample=nn.Conv2d(4, 8, 1, stride=2, bias=False),
+        )
+        stem = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()
+        )
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+        network = nn.Sequential()
+        for name, module in (("stem", stem), ("block", block), ("head", head)):
+            network.add_module(name, module)
+        return network
+
+    return make
+
+
+@pytest.fixture
+def parent_and_subnet() -> Callable[[], tuple[nn.Module, dict[str, object]]]:
+    """Builds a network of width two, with the batch that calls its parent and one subnet."""
+
+    def make() -> tuple[nn.Module, dict[str, object]]:
+        network = SubnetResNet(18, num_classes=10, stem="cifar", width=2, base_channels=4)
+        return network, {"x": torch.randn(2, 3, 8, 8), "members": ("parent", "subnet_0_1")}
+
+    return make
