@@ -57,14 +57,14 @@ class KillMatrix:
 
     @property
     def missed(self) -> tuple[str, ...]:
-        """Faults that a check named for them let pass, as "fault (architecture): check"."""
+        """Faults that a check named for them did not tell, as "fault (architecture): check"."""
         named = {fault.name: fault.caught_by for fault in self.faults}
         return tuple(
             f"{run.fault} ({run.architecture}): {check}"
             for run in self.runs
             if run.broken
             for check in named[run.fault]
-            if check not in run.fired
+            if run.statuses[check] != "broken"
         )
 
     @property
