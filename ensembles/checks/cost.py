@@ -1,0 +1,763 @@
+"""Promise: a call of the model costs what is claimed: FLOPs, parameters, bytes kept, zeros.
+
+Catches a masked subnet that costs as much as its parent, a tied model that is two, a mask that is
+applied anew in every step and kept for the backward pass, and weights that nobody asked for.
+
+Everything is a whole number, the same on every machine of one kind and in every run:
+
+- FLOPs: two for a multiply-add, of matrix products and convolutions only; those of a convolution
+  on its padding too. A layer that is called twice counts twice.
+- Parameters and buffers: elements of memory, so that ties and overlapping views count once.
+- Bytes kept: the memory that autograd holds at the end of the forward pass, each piece once, the
+  batch included, parameters and buffers not. Copies of weights among them are told apart.
+- Waste: a multiply-add is wasted where one of its factors is zero by structure. Which are is not
+  guessed from values: the model is looked at with generic positive weights and transparent
+  operations (`ensembles.probes.influence`), and what is zero then is zero always: a mask, a group
+  of channels that is padded, a gradient that is cut off. Attention is counted dense, and what its
+  mask hides is waste.
+
+Limits: other operations (normalisation, activations) are not counted. Where the actual pass and
+the one with generic values run different kernels (attention), waste is told of the plain kernels,
+and never exceeds the FLOPs of its layer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ensembles.checks.sharing import measure_parameter_sharing
+from ensembles.message import SHOWN_ROWS, aligned, broken, listed
+from ensembles.probes.autograd import postorder
+from ensembles.probes.influence import probing
+from ensembles.probes.meter import Counts, Kept, Meter, Operation
+from ensembles.probes.registers import Registered, registered
+from ensembles.probes.state import parameters_kept, preserved
+from ensembles.subject import (
+    Model,
+    Outputs,
+    checked_initialised,
+    member_outputs,
+    named_modules_of,
+)
+
+__all__ = [
+    "ComputeCost",
+    "LayerCost",
+    "OperationCost",
+    "assert_cost_equals",
+    "assert_cost_within",
+    "measure_compute_cost",
+]
+
+
+@dataclass(frozen=True)
+class OperationCost:
+    """What one product in the source of a layer costs, however often the layer is called.
+
+    Attributes:
+        name: "convolution", "product", "batched product", "attention" or "recurrence", with a
+            number behind the first of them.
+        forward: FLOPs of the forward pass.
+        backward: FLOPs of the backward pass.
+        wasted_flops: How many of both multiply by a structural zero; None where nobody looked.
+    """
+
+    name: str
+    forward: int
+    backward: int
+    wasted_flops: int | None
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of both passes."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one module costs by itself, without the modules inside it.
+
+    Attributes:
+        name: Path of the module, with the member in front where there are several; "" for the
+            model itself.
+        operations: Its products, in the order in which they run.
+        parameters: Elements of the parameters that it registers, and nobody before it.
+        kept_bytes: Bytes that it keeps for the backward pass, and nobody before it.
+    """
+
+    name: str
+    operations: tuple[OperationCost, ...]
+    parameters: int
+    kept_bytes: int
+
+    @property
+    def forward(self) -> int:
+        """FLOPs of the forward pass."""
+        return sum(operation.forward for operation in self.operations)
+
+    @property
+    def backward(self) -> int:
+        """FLOPs of the backward pass."""
+        return sum(operation.backward for operation in self.operations)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of both passes."""
+        return self.forward + self.backward
+
+    @property
+    def wasted_flops(self) -> int | None:
+        """FLOPs that multiply by a structural zero; None where nobody looked."""
+        return _sum(operation.wasted_flops for operation in self.operations)
+
+
+@dataclass(frozen=True)
+class ComputeCost:
+    """What a call of a model costs, in whole numbers; in all, and by layer.
+
+    Attributes:
+        layers: Every module that costs something by itself, in the order of registration.
+        parameters: Elements of all parameters; memory that has several names counts once.
+        buffers: Elements of all buffers, likewise.
+        kept_bytes: Bytes that are kept for the backward pass.
+        kept_weight_bytes: How many of them are copies of weights: computed from parameters and
+            buffers alone, such as a weight under its mask.
+        kept_zero_bytes: How many of them are structural zeros; None where nobody looked.
+        training: Whether the call was a training step, with a backward pass.
+        uncounted: Operations that multiply, and for which there is no formula.
+    """
+
+    layers: tuple[LayerCost, ...]
+    parameters: int
+    buffers: int
+    kept_bytes: int
+    kept_weight_bytes: int
+    kept_zero_bytes: int | None
+    training: bool
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def forward(self) -> int:
+        """FLOPs of the forward pass."""
+        return sum(layer.forward for layer in self.layers)
+
+    @property
+    def backward(self) -> int:
+        """FLOPs of the backward pass; 0 in evaluation."""
+        return sum(layer.backward for layer in self.layers)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of both passes."""
+        return self.forward + self.backward
+
+    @property
+    def wasted_flops(self) -> int | None:
+        """FLOPs that multiply by a structural zero; None on the meta device."""
+        return _sum(layer.wasted_flops for layer in self.layers)
+
+    @property
+    def wasted(self) -> Fraction | None:
+        """The share of FLOPs that multiply by a structural zero; None on the meta device."""
+        return _share(self.wasted_flops, self.flops)
+
+    @property
+    def wasted_kept(self) -> Fraction | None:
+        """The share of kept bytes that are structural zeros; None on the meta device."""
+        return _share(self.kept_zero_bytes, self.kept_bytes)
+
+    def layer(self, name: str) -> LayerCost:
+        """The layer of this name.
+
+        Raises:
+            KeyError: If there is none that costs something.
+        """
+        found = {layer.name: layer for layer in self.layers}
+        if name not in found:
+            raise KeyError(f"no layer {name!r} costs something; layers are {listed(list(found))}")
+        return found[name]
+
+    def table(self, most: int | None = None) -> str:
+        """The cost of every layer.
+
+        Args:
+            most: How many layers are shown, those with most FLOPs; by default all that have FLOPs
+                or keep something.
+        """
+        busy = [layer for layer in self.layers if layer.flops or layer.kept_bytes]
+        shown = set(sorted(busy, key=lambda layer: (-layer.flops, -layer.kept_bytes))[:most])
+        rows = [
+            (
+                layer.name or "(model)",
+                f"{layer.forward:,}",
+                f"{layer.backward:,}",
+                _percent(_share(layer.wasted_flops, layer.flops)),
+                f"{layer.parameters:,}",
+                f"{layer.kept_bytes:,}",
+            )
+            for layer in self.layers
+            if layer in shown
+        ]
+        total = (
+            "in all",
+            f"{self.forward:,}",
+            f"{self.backward:,}",
+            _percent(self.wasted),
+            f"{self.parameters:,}",
+            f"{self.kept_bytes:,}",
+        )
+        lines = _columns([_HEAD, *rows, total])
+        if len(busy) > len(rows):
+            lines.insert(-1, f"... {len(busy) - len(rows)} more, with no more FLOPs each")
+        if len(self.layers) > len(busy):
+            lines.insert(-1, f"... {len(self.layers) - len(busy)} more, with parameters only")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        of_zeros = self.wasted is not None and f", {_percent(self.wasted)} of them by zeros"
+        passes = "forward and backward" if self.training else "forward, in evaluation"
+        head = f"{self.flops:,} FLOPs {passes}{of_zeros or ''}; {self.parameters:,} parameters"
+        lines = [f"{head}; {self.kept_bytes:,} bytes kept" if self.training else head]
+        lines += [f"  {line}" for line in self.table(SHOWN_ROWS).splitlines()]
+        if self.buffers:
+            lines.append(f"  buffers: {self.buffers:,} elements")
+        if self.kept_weight_bytes:
+            lines.append(f"  kept copies of weights: {self.kept_weight_bytes:,} bytes")
+        if self.kept_zero_bytes:
+            told = f"{self.kept_zero_bytes:,} bytes, {_percent(self.wasted_kept)}"
+            lines.append(f"  kept zeros: {told}")
+        if self.wasted is None:
+            lines.append("  zeros were not looked for: there are no numbers on the meta device")
+        if self.uncounted:
+            lines.append(f"  not counted, for want of a formula: {listed(self.uncounted)}")
+        return "\n".join(lines)
+
+
+_HEAD = ("layer", "FLOPs forward", "FLOPs backward", "by zeros", "parameters", "bytes kept")
+
+
+def measure_compute_cost(
+    model: Model, batch: Any, *, outputs: Outputs | None = None, training: bool = True
+) -> ComputeCost:
+    """Counts FLOPs, parameters, bytes kept for backward, and multiplications by zero.
+
+    Args:
+        model: One module, or the members as a list or dict of modules, each called on the batch.
+        batch: What the model is called with. On the meta device nothing is computed; then zeros
+            are not looked for.
+        outputs: Splits what one module returns into member outputs; the backward pass begins at
+            all of them.
+        training: Whether a training step is measured (training mode, forward and backward), or a
+            prediction (evaluation mode, forward without gradients).
+
+    Returns:
+        The cost, exactly. It takes two passes, one as the model is and one with generic values.
+
+    Raises:
+        ValueError: If the model cannot be called, a parameter is lazy or holds no usable numbers,
+            there is nothing to count, or the outputs hold no floating tensor.
+
+    Example:
+        >>> cost = measure_compute_cost(nn.Linear(3, 4), torch.randn(2, 3), training=False)
+        >>> cost.forward == 2 * 2 * 3 * 4, cost.parameters == 3 * 4 + 4
+        (True, True)
+    """
+    __tracebackhide__ = True
+    modules = named_modules_of(model)
+    entries = registered(modules)
+    for entry in entries:
+        checked_initialised(entry.tensor, f"{entry.kind} {entry.names[0]}")
+    given = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
+    on_meta = any(x.is_meta for x in [*given, *(entry.tensor for entry in entries)])
+    meter = Meter(modules, batch)
+    kept, trained = _measured(model, batch, outputs, training, meter, check=not on_meta)
+    wasted: Mapping[Operation, int] | None = None
+    zero_bytes = None
+    if not on_meta and (meter.counts or entries):
+        wasted, zero_bytes = _zeros(model, batch, outputs, training, meter, kept, trained)
+    parameters = _elements(model, entries, "parameter")
+    cost = ComputeCost(
+        layers=_layers(meter, kept, wasted, parameters),
+        parameters=sum(parameters.values()),
+        buffers=sum(_elements(model, entries, "buffer").values()),
+        kept_bytes=sum(piece.bytes for piece in kept),
+        kept_weight_bytes=sum(piece.bytes for piece in kept if piece.of_weights),
+        kept_zero_bytes=zero_bytes,
+        training=training,
+        uncounted=tuple(meter.uncounted),
+    )
+    if not cost.layers:
+        raise ValueError(
+            "the model multiplies nothing, has no parameters and keeps nothing for the backward "
+            "pass: there is no cost to measure."
+        )
+    return cost
+
+
+def assert_cost_within(
+    cost: ComputeCost,
+    *,
+    flops: int | None = None,
+    parameters: int | None = None,
+    kept_bytes: int | None = None,
+    wasted: float | Fraction | None = None,
+) -> None:
+    """Checks that a call costs no more than its budgets.
+
+    Args:
+        cost: From `measure_compute_cost`.
+        flops: FLOPs of both passes, at most.
+        parameters: Elements of all parameters, at most.
+        kept_bytes: Bytes that are kept for the backward pass, at most.
+        wasted: The share of FLOPs that multiply by structural zeros, 0 to 1, at most.
+
+    Raises:
+        ValueError: If there is no budget, if it is none, or if it is about something that was not
+            looked at.
+        AssertionError: If the cost exceeds a budget.
+
+    Example:
+        >>> cost = measure_compute_cost(nn.Linear(3, 4), torch.randn(2, 3))
+        >>> assert_cost_within(cost, flops=100, parameters=16, wasted=0)
+    """
+    __tracebackhide__ = True
+    asked = {
+        "FLOPs": flops,
+        "parameters": parameters,
+        "bytes kept": kept_bytes,
+        "share of zeros": wasted,
+    }
+    budgets = _budgets(cost, asked)
+    found = _found(cost)
+    exceeded = {name: limit for name, limit in budgets.items() if found[name] > limit}
+    if exceeded:
+        _fail(cost, exceeded, "at most ")
+
+
+def assert_cost_equals(
+    cost: ComputeCost,
+    *,
+    flops: int | None = None,
+    forward: int | None = None,
+    backward: int | None = None,
+    parameters: int | None = None,
+    buffers: int | None = None,
+    kept_bytes: int | None = None,
+    wasted: float | Fraction | None = None,
+) -> None:
+    """Checks that a call costs exactly what is claimed.
+
+    Args:
+        cost: From `measure_compute_cost`.
+        flops: FLOPs of both passes.
+        forward: FLOPs of the forward pass.
+        backward: FLOPs of the backward pass.
+        parameters: Elements of all parameters.
+        buffers: Elements of all buffers.
+        kept_bytes: Bytes that are kept for the backward pass.
+        wasted: The share of FLOPs that multiply by structural zeros; a `Fraction` is exact.
+
+    Raises:
+        ValueError: If nothing is claimed, or something that was not looked at.
+        AssertionError: If the cost is another.
+
+    Example:
+        >>> cost = measure_compute_cost(nn.Linear(3, 4), torch.randn(2, 3))
+        >>> assert_cost_equals(cost, forward=48, parameters=16)
+    """
+    __tracebackhide__ = True
+    asked = {
+        "FLOPs": flops,
+        "FLOPs forward": forward,
+        "FLOPs backward": backward,
+        "parameters": parameters,
+        "buffers": buffers,
+        "bytes kept": kept_bytes,
+        "share of zeros": wasted,
+    }
+    budgets = _budgets(cost, asked)
+    found = _found(cost)
+    other = {name: claim for name, claim in budgets.items() if found[name] != claim}
+    if other:
+        _fail(cost, other, "")
+
+
+# --- how it is measured -------------------------------------------------------------------------
+
+
+def _measured(
+    model: Model,
+    batch: Any,
+    outputs: Outputs | None,
+    training: bool,
+    meter: Meter,
+    *,
+    check: bool,
+) -> tuple[list[Kept], list[Tensor]]:
+    """One pass of the model as it is; what it keeps, and the leaves that it trains."""
+    __tracebackhide__ = True
+    with ExitStack() as stack:
+        stack.enter_context(preserved(model))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(training))
+        stack.enter_context(_plain_calls())
+        for module in named_modules_of(model).values():
+            module.train(training)
+        stack.enter_context(meter.watching())
+        with ExitStack() as call:
+            if check:
+                call.enter_context(parameters_kept(model))
+            found = member_outputs(model, batch, outputs=outputs)
+        kept = meter.kept()
+        trained = _trained(found)
+        if trained:
+            meter.backward = True
+            _backward(found, trained)
+    return kept, trained
+
+
+def _zeros(
+    model: Model,
+    batch: Any,
+    outputs: Outputs | None,
+    training: bool,
+    real: Meter,
+    kept: list[Kept],
+    trained: list[Tensor],
+) -> tuple[dict[Operation, int], int]:
+    """A pass with generic values: FLOPs that multiply by zeros, and bytes kept that are zeros."""
+    __tracebackhide__ = True
+    meter = Meter(named_modules_of(model), batch, zeros=True)
+    with (
+        _plain_calls(),
+        meter.watching(),
+        probing(model, batch, outputs=outputs, training=training) as probe,
+    ):
+        found = meter.kept() if training else []
+        # Gradients are on in the probe, and a prediction has no backward pass.
+        if training and trained:
+            meter.backward = True
+            _backward(probe.outputs, trained)
+    budget = Counter(piece.like for piece in kept)
+    zero_bytes = 0
+    for piece in found:
+        if budget[piece.like]:
+            budget[piece.like] -= 1
+            zero_bytes += piece.zeros
+    wasted: dict[Operation, int] = {}
+    for operation, counts in meter.counts.items():
+        _add(wasted, real.counts, operation, counts.wasted)
+    return wasted, zero_bytes
+
+
+def _add(
+    wasted: dict[Operation, int],
+    counts: Mapping[Operation, Counts],
+    operation: Operation,
+    flops: int,
+) -> None:
+    """Waste goes to the operation that ran in the actual pass: fused attention for its products."""
+    if operation not in counts:
+        same_layer = [other for other in counts if other.layer == operation.layer]
+        fused = [other for other in same_layer if other.kind == "attention"]
+        candidates = fused or same_layer
+        if not candidates:
+            return
+        operation = candidates[0]
+    actual = counts[operation]
+    limit = actual.forward + actual.backward
+    wasted[operation] = min(wasted.get(operation, 0) + flops, limit)
+
+
+@contextmanager
+def _plain_calls() -> Iterator[None]:
+    """Compiled modules run eagerly, and encoder layers as the modules that they consist of."""
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # its import takes seconds, and is nobody's need here
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(
+            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+        )
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+
+
+def _trained(outputs: Mapping[str, tuple[Tensor, ...]]) -> list[Tensor]:
+    """The leaves that a backward pass from all outputs reaches."""
+    roots = [y.grad_fn for tensors in outputs.values() for y in tensors if y.grad_fn is not None]
+    nodes = postorder(roots, lambda node: [n for n, _ in node.next_functions if n is not None])
+    return [node.variable for node in nodes if hasattr(node, "variable")]
+
+
+def _backward(outputs: Mapping[str, tuple[Tensor, ...]], trained: list[Tensor]) -> None:
+    __tracebackhide__ = True
+    roots = [y for tensors in outputs.values() for y in tensors if y.requires_grad]
+    # Positive and generic, as in the probe; the actual pass does not look at the values.
+    seeds = [torch.rand_like(y) + 0.5 for y in roots]
+    try:
+        torch.autograd.grad(roots, trained, seeds, allow_unused=True)
+    except RuntimeError as error:
+        said = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the backward pass of the model raised RuntimeError: {said} Its cost cannot be "
+            "measured. With activation checkpointing use checkpoint(..., use_reentrant=False); or "
+            "measure a prediction with training=False."
+        ) from error
+
+
+def _layers(
+    meter: Meter,
+    kept: list[Kept],
+    wasted: Mapping[Operation, int] | None,
+    parameters: Mapping[str, int],
+) -> tuple[LayerCost, ...]:
+    operations: dict[str, list[OperationCost]] = defaultdict(list)
+    for operation, counts in meter.counts.items():
+        operations[operation.layer].append(
+            OperationCost(
+                operation.kind + (f" {operation.number}" if operation.number > 1 else ""),
+                counts.forward,
+                counts.backward,
+                None if wasted is None else wasted.get(operation, 0),
+            )
+        )
+    elements: Counter[str] = Counter()
+    for name, count in parameters.items():
+        elements[name] += count
+    bytes_of: Counter[str] = Counter()
+    for piece in kept:
+        bytes_of[piece.layer] += piece.bytes
+    return tuple(
+        LayerCost(name, tuple(operations[name]), elements[name], bytes_of[name])
+        for name in dict.fromkeys([*meter.paths.values(), *operations, *bytes_of])
+        if operations[name] or elements[name] or bytes_of[name]
+    )
+
+
+def _elements(model: Model, entries: list[Registered], kind: str) -> dict[str, int]:
+    """Layer to the elements of the tensors that it registers, all memory once."""
+    named = named_modules_of(model)
+    alone = list(named) == ["model"]
+
+    def layer(name: str) -> str:
+        path = name.rpartition(".")[0]
+        return path.partition(".")[2] if alone else path
+
+    counts: Counter[str] = Counter()
+    homes: dict[str, Registered] = {}
+    for entry in entries:
+        homes.update(dict.fromkeys(entry.names, entry))
+        if entry.kind == kind:
+            counts[layer(entry.names[0])] += _distinct(entry.tensor)
+    for memory in measure_parameter_sharing(model).shared:
+        holders = {
+            id(homes[name].tensor): homes[name]
+            for name in (str(place) for place in memory.places if place.kind == kind)
+            if name in homes
+        }
+        # The first to be registered owns the memory; the others are views of it.
+        for entry in list(holders.values())[1:]:
+            counts[layer(entry.names[0])] -= memory.bytes // entry.tensor.element_size()
+    return dict(counts)
+
+
+def _distinct(tensor: Tensor) -> int:
+    """Elements, without the repeats of an expanded tensor."""
+    if tensor.layout is not torch.strided:
+        return int(tensor._values().numel()) if tensor.is_sparse else tensor.numel()
+    total = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        total *= size if stride or not size else 1
+    return total
+
+
+# --- how it is told -----------------------------------------------------------------------------
+
+
+def _budgets(cost: ComputeCost, asked: Mapping[str, Any]) -> dict[str, Any]:
+    __tracebackhide__ = True
+    budgets = {name: limit for name, limit in asked.items() if limit is not None}
+    if not budgets:
+        raise ValueError(
+            "no budget was given: there is nothing to compare. Give one or more of "
+            f"{', '.join(_ARGUMENTS[name] for name in asked)}."
+        )
+    for name, limit in budgets.items():
+        argument = _ARGUMENTS[name]
+        number = isinstance(limit, (int, float, Fraction)) and not isinstance(limit, bool)
+        share = name == "share of zeros"
+        if not number or not limit >= 0 or (share and limit > 1):
+            raise ValueError(
+                f"{argument}={limit!r} is no budget: it is "
+                + ("a share from 0 to 1." if share else "a whole number, 0 or more.")
+            )
+        if not share and not isinstance(limit, int):
+            raise ValueError(f"{argument}={limit!r} is no budget: it is a whole number, 0 or more.")
+    if "share of zeros" in budgets and cost.wasted is None:
+        raise ValueError(
+            "zeros were not looked for, because there are no numbers on the meta device. Measure "
+            "the model on a real device, or leave out wasted=..."
+        )
+    if "bytes kept" in budgets and not cost.training:
+        raise ValueError(
+            "a prediction keeps nothing for a backward pass: measure the cost with training=True, "
+            "or leave out kept_bytes=..."
+        )
+    if cost.uncounted and budgets.keys() & {"FLOPs", "FLOPs forward", "FLOPs backward"}:
+        raise ValueError(
+            f"there is no formula for the FLOPs of {listed(cost.uncounted)}, which the model "
+            "calls, so that a budget would say nothing."
+        )
+    return budgets
+
+
+_ARGUMENTS = {
+    "FLOPs": "flops",
+    "FLOPs forward": "forward",
+    "FLOPs backward": "backward",
+    "parameters": "parameters",
+    "buffers": "buffers",
+    "bytes kept": "kept_bytes",
+    "share of zeros": "wasted",
+}
+
+
+def _found(cost: ComputeCost) -> dict[str, Any]:
+    return {
+        "FLOPs": cost.flops,
+        "FLOPs forward": cost.forward,
+        "FLOPs backward": cost.backward,
+        "parameters": cost.parameters,
+        "buffers": cost.buffers,
+        "bytes kept": cost.kept_bytes,
+        "share of zeros": cost.wasted or 0,
+    }
+
+
+def _fail(cost: ComputeCost, claims: Mapping[str, Any], at_most: str) -> None:
+    __tracebackhide__ = True
+    found = _found(cost)
+    main = next(iter(claims))
+    rows = [
+        ("in all", f"expected {at_most}{_told(name, limit)}", f"found {_told(name, found[name])}")
+        for name, limit in claims.items()
+    ]
+    rows += [(layer.name or "(model)", "", told) for layer, told in _places(cost, main)]
+    meaning, remedy = _EXPLANATIONS[main.removesuffix(" forward").removesuffix(" backward")]
+    call = "a training step" if cost.training else "a prediction"
+    raise AssertionError(
+        broken(
+            f"the cost of {call} is claimed to be {at_most}"
+            f"{' and '.join(_told(name, limit) for name, limit in claims.items())}, and is "
+            f"{'more' if at_most else 'not'}",
+            rows,
+            total=_how_much(main, found[main], claims[main]),
+            meaning=meaning if found[main] > claims[main] else "It costs less than is claimed.",
+            remedy=remedy if found[main] > claims[main] else _CHEAPER,
+        )
+    )
+
+
+def _places(cost: ComputeCost, name: str) -> list[tuple[LayerCost, str]]:
+    """The layers that cost most of what a claim is about, with what they cost."""
+    measures: dict[str, Any] = {
+        "FLOPs": lambda layer: layer.flops,
+        "FLOPs forward": lambda layer: layer.forward,
+        "FLOPs backward": lambda layer: layer.backward,
+        "parameters": lambda layer: layer.parameters,
+        "buffers": lambda layer: 0,
+        "bytes kept": lambda layer: layer.kept_bytes,
+        "share of zeros": lambda layer: layer.wasted_flops or 0,
+    }
+    costly = sorted(cost.layers, key=lambda layer: -measures[name](layer))
+
+    def told(layer: LayerCost) -> str:
+        if name == "share of zeros":
+            share = _percent(_share(layer.wasted_flops, layer.flops))
+            return f"{share} of {layer.flops:,} FLOPs"
+        return _told(name, measures[name](layer))
+
+    return [(layer, told(layer)) for layer in costly if measures[name](layer)]
+
+
+def _told(name: str, number: Any) -> str:
+    return f"{_percent(number)} by zeros" if name == "share of zeros" else f"{number:,} {name}"
+
+
+def _how_much(name: str, found: Any, claim: Any) -> str:
+    if name == "share of zeros":
+        return f"{_percent(found)} of all FLOPs"
+    return f"{found / claim:.4g} times what is claimed" if claim else f"{found:,} {name}"
+
+
+_CHEAPER = (
+    "Usual cause: a layer that forward no longer calls, a batch or a width that is another, or "
+    "work that was saved. Claim the new cost if it is meant."
+)
+_EXPLANATIONS = {
+    "FLOPs": (
+        "Every step takes as much longer.",
+        "Usual cause: a masked layer at full width, a network that is called once too often, a "
+        "batch or a width that is another. Compare the table of `print(cost)` with an older one.",
+    ),
+    "parameters": (
+        "There are weights to train, store and send that are not claimed.",
+        "Usual cause: a layer that was to be tied and is a copy (assign the Parameter itself: "
+        "b.weight = a.weight), or one that nothing uses.",
+    ),
+    "buffers": (
+        "There are buffers to store and send that are not claimed.",
+        "Usual cause: masks or statistics that every member registers for itself.",
+    ),
+    "bytes kept": (
+        "A step needs as much more memory, and fits smaller batches.",
+        "Usual cause: masked copies of weights, activations at full width that are mostly zero, or "
+        "a forward pass that runs twice. Compute with blocks of the weight, or use activation "
+        "checkpointing.",
+    ),
+    "share of zeros": (
+        "Such products take time and change nothing.",
+        "Usual cause: a subnet that is its parent under a mask. Compute with the block of the "
+        "weight that is not zero, on the channels that are not zero.",
+    ),
+}
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    """Names to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return aligned(
+        [
+            (row[0], *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)))
+            for row in rows
+        ]
+    )
+
+
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    found = list(numbers)
+    known = [number for number in found if number is not None]
+    return sum(known) if len(known) == len(found) else None
+
+
+def _share(part: int | None, whole: int) -> Fraction | None:
+    return None if part is None else Fraction(part, whole) if whole else Fraction(0)
+
+
+def _percent(share: Fraction | float | None) -> str:
+    if share is None:
+        return "?"
+    if share in (0, 1):
+        return f"{100 * int(share)} %"
+    shown = f"{100 * float(share):.1f}"
+    return {"0.0": "<0.1", "100.0": ">99.9"}.get(shown, shown) + " %"
