@@ -114,3 +114,32 @@ def test_probing_does_not_import_the_compiler():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_checkpointed_attention_is_looked_through():
+    from torch.utils.checkpoint import checkpoint
+
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return checkpoint(self.layer, x, use_reentrant=False)
+
+    found = reached(Checkpointed(), torch.randn(2, 5, 8))
+    assert found == {f"model.layer.{name}": p.numel() for name, p in layer.named_parameters()}
+
+
+def test_rounding_ends_influence():
+    class Rounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.second(self.first(x).round() + x)
+
+    assert reached(Rounded(), torch.randn(2, 3))["model.first.weight"] == 0
