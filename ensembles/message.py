@@ -34,8 +34,8 @@ def broken(
         claim: The claim and that it does not hold, in one sentence.
         rows: Where: place, expected and found, one row each. Capped at `SHOWN_ROWS`.
         total: How much in all, such as "62 of 62 parameters".
-        meaning: What it means for training, in one sentence.
-        remedy: The usual cause and what to do next.
+        meaning: What it means for training, in one sentence; its line breaks are kept.
+        remedy: The usual cause and what to do next; its line breaks are kept.
 
     Returns:
         The message, with the command that replays it when a pytest test is running.
@@ -58,7 +58,8 @@ def broken(
     hidden = len(rows) - len(shown)
     table = aligned(shown)
     table.append(f"... {hidden} more ({total})" if hidden else f"({total})")
-    told = [line for text in (meaning, remedy) for line in wrap(text, PROSE_WIDTH)]
+    prose = [*meaning.splitlines(), *remedy.splitlines()]
+    told = [line for sentence in prose for line in wrap(sentence, PROSE_WIDTH)]
     lines = [claim, "", *(f"  {line}" for line in [*table, "", *told])]
     lines = [line.rstrip() for line in lines]
     command = replay()

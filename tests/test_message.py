@@ -50,6 +50,24 @@ def test_a_long_table_is_capped_and_says_so(told_outside):
     ]
 
 
+def test_line_breaks_of_the_prose_are_kept_and_long_lines_wrapped(monkeypatch):
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    text = message.broken(
+        "A claim.",
+        rows(1),
+        total="1 of 1",
+        meaning="It trains one network.\nIt is stepped twice.",
+        remedy=f"One: {'word ' * 19}end.\nTwo: mend it.",
+    )
+    assert text.splitlines()[5:] == [
+        "  It trains one network.",
+        "  It is stepped twice.",
+        f"  One: {'word ' * 17}".rstrip(),
+        "  word word end.",
+        "  Two: mend it.",
+    ]
+
+
 def test_the_replay_is_the_last_line_and_quotes_what_a_shell_would_read(in_test):
     in_test("tests/test_model.py::test_members[vgg 11]")
     last = message.broken("A claim.", rows(1), **PARTS).splitlines()[-1]

@@ -10,34 +10,23 @@ finding only where the parameter reaches no output by structure either, in train
 
 from __future__ import annotations
 
-import types
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
-from ensembles.checks.coupling import (
-    fresh,
-    gradients_of,
-    hidden_modules,
-    loss_of,
-    optimizers_of,
-    output_gradients,
-    projected_gradients,
-    values_of,
-)
 from ensembles.checks.sharing import measure_parameter_sharing
 from ensembles.message import aligned, broken, counted
-from ensembles.probes.influence import influence
-from ensembles.probes.state import parameters_kept, preserved
-from ensembles.subject import Model, Outputs, checked_numbers, member_outputs, named_modules_of
+from ensembles.probes.flow import Flow, gradient_flow
+from ensembles.probes.homes import homes_of
+from ensembles.probes.registers import Registered, registered
+from ensembles.probes.state import preserved
+from ensembles.probes.training import Loss, optimizers_of
+from ensembles.subject import Model, Outputs, checked_numbers, named_modules_of
 
 __all__ = [
     "Finding",
@@ -45,15 +34,6 @@ __all__ = [
     "assert_optimizer_complete",
     "measure_optimizer_coverage",
 ]
-
-LOSS_DRAWS = 16
-"""Draws of a random loss for each member: one that picks a member at random leaves a given one
-out of all of them with a probability of less than exp(-16)."""
-
-
-ROUTING_DRAWS = 16
-"""Draws of other weights before a parameter is called cut: hard routing sends rows to an expert
-for some of them. Needed only where something was found."""
 
 
 @dataclass(frozen=True, order=True)
@@ -126,7 +106,7 @@ def measure_optimizer_coverage(
     batch: Any = None,
     *,
     outputs: Outputs | None = None,
-    loss: Callable[[dict[str, Any]], Tensor] | None = None,
+    loss: Loss | None = None,
 ) -> OptimizerCoverage:
     """Finds the parameters that training does not reach, or reaches more than once.
 
@@ -177,44 +157,39 @@ def measure_optimizer_coverage(
             "Give optimizer=, and batch= to have gradients looked at too."
         )
     checked_numbers(model)
-    registered = _registered(model)
+    parameters = {
+        id(entry.tensor): entry
+        for entry in registered(named_modules_of(model))
+        if entry.kind == "parameter"
+    }
     false_freezes = tuple(_false_freezes(model))
-    flow = _Flow({}, {}, (), ())
-    with _methods_kept(registered):
+    flow = Flow()
+    with _methods_kept([entry.tensor for entry in parameters.values()]):
         optimizers = _given_optimizers(optimizer, model)
         if batch is not None:
             with torch.inference_mode(False), torch.enable_grad():
-                flow = _flow(model, batch, outputs, loss, registered)
-    trainable = {key: held for key, held in registered.items() if held.tensor.requires_grad}
+                flow = gradient_flow(model, batch, outputs=outputs, loss=loss)
+    trainable = {key: entry for key, entry in parameters.items() if entry.tensor.requires_grad}
     if not trainable and not flow.lost:
         raise ValueError(
             "the model registers no trainable parameters: there is nothing to train. Usual cause: "
             "everything is frozen, or members sit in a Python list instead of nn.ModuleList."
         )
     slots = _slots(optimizers)
-    foreign = {
-        key: tensor
-        for key, (tensor, _) in slots.items()
-        if key not in registered and key not in flow.lost and key not in flow.of_loss
-    }
-    homes = _homes(model, {**flow.lost, **foreign})
-    ranks = {key: rank for rank, key in enumerate(homes)}
+    known = parameters.keys() | flow.lost.keys() | flow.of_loss
+    foreign = {key: tensor for key, (tensor, _) in slots.items() if key not in known}
+    homes = homes_of(model, {**flow.lost, **foreign})
     found = [
-        *_missing(trainable, slots if optimizers else None),
-        *_repeated(model, registered, trainable, slots),
+        *(_missing(trainable, slots) if optimizers else ()),
+        *_listed_twice(slots, parameters),
+        *_made_twice(model, trainable),
         *_foreign(foreign, slots, homes),
-        *(
-            Finding("unregistered", homes.get(key, _nowhere(tensor)), _lost(tensor, key in slots))
-            for key, tensor in sorted(
-                flow.lost.items(), key=lambda lost: ranks.get(lost[0], len(ranks))
-            )
-        ),
-        *flow.cut,
-        *flow.unused_members,
+        *_unregistered(flow.lost, slots, homes),
+        *_cut(flow),
         *false_freezes,
     ]
     return OptimizerCoverage(
-        trainable=tuple(held.names[0] for held in trainable.values()),
+        trainable=tuple(entry.names[0] for entry in trainable.values()),
         optimizers=len(optimizers),
         called=batch is not None,
         findings=tuple(sorted(found, key=lambda finding: Finding.KINDS.index(finding.kind))),
@@ -247,8 +222,8 @@ def assert_optimizer_complete(coverage: OptimizerCoverage) -> None:
             [(found.place, f"{found.kind}:", found.detail) for found in coverage.findings],
             total=f"{', '.join(counts)}; {counted(coverage.trainable, 'trainable parameter')} "
             "in all",
-            meaning=" ".join(_MEANINGS[kind] for kind in kinds),
-            remedy=" ".join(_REMEDIES[kind] for kind in kinds),
+            meaning="\n".join(_MEANINGS[kind] for kind in kinds),
+            remedy="\n".join(_REMEDIES[kind] for kind in kinds),
         )
     )
 
@@ -287,24 +262,8 @@ _REMEDIES = {
 # --- groups -------------------------------------------------------------------------------------
 
 
-class _Held(NamedTuple):
-    """A registered parameter with all its names."""
-
-    tensor: Tensor
-    names: list[str]
-
-
 Slots = Mapping[int, tuple[Tensor, list[str]]]
 """By id, what the optimizers hold: the tensor, and every place in which it is listed."""
-
-
-def _registered(model: Model) -> dict[int, _Held]:
-    found: dict[int, _Held] = {}
-    for member, module in named_modules_of(model).items():
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            held = found.setdefault(id(parameter), _Held(parameter, []))
-            held.names.append(f"{member}.{name}")
-    return found
 
 
 def _given_optimizers(optimizer: Any, model: Model) -> tuple[Optimizer, ...]:
@@ -333,33 +292,30 @@ def _slots(optimizers: Sequence[Optimizer]) -> Slots:
     return found
 
 
-def _missing(trainable: Mapping[int, _Held], slots: Slots | None) -> Iterator[Finding]:
-    if slots is None:
-        return
-    for key, held in trainable.items():
+def _missing(trainable: Mapping[int, Registered], slots: Slots) -> Iterator[Finding]:
+    for key, entry in trainable.items():
         if key not in slots:
-            yield Finding("missing", held.names[0], "in no group")
+            yield Finding("missing", entry.names[0], "in no group")
 
 
-def _repeated(
-    model: Model, registered: Mapping[int, _Held], trainable: Mapping[int, _Held], slots: Slots
-) -> Iterator[Finding]:
+def _listed_twice(slots: Slots, parameters: Mapping[int, Registered]) -> Iterator[Finding]:
     for key, (tensor, places) in slots.items():
         if len(places) > 1 and tensor.requires_grad:
-            name = registered[key].names[0] if key in registered else _nowhere(tensor)
+            name = parameters[key].names[0] if key in parameters else _nowhere(tensor)
             more = f" and {len(places) - 2} more" if len(places) > 2 else ""
             yield Finding("repeated", name, f"{places[0]}; {places[1]}{more}")
-    objects = {name: key for key, held in registered.items() for name in held.names}
+
+
+def _made_twice(model: Model, trainable: Mapping[int, Registered]) -> Iterator[Finding]:
+    """Several Parameters over one memory; a frozen one among them is stepped by nobody."""
+    firsts = {name: entry.names[0] for entry in trainable.values() for name in entry.names}
     for memory in measure_parameter_sharing(model).shared:
-        names = [str(place) for place in memory.places if place.kind == "parameter"]
-        # A frozen view of a trained weight is stepped by nobody.
-        keys = list(dict.fromkeys(objects[n] for n in names if objects[n] in trainable))
-        if len(keys) > 1:
+        places = [str(place) for place in memory.places if place.kind == "parameter"]
+        names = list(dict.fromkeys(firsts[place] for place in places if place in firsts))
+        if len(names) > 1:
             extent = "the same memory" if memory.whole else "overlapping memory"
-            others = ", ".join(registered[key].names[0] for key in keys[1:])
-            yield Finding(
-                "repeated", registered[keys[0]].names[0], f"{extent} as the Parameter {others}"
-            )
+            others = ", ".join(names[1:])
+            yield Finding("repeated", names[0], f"{extent} as the Parameter {others}")
 
 
 def _foreign(
@@ -374,18 +330,46 @@ def _foreign(
             )
 
 
+def _unregistered(
+    lost: Mapping[int, Tensor], slots: Slots, homes: Mapping[int, str]
+) -> Iterator[Finding]:
+    found = [key for key in homes if key in lost]
+    for key in [*found, *(key for key in lost if key not in homes)]:
+        place = homes.get(key, _nowhere(lost[key]))
+        yield Finding("unregistered", place, _lost(lost[key], key in slots))
+
+
+def _cut(flow: Flow) -> Iterator[Finding]:
+    for name in flow.without_gradient:
+        yield Finding("without gradient", name, "cut from every output, or unused")
+    for name in flow.zero_gradient:
+        yield Finding("zero gradient", name, "zero in every element")
+    for member in flow.unused_members:
+        yield Finding("without gradient", f"output of member {member}", "the loss does not use it")
+
+
+def _nowhere(tensor: Tensor) -> str:
+    return f"a leaf of shape {tuple(tensor.shape)}"
+
+
+def _lost(tensor: Tensor, stepped: bool) -> str:
+    what = "Parameter" if isinstance(tensor, nn.Parameter) else "tensor"
+    after = ", though the optimizer has it" if stepped else ""
+    return f"{what} of shape {tuple(tensor.shape)} that parameters() does not list{after}"
+
+
+# --- freezes ------------------------------------------------------------------------------------
+
+
 def _false_freezes(model: Model) -> Iterator[Finding]:
     for member, module in named_modules_of(model).items():
         for name, inner in module.named_modules():
-            place = f"{member}.{name}" if name else member
+            training = [p for p in inner.parameters() if p.requires_grad]
             for word in ("requires_grad", "requires_grad_", "require_grad"):
-                if vars(inner).get(word) is not False:
-                    continue
-                training = [p for p in inner.parameters() if p.requires_grad]
-                if training:
+                if vars(inner).get(word) is False and training:
                     yield Finding(
                         "false freeze",
-                        f"{place}.{word} = False",
+                        f"{member}.{name}.{word} = False" if name else f"{member}.{word} = False",
                         f"{counted(training, 'parameter')} below it still "
                         f"{'requires' if len(training) == 1 else 'require'} gradients",
                     )
@@ -400,290 +384,12 @@ def _false_freezes(model: Model) -> Iterator[Finding]:
 
 
 @contextmanager
-def _methods_kept(registered: Mapping[int, _Held]) -> Iterator[None]:
+def _methods_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Uncovers `requires_grad_` of parameters where a false freeze hides the method."""
-    hidden = [held.tensor for held in registered.values() if "requires_grad_" in vars(held.tensor)]
+    hidden = [tensor for tensor in parameters if "requires_grad_" in vars(tensor)]
     values = [vars(tensor).pop("requires_grad_") for tensor in hidden]
     try:
         yield
     finally:
         for tensor, value in zip(hidden, values, strict=True):
             vars(tensor)["requires_grad_"] = value
-
-
-# --- gradients ----------------------------------------------------------------------------------
-
-
-class _Flow(NamedTuple):
-    """What one call in train mode shows."""
-
-    lost: Mapping[int, Tensor]
-    """Leaves of the outputs' autograd graph that nothing registers, by id."""
-    of_loss: Mapping[int, Tensor]
-    """Leaves of the loss alone: weights of the loss are not the model's, and not stale."""
-    cut: tuple[Finding, ...]
-    unused_members: tuple[Finding, ...]
-
-
-def _flow(
-    model: Model,
-    batch: Any,
-    outputs: Outputs | None,
-    loss: Callable[[dict[str, Any]], Tensor] | None,
-    registered: Mapping[int, _Held],
-) -> _Flow:
-    trainable = {key: held for key, held in registered.items() if held.tensor.requires_grad}
-    hidden = hidden_modules(list(named_modules_of(model).values()))
-    with preserved([*named_modules_of(model).values(), *hidden]):
-        for module in named_modules_of(model).values():
-            module.train()
-        given = fresh(batch)
-        with parameters_kept(model):
-            found = member_outputs(model, given, outputs=outputs)
-        for name, tensors in found.items():
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-                raise ValueError(
-                    f"the output of member {name} holds NaN or infinity in train mode. Nothing "
-                    "can be concluded from it."
-                )
-        every = [tensor for tensors in found.values() for tensor in tensors]
-        values = {m: tuple(y.detach().clone() for y in ys) for m, ys in found.items()}
-        inputs = {id(x) for x in pytree.tree_leaves(given) if isinstance(x, Tensor)}
-        known = registered.keys() | inputs
-        lost = {id(leaf): leaf for leaf in _leaves(every) if id(leaf) not in known}
-        of_loss: dict[int, Tensor] = {}
-        # Lost leaves are asked for too, so that a backward pass leaves nothing in their .grad.
-        parameters = [*(held.tensor for held in trainable.values()), *lost.values()]
-        unused: tuple[Finding, ...] = ()
-        if loss is None:
-            gradients = projected_gradients(every, parameters)
-        else:
-            value = loss_of(loss, found)
-            of_loss = {id(leaf): leaf for leaf in _leaves([value])}
-            gradients = gradients_of([value], [torch.ones_like(value)], parameters)
-            unused = tuple(_unused_members(loss, values))
-        suspects = {
-            key: gradient is None
-            for key, gradient in zip(trainable, gradients[: len(trainable)], strict=True)
-            if gradient is None or not bool(values_of(gradient).any())
-        }
-        live = any(tensor.requires_grad for tensor in every)
-        cut = _cut(model, batch, outputs, suspects, registered, live=live)
-    return _Flow(
-        lost,
-        of_loss,
-        tuple(
-            Finding(
-                "without gradient" if none else "zero gradient",
-                registered[key].names[0],
-                "cut from every output, or unused" if none else "zero in every element",
-            )
-            for key, none in cut.items()
-        ),
-        unused,
-    )
-
-
-def _cut(
-    model: Model,
-    batch: Any,
-    outputs: Outputs | None,
-    suspects: Mapping[int, bool],
-    registered: Mapping[int, _Held],
-    *,
-    live: bool,
-) -> dict[int, bool]:
-    """The suspects that no output depends on by structure either, in train and in eval mode.
-
-    `live` says whether outputs in train mode depend on anything at all.
-    """
-    left = dict(suspects)
-    errors = []
-    for training in (True, False) if live else (False,):
-        if not left:
-            break
-        try:
-            for _, reached in influence(model, fresh(batch), outputs=outputs, training=training):
-                for key in list(left):
-                    masks = [reached.get(name) for name in registered[key].names]
-                    if any(mask is not None and bool(mask.any()) for mask in masks):
-                        del left[key]
-        except ValueError as error:
-            # One mode is enough to judge by: some models enable gradients in train mode only.
-            errors.append(error)
-    if left and len(errors) == 2:
-        raise errors[0]
-    for draw in range(ROUTING_DRAWS):
-        if not left:
-            break
-        for key in _reached_elsewhere(model, batch, outputs, draw, left, registered):
-            del left[key]
-    return left
-
-
-def _reached_elsewhere(
-    model: Model,
-    batch: Any,
-    outputs: Outputs | None,
-    draw: int,
-    left: Mapping[int, bool],
-    registered: Mapping[int, _Held],
-) -> list[int]:
-    """The suspects with a gradient for other weights: routers choose other experts there."""
-    with preserved(model):
-        torch.manual_seed(draw)
-        with torch.no_grad():
-            for held in registered.values():
-                if held.tensor.requires_grad:  # a frozen one may be a mask
-                    held.tensor.add_(_noise_like(held.tensor))
-        try:
-            found = member_outputs(model, fresh(batch), outputs=outputs)
-        except ValueError:  # the model does not take any values; what is known already stands
-            return []
-        every = [tensor for tensors in found.values() for tensor in tensors]
-        gradients = projected_gradients(every, [registered[key].tensor for key in left])
-        return [
-            key
-            for key, gradient in zip(left, gradients, strict=True)
-            if gradient is not None
-            and bool(values_of(gradient).any())
-            and bool(values_of(gradient).isfinite().all())
-        ]
-
-
-def _noise_like(tensor: Tensor) -> Tensor:
-    """Normal noise of the tensor's own size, so that it becomes another of its kind."""
-    size = float(tensor.detach().double().square().mean().sqrt()) if tensor.numel() else 0.0
-    return torch.randn_like(tensor.detach()) * (size or 0.1)
-
-
-def _unused_members(
-    loss: Callable[[dict[str, Any]], Tensor], values: Mapping[str, tuple[Tensor, ...]]
-) -> Iterator[Finding]:
-    """Members whose output has no gradient in the loss, in any draw of a random loss."""
-    left = dict.fromkeys(values)
-    for _ in range(LOSS_DRAWS * len(values)):
-        for member, gradients in output_gradients(loss, values).items():
-            if any(gradient is not None for gradient in gradients):
-                left.pop(member, None)
-        if not left:
-            return
-    for member in left:
-        yield Finding("without gradient", f"output of member {member}", "the loss does not use it")
-
-
-def _leaves(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The leaves of the autograd graph, by its AccumulateGrad nodes."""
-    stack: list[Any] = []
-    for tensor in outputs:
-        if tensor.grad_fn is not None:
-            stack.append(tensor.grad_fn)
-        elif tensor.requires_grad:
-            yield tensor
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if hasattr(node, "variable"):
-            yield node.variable
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
-
-
-# --- where a tensor lives -----------------------------------------------------------------------
-
-MOST_OBJECTS = 100_000
-"""Objects looked into for a name: a data set that hangs on a model is not walked to its end."""
-
-
-def _homes(model: Model, wanted: Mapping[int, Tensor]) -> dict[int, str]:
-    """Where tensors that nothing registers are kept, by id, as far as they can be found."""
-    if not wanted:
-        return {}
-    exact: dict[int, str] = {}
-    made_from: dict[int, str] = {}
-    for path, how, tensor in _tensors_below(model):
-        if id(tensor) in wanted:
-            exact.setdefault(id(tensor), f"{path} ({how})")
-        elif tensor.grad_fn is not None and not tensor.is_leaf:
-            leaves = [id(leaf) for leaf in _leaves([tensor])]
-            # An attribute that was computed from one lost Parameter, not a cached activation.
-            if len(leaves) == 1 and leaves[0] in wanted:
-                made_from.setdefault(
-                    leaves[0], f"{path} (not a Parameter: computed from one, as by .to())"
-                )
-    return {**made_from, **exact}
-
-
-def _tensors_below(model: Model) -> Iterator[tuple[str, str, Tensor]]:
-    """Tensors in attributes, containers and closures below the model: path, kind of place, tensor.
-
-    Breadth first, so that the shortest path names a tensor.
-    """
-    queue: deque[tuple[str, str, Any]] = deque(
-        (name, "", module) for name, module in named_modules_of(model).items()
-    )
-    seen: set[int] = set()
-    while queue and len(seen) < MOST_OBJECTS:
-        path, how, thing = queue.popleft()
-        if isinstance(thing, Tensor):
-            yield path, how or "a plain attribute", thing
-            continue
-        if id(thing) in seen:
-            continue
-        seen.add(id(thing))
-        queue.extend(_inside(path, how, thing))
-
-
-def _inside(path: str, how: str, thing: Any) -> Iterator[tuple[str, str, Any]]:
-    if isinstance(thing, nn.Module):
-        held = {**vars(thing), **thing._parameters, **thing._modules}
-        for name, value in held.items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                yield f"{path}.{name}", how, value
-        yield from _inside_function(path, "forward", type(thing).forward)
-    elif isinstance(thing, Mapping):
-        for key, value in list(thing.items()):
-            yield f"{path}[{key!r}]", how or "in a Python dict", value
-    elif isinstance(thing, (list, tuple, set, frozenset, deque)):
-        kind = "list" if isinstance(thing, list) else "tuple" if isinstance(thing, tuple) else "set"
-        for position, value in enumerate(thing):
-            yield f"{path}[{position}]", how or f"in a Python {kind}", value
-    elif isinstance(thing, partial):
-        for value in (thing.func, *thing.args, *thing.keywords.values()):
-            yield path, how or "in a partial", value
-    elif isinstance(thing, (types.FunctionType, types.MethodType)):
-        yield from _inside_function(path, "", thing)
-    elif not isinstance(thing, (type, types.ModuleType)) and hasattr(thing, "__dict__"):
-        for name, value in list(vars(thing).items()):
-            yield f"{path}.{name}", how or f"in an object of type {type(thing).__name__}", value
-
-
-def _inside_function(path: str, name: str, function: Any) -> Iterator[tuple[str, str, Any]]:
-    """What a function closes over, and the globals that it names."""
-    function = getattr(function, "__func__", function)
-    if not isinstance(function, types.FunctionType):
-        return
-    place = f"{path}.{name}" if name else path
-    code = function.__code__
-    for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            value = cell.cell_contents
-        except ValueError:  # not yet bound
-            continue
-        yield f"{variable} of {place}", "in a closure", value
-    for word in code.co_names:
-        value = function.__globals__.get(word)
-        if isinstance(value, (Tensor, nn.Module, list, dict, tuple)):
-            yield f"{word} of {place}", "a global variable", value
-
-
-def _nowhere(tensor: Tensor) -> str:
-    return f"a leaf of shape {tuple(tensor.shape)}"
-
-
-def _lost(tensor: Tensor, stepped: bool) -> str:
-    what = "Parameter" if isinstance(tensor, nn.Parameter) else "tensor"
-    after = ", though the optimizer has it" if stepped else ""
-    return f"{what} of shape {tuple(tensor.shape)} that parameters() does not list{after}"

@@ -4,28 +4,112 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ensembles.probes.registers import registered
 from ensembles.subject import Model, named_modules_of
 
-__all__ = ["generators_kept", "parameters_kept", "preserved", "seed_generators"]
+__all__ = [
+    "Snapshot",
+    "generators_kept",
+    "graph_kept",
+    "parameters_kept",
+    "preserved",
+    "seed_generators",
+]
 
 
-@contextmanager
-def preserved(model: Model) -> Iterator[None]:
-    """Restores parameters, buffers, gradients, modes and random generators on exit.
+class Snapshot:
+    """What modules hold and where the random generators are, to return to as often as needed.
 
-    Inside, gradients are None, so that a backward pass starts from nothing. Values are restored
-    in the tensors that the model held on entry, so views and ties survive.
+    Values are restored in the tensors that the modules held, so views and ties survive.
 
     Args:
         model: One module, or the members as a list or dict of modules.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> start = Snapshot(layer)
+        >>> _ = layer.weight.data.zero_()
+        >>> start.changed()
+        True
+        >>> start.restore()
+        >>> start.changed()
+        False
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._modules = [
+            (module, module.training, dict(module._parameters), dict(module._buffers))
+            for module in dict.fromkeys(
+                inner for given in named_modules_of(model).values() for inner in given.modules()
+            )
+        ]
+        tensors = {
+            id(tensor): tensor
+            for _, _, parameters, buffers in self._modules
+            for tensor in (*parameters.values(), *buffers.values())
+            if tensor is not None
+        }
+        self._tensors = [(t, t.requires_grad, t.data, t.detach().clone()) for t in tensors.values()]
+        self._generators = _generators()
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors that can have a gradient."""
+        return [tensor for tensor, *_ in self._tensors if tensor.is_leaf]
+
+    def changed(self) -> bool:
+        """Whether a parameter or buffer is another, or differs in a bit."""
+        registered_anew = any(
+            not (_same(module._parameters, parameters) and _same(module._buffers, buffers))
+            for module, _, parameters, buffers in self._modules
+        )
+        return registered_anew or any(
+            (tensor.shape, tensor.dtype) != (values.shape, values.dtype)
+            or not torch.equal(_bits(tensor), _bits(values))
+            for tensor, _, _, values in self._tensors
+        )
+
+    def restore(self) -> None:
+        """Returns to the values, modes and random numbers of before; gradients become None."""
+        for module, training, parameters, buffers in self._modules:
+            module.training = training
+            pairs: list[tuple[Any, Any]]
+            pairs = [(module._parameters, parameters), (module._buffers, buffers)]
+            for register, before in pairs:
+                if not _same(register, before):  # scripted modules have read-only ones
+                    register.clear()
+                    register.update(before)
+        with torch.no_grad():
+            for tensor, requires_grad, memory, values in self._tensors:
+                _unexpanded(memory).copy_(_unexpanded(values, like=memory))
+                if _layout(tensor) != _layout(memory):
+                    tensor.data = memory
+                if tensor.is_leaf:
+                    # Assigned, because users write `weight.requires_grad_ = False` over the method.
+                    tensor.requires_grad = requires_grad
+                    tensor.grad = None
+        _restore(self._generators)
+
+
+@contextmanager
+def preserved(model: Model) -> Iterator[Snapshot]:
+    """Restores parameters, buffers, gradients, modes and random generators on exit.
+
+    Inside, gradients are None, so that a backward pass starts from nothing.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+
+    Yields:
+        The state on entry, which may be restored before the exit too.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -35,45 +119,52 @@ def preserved(model: Model) -> Iterator[None]:
         >>> torch.equal(layer.weight, before), layer.training
         (True, True)
     """
-    modules = list(
-        dict.fromkeys(m for given in named_modules_of(model).values() for m in given.modules())
-    )
-    modes = [module.training for module in modules]
-    registers = [(dict(module._parameters), dict(module._buffers)) for module in modules]
-    tensors: dict[int, Tensor] = {
-        id(tensor): tensor
-        for parameters, buffers in registers
-        for tensor in (*parameters.values(), *buffers.values())
-        if tensor is not None
-    }
-    saved = [
-        (t, t.grad if t.is_leaf else None, t.requires_grad, t.data, t.detach().clone())
-        for t in tensors.values()
-    ]
-    generators = _generators()
-    for tensor in tensors.values():
-        if tensor.is_leaf:
-            tensor.grad = None
+    snapshot = Snapshot(model)
+    gradients = [(leaf, leaf.grad) for leaf in snapshot.leaves]
+    for leaf, _ in gradients:
+        leaf.grad = None
     try:
-        yield
+        yield snapshot
     finally:
-        for module, mode, (parameters, buffers) in zip(modules, modes, registers, strict=True):
-            module.training = mode
-            pairs: list[tuple[Any, Any]]
-            pairs = [(module._parameters, parameters), (module._buffers, buffers)]
-            for register, before in pairs:
-                if not _same(dict(register), before):  # scripted modules have read-only ones
-                    register.clear()
-                    register.update(before)
-        with torch.no_grad():
-            for tensor, grad, requires_grad, memory, values in saved:
-                _unexpanded(memory).copy_(_unexpanded(values, like=memory))
-                if _layout(tensor) != _layout(memory):
-                    tensor.data = memory
-                if tensor.is_leaf:
-                    tensor.requires_grad_(requires_grad)
-                    tensor.grad = grad
-        _restore(generators)
+        snapshot.restore()
+        for leaf, gradient in gradients:
+            if leaf.is_leaf:
+                leaf.grad = gradient
+
+
+def graph_kept(modules: Sequence[nn.Module]) -> saved_tensors_hooks:
+    """A graph that is made inside stays usable after changes of these modules that were undone.
+
+    Autograd by itself refuses a tensor that was written to, though it has its values again.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with graph_kept([layer]):
+        ...     output = layer(layer(torch.ones(1, 2))).sum()
+        >>> start = Snapshot(layer)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.zero_()
+        >>> start.restore()
+        >>> output.backward()
+    """
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    undone = {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def pack(tensor: Tensor) -> tuple[Tensor, int | None]:
+        ours = tensor.layout == torch.strided and tensor.untyped_storage()._cdata in undone
+        return tensor.detach(), None if ours else tensor._version
+
+    def unpack(saved: tuple[Tensor, int | None]) -> Tensor:
+        tensor, version = saved
+        if version not in (None, tensor._version):
+            raise ValueError(
+                f"a tensor of shape {tuple(tensor.shape)} that the backward pass needs was "
+                "written to, later in the call or in the next one. Clone it before, or do not "
+                "work in place."
+            )
+        return tensor
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 @contextmanager
@@ -161,8 +252,9 @@ def _bits(parameter: Tensor) -> Tensor:
     return data.view(kinds[data.element_size()])
 
 
-def _same(one: dict[str, Tensor | None], other: dict[str, Tensor | None]) -> bool:
-    return list(one) == list(other) and all(one[name] is other[name] for name in one)
+def _same(register: Any, before: Mapping[str, Tensor | None]) -> bool:
+    now = dict(register)
+    return list(now) == list(before) and all(now[name] is before[name] for name in now)
 
 
 def _generators() -> dict[str, Any]:

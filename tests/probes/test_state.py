@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ensembles.probes.state import (
+    Snapshot,
     generators_kept,
     parameters_kept,
     preserved,
@@ -82,6 +83,18 @@ def test_a_frozen_parameter_stays_frozen():
         model[3].bias.requires_grad_(False)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen == ["0.weight"]
+
+
+def test_a_method_that_a_false_freeze_hides_is_not_needed():
+    model = network()
+    model[0].weight.requires_grad_ = False
+    before = bits(model)
+    with preserved(model):
+        train_a_step(model)
+        model[0].weight.requires_grad = False
+    assert bits(model) == before
+    assert model[0].weight.requires_grad
+    assert model[0].weight.requires_grad_ is False
 
 
 def test_replaced_and_added_tensors_give_way_to_the_old_objects():
@@ -164,6 +177,66 @@ def test_members_that_share_a_module_come_back():
     with preserved({"a": shared, "b": nn.Sequential(shared)}):
         train_a_step(shared)
     assert bits(shared) == before
+
+
+def test_the_state_on_entry_can_be_restored_inside_as_often_as_needed():
+    model = network()
+    before, gradient = bits(model), model[0].weight.grad
+    with preserved(model) as start:
+        shown = []
+        for _ in range(3):
+            train_a_step(model)
+            shown.append(bits(model))
+            start.restore()
+            assert [p.grad for p in model.parameters()] == [None] * 6
+            assert not model[3].training
+        assert shown[0] == shown[1] == shown[2]
+    assert model[0].weight.grad is gradient
+    assert bits(model) == before
+
+
+# --- snapshots ----------------------------------------------------------------------------------
+
+
+def one_element(model):
+    model[3].weight.data[1, 2] += 1
+
+
+def sign_of_zero(model):
+    model[1].running_mean.neg_()
+
+
+def another_object(model):
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+
+
+def another_type(model):
+    model[3].double()
+
+
+def another_memory_with_other_values(model):
+    model[0].weight.data = model[0].weight.data + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [one_element, sign_of_zero, another_object, another_type, another_memory_with_other_values],
+)
+def test_a_change_is_seen_until_it_is_undone(change):
+    model = network()
+    model[1].running_mean.zero_()
+    start = Snapshot(model)
+    assert not start.changed()
+    change(model)
+    assert start.changed()
+    start.restore()
+    assert not start.changed()
+
+
+def test_values_that_are_not_numbers_are_no_change():
+    model = nn.Linear(2, 2)
+    model.weight.data.fill_(float("nan"))
+    assert not Snapshot(model).changed()
 
 
 # --- random generators --------------------------------------------------------------------------

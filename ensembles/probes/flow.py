@@ -1,0 +1,223 @@
+"""Which parameters, tensors and members a training call reaches by gradients.
+
+A gradient that is missing or zero at the present values says little: a zero-initialised branch, a
+dead ReLU and a dropped block have none either. So the structure decides what is cut: a parameter
+that no output depends on in train or eval mode, with generic values or other draws of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ensembles.probes.influence import influence
+from ensembles.probes.registers import Registered, registered
+from ensembles.probes.state import parameters_kept, preserved
+from ensembles.probes.training import (
+    Loss,
+    fresh,
+    gradients_of,
+    hidden_modules,
+    leaves_of,
+    loss_of,
+    output_gradients,
+    projected_gradients,
+    set_training,
+    values_of,
+)
+from ensembles.subject import Model, Outputs, member_outputs, named_modules_of
+
+__all__ = ["Flow", "gradient_flow"]
+
+LOSS_DRAWS = 16
+"""Draws of a random loss for each member: one that picks a member at random leaves a given one
+out of all of them with a probability of less than exp(-16)."""
+
+ROUTING_DRAWS = 16
+"""Draws of other weights before a parameter is called cut: hard routing sends rows to an expert
+for some of them. Needed only where something was found."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What the gradients of one call in train mode reach.
+
+    Attributes:
+        lost: Leaves of the outputs' autograd graph that nothing registers, by id.
+        of_loss: Ids of the leaves of the loss. Its own weights are among them.
+        without_gradient: Trainable parameters that are cut from every output, or unused.
+        zero_gradient: Trainable parameters whose gradient is zero whatever the values are.
+        unused_members: Members whose output the loss does not use.
+    """
+
+    lost: Mapping[int, Tensor] = field(default_factory=dict)
+    of_loss: frozenset[int] = frozenset()
+    without_gradient: tuple[str, ...] = ()
+    zero_gradient: tuple[str, ...] = ()
+    unused_members: tuple[str, ...] = ()
+
+
+def gradient_flow(
+    model: Model, batch: Any, *, outputs: Outputs | None = None, loss: Loss | None = None
+) -> Flow:
+    """Follows the gradients of the training loss, or of a random projection of all outputs.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+        batch: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        outputs: Splits what one module returns into member outputs.
+        loss: The training loss, a function of the dict of member outputs.
+
+    Returns:
+        The flow. Parameters have their qualified name, "<member>.<name>", a tied one its first.
+
+    Raises:
+        ValueError: If outputs are not finite, or something given does not fit.
+
+    Example:
+        >>> net = nn.Linear(4, 2)
+        >>> net.spare = nn.Linear(1, 1)
+        >>> gradient_flow(net, torch.ones(3, 4)).without_gradient
+        ('model.spare.weight', 'model.spare.bias')
+    """
+    trainable = {
+        entry.names[0]: entry
+        for entry in registered(named_modules_of(model))
+        if entry.kind == "parameter" and entry.tensor.requires_grad
+    }
+    modules = list(named_modules_of(model).values())
+    with preserved([*modules, *hidden_modules(modules)]):
+        set_training(model, model)
+        given = fresh(batch)
+        with parameters_kept(model):
+            found = member_outputs(model, given, outputs=outputs)
+        _check_finite(found)
+        every = [y for ys in found.values() for y in ys]
+        values = {m: tuple(y.detach().clone() for y in ys) for m, ys in found.items()}
+        known = {id(p) for module in modules for p in module.parameters()}
+        known |= {id(x) for x in pytree.tree_leaves(given) if isinstance(x, Tensor)}
+        lost = {id(leaf): leaf for leaf in leaves_of(every) if id(leaf) not in known}
+        # Lost leaves are asked for too, so that a backward pass leaves nothing in their .grad.
+        asked = [*(entry.tensor for entry in trainable.values()), *lost.values()]
+        of_loss: frozenset[int] = frozenset()
+        unused: tuple[str, ...] = ()
+        if loss is None:
+            gradients = projected_gradients(every, asked)
+        else:
+            value = loss_of(loss, found)
+            of_loss = frozenset(id(leaf) for leaf in leaves_of([value]))
+            gradients = gradients_of([value], [torch.ones_like(value)], asked)
+            unused = _unused_members(loss, values)
+        pairs = list(zip(trainable, gradients[: len(trainable)], strict=True))
+        dead = [name for name, gradient in pairs if gradient is None or not _lives(gradient)]
+        suspects = {name: trainable[name] for name in dead}
+        live = any(y.requires_grad for y in every)
+        cut = _cut(model, batch, outputs, suspects, modes=(True, False) if live else (False,))
+    return Flow(
+        lost=lost,
+        of_loss=of_loss,
+        without_gradient=tuple(n for n, gradient in pairs if n in cut and gradient is None),
+        zero_gradient=tuple(n for n, gradient in pairs if n in cut and gradient is not None),
+        unused_members=unused,
+    )
+
+
+def _check_finite(found: Mapping[str, tuple[Tensor, ...]]) -> None:
+    for name, tensors in found.items():
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise ValueError(
+                f"the output of member {name} holds NaN or infinity in train mode. Nothing "
+                "can be concluded from it."
+            )
+
+
+def _lives(gradient: Tensor) -> bool:
+    return bool(values_of(gradient).any())
+
+
+def _unused_members(loss: Loss, values: Mapping[str, tuple[Tensor, ...]]) -> tuple[str, ...]:
+    """Members whose output has no gradient in the loss, in any draw of a random loss."""
+    left = dict.fromkeys(values)
+    for _ in range(LOSS_DRAWS * len(values)):
+        for member, gradients in output_gradients(loss, values).items():
+            if any(gradient is not None for gradient in gradients):
+                left.pop(member, None)
+        if not left:
+            break
+    return tuple(left)
+
+
+# --- what is cut by structure -------------------------------------------------------------------
+
+
+def _cut(
+    model: Model,
+    batch: Any,
+    outputs: Outputs | None,
+    suspects: Mapping[str, Registered],
+    *,
+    modes: tuple[bool, ...],
+) -> set[str]:
+    """The suspects that no output depends on by structure either, in any of the modes."""
+    left = dict(suspects)
+    errors = []
+    for training in modes:
+        if not left:
+            break
+        try:
+            for _, reached in influence(model, fresh(batch), outputs=outputs, training=training):
+                left = {n: entry for n, entry in left.items() if not _reached(entry, reached)}
+        except ValueError as error:
+            # One mode is enough to judge by: some models enable gradients in train mode only.
+            errors.append(error)
+    if left and len(errors) == 2:
+        raise errors[0]
+    for draw in range(ROUTING_DRAWS):
+        if not left:
+            break
+        found = _reached_elsewhere(model, batch, outputs, draw, left)
+        left = {name: entry for name, entry in left.items() if name not in found}
+    return set(left)
+
+
+def _reached(entry: Registered, reached: Mapping[str, Tensor | None]) -> bool:
+    masks = [reached.get(name) for name in entry.names]
+    return any(mask is not None and bool(mask.any()) for mask in masks)
+
+
+def _reached_elsewhere(
+    model: Model,
+    batch: Any,
+    outputs: Outputs | None,
+    draw: int,
+    left: Mapping[str, Registered],
+) -> set[str]:
+    """The suspects with a gradient for other weights: routers choose other experts there."""
+    with preserved(model):
+        torch.manual_seed(draw)
+        with torch.no_grad():
+            for entry in registered(model):
+                if entry.kind == "parameter" and entry.tensor.requires_grad:  # frozen: maybe a mask
+                    entry.tensor.add_(_noise_like(entry.tensor))
+        try:
+            found = member_outputs(model, fresh(batch), outputs=outputs)
+        except ValueError:  # the model does not take any values; what is known already stands
+            return set()
+        every = [y for ys in found.values() for y in ys]
+        gradients = projected_gradients(every, [entry.tensor for entry in left.values()])
+        return {
+            name
+            for name, gradient in zip(left, gradients, strict=True)
+            if gradient is not None and _lives(gradient) and values_of(gradient).isfinite().all()
+        }
+
+
+def _noise_like(tensor: Tensor) -> Tensor:
+    """Normal noise of the tensor's own size, so that it becomes another of its kind."""
+    size = float(tensor.detach().double().square().mean().sqrt()) if tensor.numel() else 0.0
+    return torch.randn_like(tensor.detach()) * (size or 0.1)

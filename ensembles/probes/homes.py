@@ -1,0 +1,118 @@
+"""Where tensors live that a model computes with and does not register: a name for each.
+
+Attributes, containers, closures and globals below the model are looked into.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ensembles.probes.training import leaves_of
+from ensembles.subject import Model, named_modules_of
+
+__all__ = ["homes_of"]
+
+MOST_OBJECTS = 100_000
+"""Objects looked into for a name: a data set that hangs on a model is not walked to its end."""
+
+
+def homes_of(model: Model, wanted: Mapping[int, Tensor]) -> dict[int, str]:
+    """Where tensors that nothing registers are kept, by id, as far as they can be found.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+        wanted: The tensors, by id.
+
+    Returns:
+        The path and the kind of place of those that were found, in the order of the search.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> net.scales = [torch.ones(2, requires_grad=True)]
+        >>> list(homes_of(net, {id(net.scales[0]): net.scales[0]}).values())
+        ['model.scales[0] (in a Python list)']
+    """
+    if not wanted:
+        return {}
+    exact: dict[int, str] = {}
+    made_from: dict[int, str] = {}
+    for path, how, tensor in _tensors_below(model):
+        if id(tensor) in wanted:
+            exact.setdefault(id(tensor), f"{path} ({how})")
+        elif tensor.grad_fn is not None and not tensor.is_leaf:
+            leaves = [id(leaf) for leaf in leaves_of([tensor])]
+            # An attribute that was computed from one lost Parameter, not a cached activation.
+            if len(leaves) == 1 and leaves[0] in wanted:
+                made_from.setdefault(
+                    leaves[0], f"{path} (not a Parameter: computed from one, as by .to())"
+                )
+    return {**made_from, **exact}
+
+
+def _tensors_below(model: Model) -> Iterator[tuple[str, str, Tensor]]:
+    """Tensors in attributes, containers and closures below the model: path, kind of place, tensor.
+
+    Breadth first, so that the shortest path names a tensor.
+    """
+    queue: deque[tuple[str, str, Any]] = deque(
+        (name, "", module) for name, module in named_modules_of(model).items()
+    )
+    seen: set[int] = set()
+    while queue and len(seen) < MOST_OBJECTS:
+        path, how, thing = queue.popleft()
+        if isinstance(thing, Tensor):
+            yield path, how or "a plain attribute", thing
+            continue
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        queue.extend(_inside(path, how, thing))
+
+
+def _inside(path: str, how: str, thing: Any) -> Iterator[tuple[str, str, Any]]:
+    if isinstance(thing, nn.Module):
+        held = {**vars(thing), **thing._parameters, **thing._modules}
+        for name, value in held.items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                yield f"{path}.{name}", how, value
+        yield from _inside_function(path, "forward", type(thing).forward)
+    elif isinstance(thing, Mapping):
+        for key, value in list(thing.items()):
+            yield f"{path}[{key!r}]", how or "in a Python dict", value
+    elif isinstance(thing, (list, tuple, set, frozenset, deque)):
+        kind = "list" if isinstance(thing, list) else "tuple" if isinstance(thing, tuple) else "set"
+        for position, value in enumerate(thing):
+            yield f"{path}[{position}]", how or f"in a Python {kind}", value
+    elif isinstance(thing, partial):
+        for value in (thing.func, *thing.args, *thing.keywords.values()):
+            yield path, how or "in a partial", value
+    elif isinstance(thing, (types.FunctionType, types.MethodType)):
+        yield from _inside_function(path, "", thing)
+    elif not isinstance(thing, (type, types.ModuleType)) and hasattr(thing, "__dict__"):
+        for name, value in list(vars(thing).items()):
+            yield f"{path}.{name}", how or f"in an object of type {type(thing).__name__}", value
+
+
+def _inside_function(path: str, name: str, function: Any) -> Iterator[tuple[str, str, Any]]:
+    """What a function closes over, and the globals that it names."""
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, types.FunctionType):
+        return
+    place = f"{path}.{name}" if name else path
+    code = function.__code__
+    for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not yet bound
+            continue
+        yield f"{variable} of {place}", "in a closure", value
+    for word in code.co_names:
+        value = function.__globals__.get(word)
+        if isinstance(value, (Tensor, nn.Module, list, dict, tuple)):
+            yield f"{word} of {place}", "a global variable", value
