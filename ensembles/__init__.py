@@ -16,6 +16,11 @@ _HOMES = {
         "checks_for",
         "parametrize_with_checks",
     ),
+    "ensembles.checks.cost": (
+        "assert_cost_equals",
+        "assert_cost_within",
+        "measure_compute_cost",
+    ),
     "ensembles.checks.coupling": (
         "assert_members_coupled",
         "assert_members_coupled_to",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ensembles.checks import coupling, coverage, graph, ownership, sharing
+from ensembles.checks import cost, coupling, coverage, graph, ownership, sharing
 from ensembles.subject import Model, Subject
 
 __all__ = ["CHECKS", "DEFAULT_ENSEMBLE_CLAIMS", "DEFAULT_MODULE_CLAIMS", "Check"]
@@ -116,6 +116,19 @@ def _run_graph(subject: Subject, model: Model, claim: Any) -> object:
     return measured
 
 
+_BUDGETS = ("flops", "parameters", "kept_bytes", "wasted")
+
+
+def _run_cost(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    if not isinstance(claim, Mapping) or not claim or not set(claim) <= set(_BUDGETS):
+        words = [f"a dict of budgets for a training step: {', '.join(_BUDGETS)}"]
+        raise _unknown_claim("cost", claim, words)
+    measured = cost.measure_compute_cost(model, _batch(subject), outputs=subject.outputs)
+    cost.assert_cost_within(measured, **claim)
+    return measured
+
+
 def _unknown_claim(check: str, claim: Any, words: Sequence[str]) -> ValueError:
     return ValueError(f"{check!r} cannot be claimed to be {claim!r}. It is {', '.join(words)}.")
 
@@ -140,5 +153,6 @@ CHECKS: Mapping[str, Check] = {
             _run_coverage,
         ),
         Check("graph", "the autograd graph of the model is the recorded one", _run_graph),
+        Check("cost", "a training step costs no more than its budgets", _run_cost),
     )
 }

@@ -15,6 +15,7 @@ import pytest
 from ensembles import message
 from ensembles.fixtures import (  # noqa: F401  (pytest finds fixtures by name in a plugin)
     autograd_graph,
+    compute_cost,
     gradient_coupling,
     optimizer_coverage,
     ownership_map,

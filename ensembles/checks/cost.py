@@ -224,7 +224,7 @@ class ComputeCost:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        of_zeros = self.wasted is not None and f", {_percent(self.wasted)} of them by zeros"
+        of_zeros = self.wasted is not None and f", {_percent(self.wasted)} of them on zeros"
         passes = "forward and backward" if self.training else "forward, in evaluation"
         head = f"{self.flops:,} FLOPs {passes}{of_zeros or ''}; {self.parameters:,} parameters"
         lines = [f"{head}; {self.kept_bytes:,} bytes kept" if self.training else head]
@@ -243,7 +243,7 @@ class ComputeCost:
         return "\n".join(lines)
 
 
-_HEAD = ("layer", "FLOPs forward", "FLOPs backward", "by zeros", "parameters", "bytes kept")
+_HEAD = ("layer", "FLOPs forward", "FLOPs backward", "on zeros", "parameters", "bytes kept")
 
 
 def measure_compute_cost(
@@ -657,9 +657,9 @@ def _fail(cost: ComputeCost, claims: Mapping[str, Any], at_most: str) -> None:
     call = "a training step" if cost.training else "a prediction"
     raise AssertionError(
         broken(
-            f"the cost of {call} is claimed to be {at_most}"
-            f"{' and '.join(_told(name, limit) for name, limit in claims.items())}, and is "
-            f"{'more' if at_most else 'not'}",
+            f"{call} is claimed to take {at_most}"
+            f"{' and '.join(_told(name, limit) for name, limit in claims.items())}, and "
+            f"{'takes more' if at_most else 'does not'}",
             rows,
             total=_how_much(main, found[main], claims[main]),
             meaning=meaning if found[main] > claims[main] else "It costs less than is claimed.",
@@ -691,13 +691,17 @@ def _places(cost: ComputeCost, name: str) -> list[tuple[LayerCost, str]]:
 
 
 def _told(name: str, number: Any) -> str:
-    return f"{_percent(number)} by zeros" if name == "share of zeros" else f"{number:,} {name}"
+    return (
+        f"{_percent(number)} of FLOPs on zeros"
+        if name == "share of zeros"
+        else f"{number:,} {name}"
+    )
 
 
 def _how_much(name: str, found: Any, claim: Any) -> str:
     if name == "share of zeros":
         return f"{_percent(found)} of all FLOPs"
-    return f"{found / claim:.4g} times what is claimed" if claim else f"{found:,} {name}"
+    return f"{found / claim:.4g} times the {name} claimed" if claim else f"{found:,} {name}"
 
 
 _CHEAPER = (

@@ -179,11 +179,12 @@ def _windows(fine: Tensor, weight: Tensor, read: Sequence[int], *geometry: Any) 
     """Every weight meets its tap of each window of the fine side."""
     groups = geometry[5]
     rows = (weight != 0).reshape(groups, -1, *weight.shape[1:])
-    users = rows.sum(1).flatten(0, 1)  # (channel, *taps)
+    users = rows.sum(1).flatten(0, 1).flatten(1)  # (channel, tap)
     coarse = _coarse(fine, weight, read, geometry)
+    taps = _taps(fine, weight, coarse, 1, *geometry)
     return sum(
-        int((seen.flatten(2).sum((0, 2)) * users[(slice(None), *tap)]).sum())
-        for tap, seen in _taps(fine, weight, coarse, 1, *geometry)
+        int((seen.flatten(2).sum((0, 2)) * readers).sum())
+        for seen, readers in zip(taps, users.unbind(1), strict=True)
     )
 
 
@@ -193,7 +194,7 @@ def _pairs(coarse: Tensor, fine: Tensor, weight: Tensor, *geometry: Any) -> int:
     left = _added_up(coarse != 0, coarse.shape[1] // groups)
     channels = fine.shape[1] // groups
     taps = _taps(fine, weight, coarse.shape[2:], channels, *geometry)
-    return sum(int((left * seen).sum()) for _, seen in taps)
+    return sum(int((left * seen).sum()) for seen in taps)
 
 
 def _coarse(
@@ -215,7 +216,7 @@ def _coarse(
 
 def _taps(
     fine: Tensor, weight: Tensor, coarse: Sequence[int], together: int, *geometry: Any
-) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+) -> Iterator[Tensor]:
     """For every tap of the kernel, how many channels it sees at the coarse positions.
 
     Args:
@@ -248,7 +249,7 @@ def _taps(
             slice(t * gap, t * gap + (size - 1) * step + 1, step)
             for t, gap, size, step in zip(tap, dilation, coarse, stride, strict=True)
         )
-        yield tap, padded[(slice(None), slice(None), *index)]
+        yield padded[(slice(None), slice(None), *index)]
 
 
 def _added_up(seen: Tensor, together: int) -> Tensor:
