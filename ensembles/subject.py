@@ -7,8 +7,8 @@ looked at with an error that says where and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Subject:
             between them. A list or dict of modules needs none.
         optimizer: Builds the optimizer, or a list of them, for the model that it is given.
         loss: The training loss: a function of the dict of member outputs, to a scalar tensor.
-        claims: What the model promises: check name to claim (see `ensembles.conformance`). What
+        claims: What the model promises: check name to claim (see `ensembles.claims`). What
             is not claimed is shown as such, and is never passed.
 
     Example:
@@ -72,6 +72,18 @@ class Subject:
             raise ValueError(
                 "Subject(make=...) takes a function that builds the model, and got "
                 f"{_kind(self.make)}. Write make=lambda: ..., so that every check gets a new model."
+            )
+        for name in ("batch", "outputs", "members", "optimizer", "loss"):
+            given = getattr(self, name)
+            if given is not None and not callable(given):
+                raise ValueError(
+                    f"Subject({name}=...) takes a function, and got {_kind(given)}. "
+                    f"Write {name}=lambda ...: ..., so that every check gets a new one."
+                )
+        if not isinstance(self.claims, Mapping):
+            raise ValueError(
+                "Subject(claims=...) takes a dict of check name to claim, and got "
+                f"{_kind(self.claims)}."
             )
         if not self.name:
             object.__setattr__(self, "name", getattr(self.make, "__name__", "subject"))
@@ -234,7 +246,8 @@ def member_outputs(
         model: One module, or the members as a list or dict of modules, each called on the batch.
         batch: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         outputs: Splits what one module returns; by default a list, tuple or dict is one output
-            per member and a tensor is one member.
+            per member and a tensor is one member. Of members that are modules of their own, it
+            finds the output in what each returns.
 
     Returns:
         Member name to its output tensors, in the order in which the model gives them.
@@ -251,15 +264,7 @@ def member_outputs(
     if is_one_module(model):
         result = call(model, batch, place="the model")
         if outputs is not None:
-            try:
-                result = outputs(result)
-            except ValueError:
-                raise
-            except Exception as error:
-                raise ValueError(
-                    f"outputs=... raised {_said(error)} for what the model returned, "
-                    f"{_kind(result)}. It takes that value and returns one output per member."
-                ) from error
+            result = _split(outputs, result, "the model")
         elif isinstance(result, Tensor) or not isinstance(result, (Mapping, Sequence)):
             result = {"model": result}
         found = _named(result, object, "the model's output")
@@ -268,6 +273,8 @@ def member_outputs(
             name: call(module, batch, place=f"member {name}")
             for name, module in named_modules_of(model).items()
         }
+        if outputs is not None:
+            found = {n: _split(outputs, value, f"member {n}") for n, value in found.items()}
     return {name: _tensors(value, name) for name, value in found.items()}
 
 
@@ -316,8 +323,12 @@ def checked_numbers(model: Model) -> None:
                     f"{place} has dtype {parameter.dtype}, and this check needs real floating "
                     "parameters. Make integer tables buffers; give complex weights as pairs."
                 )
-            if not parameter.detach().isfinite().all():
-                wrong = int((~parameter.detach().isfinite()).sum())
+            # A frozen parameter may be an additive mask, of minus infinity.
+            usable = parameter.detach().isfinite()
+            if not parameter.requires_grad:
+                usable |= parameter.detach().isinf()
+            if not usable.all():
+                wrong = int((~usable).sum())
                 raise ValueError(
                     f"{place} holds NaN or infinity in {wrong} of {parameter.numel()} elements. "
                     "Nothing can be concluded from it: mend the initialisation or the checkpoint."
@@ -341,6 +352,8 @@ def checked_initialised(tensor: Tensor, place: str) -> None:
 def _named(found: Any, kind: type, where: str) -> dict[str, Any]:
     if isinstance(found, (Mapping, nn.ModuleDict)):
         named = {str(name): value for name, value in found.items()}
+        if len(named) < len(found):
+            raise ValueError(f"{where} has two members of one name: {sorted(map(str, found))}.")
     elif isinstance(found, (Sequence, nn.ModuleList)) and not isinstance(found, str):
         named = {str(position): value for position, value in enumerate(found)}
     else:
@@ -354,14 +367,36 @@ def _named(found: Any, kind: type, where: str) -> dict[str, Any]:
 
 
 def _tensors(value: Any, member: str) -> tuple[Tensor, ...]:
-    leaves = pytree.tree_leaves(value)
-    found = tuple(x for x in leaves if isinstance(x, Tensor) and x.is_floating_point())
+    found = tuple(x for x in _leaves(value) if isinstance(x, Tensor) and x.is_floating_point())
     if not found:
         raise ValueError(
             f"the output of member {member} is {_kind(value)}, and holds no floating tensor. "
             "Give outputs=a function that returns each member's logits."
         )
     return found
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What an output holds, also in dataclasses and mappings that torch does not know as such."""
+    for leaf in pytree.tree_leaves(value):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _leaves([getattr(leaf, entry.name) for entry in fields(leaf)])
+        elif isinstance(leaf, Mapping):
+            yield from _leaves(list(leaf.values()))
+        else:
+            yield leaf
+
+
+def _split(outputs: Outputs, result: Any, place: str) -> Any:
+    try:
+        return outputs(result)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"outputs=... raised {_said(error)} for what {place} returned, {_kind(result)}. "
+            "It takes that value and returns one output per member."
+        ) from error
 
 
 def _kind(value: Any) -> str:

@@ -17,17 +17,18 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from ctypes import c_char
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from ensembles.message import aligned, broken, counted, listed
-from ensembles.probes.influence import Probe, probing
-from ensembles.subject import Model, Outputs, Partition, is_one_module
+from ensembles.probes.influence import Probe, Values, probing
+from ensembles.subject import Model, Outputs, Partition
 
 __all__ = [
     "OwnershipMap",
@@ -38,8 +39,19 @@ __all__ = [
 Owners = tuple[str, ...]
 
 
+class _Look(TypedDict, total=False):
+    training: bool
+    values: Values
+
+
 Statement = str | Partition
 """`independent`, `tied`, `unused`, `partition` (short for `Partition()`), or a `Partition`."""
+
+FURTHER_LOOKS: tuple[_Look, ...] = (
+    {"training": True},
+    {"values": "signed"},
+    {"values": "present"},
+)
 
 WORDS = ("independent", "tied", "partition", "unused")
 
@@ -57,14 +69,17 @@ class OwnershipMap:
         digests: Parameter name to a digest of where those elements are.
         lookups: Parameters that are read by index: rows that the batch does not name reach
             nobody, and that is no finding.
-        separate: Whether members are modules of their own; names then begin with the member's.
+        frozen: Parameters that are not trained; nor is it a finding where these reach nobody.
+        homes: Parameter to the member that registers it, where members are modules of their own,
+            whose names then begin with the member's; empty for one module.
     """
 
     members: Owners
     owners: Mapping[str, Mapping[Owners, int]]
     digests: Mapping[str, str]
     lookups: frozenset[str]
-    separate: bool
+    frozen: frozenset[str]
+    homes: Mapping[str, str]
     elements: Mapping[str, _Owners] = field(compare=False, repr=False)
 
     def statement(self, name: str) -> str:
@@ -119,8 +134,9 @@ def measure_ownership_map(
 ) -> OwnershipMap:
     """Finds, for every element of every parameter, the members whose output it reaches.
 
-    The model is looked at in evaluation mode, as it predicts. Parameters that reach nobody there
-    (auxiliary heads) are looked at in training mode too.
+    The model is looked at in evaluation mode, as it predicts. Where elements reach nobody there,
+    further looks may add to them: in training mode (auxiliary heads), with values of both signs
+    in place of one-hot inputs, and at the present weights and batch (routing, clipping).
 
     Args:
         model: One module, or the members as a list or dict of modules.
@@ -146,28 +162,40 @@ def measure_ownership_map(
     """
     owned: dict[str, _Owners] = {}
     with probing(model, batch, outputs=outputs) as probe:
-        members, lookups = tuple(probe.outputs), probe.lookups
+        members, lookups, frozen = tuple(probe.outputs), probe.lookups, probe.frozen
+        homes = dict(probe.homes)
         owned = {name: _Owners(p, members) for name, p in probe.parameters.items()}
         _add_members(owned, probe)
-    silent = {name: owners for name, owners in owned.items() if not bool(owners.codes.any())}
-    if silent:
-        with probing(model, batch, outputs=outputs, training=True) as probe:
-            _add_members(silent, probe)
+    for look in FURTHER_LOOKS:
+        silent = {
+            name: owners
+            for name, owners in owned.items()
+            if name not in lookups and not bool(owners.codes.all())
+        }
+        # A look that fails has nothing to add: the model was called before.
+        with suppress(ValueError):
+            if silent:
+                with probing(model, batch, outputs=outputs, **look) as probe:
+                    _add_members(silent, probe)
     return OwnershipMap(
         members=members,
         owners={name: owners.counts() for name, owners in owned.items()},
         digests={name: owners.digest() for name, owners in owned.items()},
         lookups=lookups,
-        separate=not is_one_module(model),
+        frozen=frozen,
+        homes=homes,
         elements=owned,
     )
 
 
 def _add_members(owned: Mapping[str, _Owners], probe: Probe) -> None:
+    """Adds who reaches the elements that nobody has reached yet."""
+    free = {name: owners.codes == 0 for name, owners in owned.items()}
     for position, member in enumerate(probe.outputs):
         reached = probe.reach(member, owned)
         for name, owners in owned.items():
-            owners.add(position, reached[name])
+            mask = reached[name]
+            owners.add(position, None if mask is None else mask & free[name])
 
 
 def assert_ownership(
@@ -183,7 +211,8 @@ def assert_ownership(
 
             - `independent`: an element reaches one member at most (where members are modules of
               their own: the one that it belongs to), and every parameter reaches some member.
-              Blocks that a mask leaves unused are no finding.
+              Blocks that a mask leaves unused are no finding; a member that has no part of a
+              tensor in which several others have theirs is one. What is frozen may be shared.
             - `tied`: every element reaches every member.
             - `partition`, or `Partition(parent, times)`: every element reaches the parent and
               `times` subnets, and every subnet has an equal share.
@@ -216,14 +245,14 @@ def assert_ownership(
     main = next(kind for kind in _VERBS if kind in kinds)
     touched = {name for name, _ in findings}
     meaning, remedy = _EXPLANATIONS[main]
-    last = [_short(name) for name, finding in findings if finding.kind == main][-1]
+    last = [_short(ownership, name) for name, finding in findings if finding.kind == main][-1]
     raise AssertionError(
         broken(
             f"weights of members {listed(ownership.members)} are claimed {_told(claim)}, "
             f"and {_VERBS[main]}",
             [
                 (
-                    _short(name),
+                    _short(ownership, name),
                     ownership.where(name, finding.owners) if finding.here else "",
                     f"expected {finding.expected}",
                     f"found {finding.found}",
@@ -271,7 +300,7 @@ _EXPLANATIONS = {
     "unused": (
         "Such weights are trained by nothing, and no prediction depends on them.",
         "Usual cause: a layer that forward does not call, a branch that reads an empty group, a "
-        "mask that hides everything. Remove it, or claim it as 'unused'.",
+        "mask that hides everything, a detach. Remove it, or claim it as 'unused'.",
     ),
     "used": (
         "What is claimed to be dead weight takes part in predictions.",
@@ -293,17 +322,17 @@ def _statements(ownership: OwnershipMap, claim: Any) -> Iterator[tuple[str, Stat
                 "Partition(parent, times)."
             )
     for pattern in patterns:
-        if not any(fnmatchcase(_short(name), pattern) for name in ownership.owners):
+        if not any(fnmatchcase(_short(ownership, name), pattern) for name in ownership.owners):
             raise ValueError(
                 f"no parameter is named {pattern!r}, whose ownership is claimed. Names are, for "
-                f"example, {listed([_short(name) for name in ownership.owners], 3)}."
+                f"example, {listed([_short(ownership, name) for name in ownership.owners], 3)}."
             )
     for name in ownership.owners:
-        fitting = [p for p in patterns if fnmatchcase(_short(name), p)]
+        fitting = [p for p in patterns if fnmatchcase(_short(ownership, name), p)]
         if not fitting:
             raise ValueError(
-                f"nothing is claimed about the ownership of {_short(name)}. Add a pattern that "
-                "fits it, or '*' as the last one."
+                f"nothing is claimed about the ownership of {_short(ownership, name)}. Add a "
+                "pattern that fits it, or '*' as the last one."
             )
         statement = patterns[fitting[0]]
         statement = Partition() if statement == "partition" else statement
@@ -322,14 +351,18 @@ def _findings(ownership: OwnershipMap, name: str, statement: Statement) -> Itera
         for owners in reached:
             yield _Finding("used", owners, "nobody", _members(owners))
         return
+    if name in ownership.frozen and () in counts:
+        return  # a frozen trunk may run under no_grad, where influence cannot be followed
     if not reached:
         yield _Finding("unused", (), _expected(ownership, name, statement), "nobody")
         return
+    if statement == "independent":
+        yield from _left_out(ownership, name)
     for owners in counts:
         if statement == "independent":
-            home = name.partition(".")[0]
-            misplaced = ownership.separate and owners and owners != (home,)
-            if len(owners) > 1 or misplaced:
+            home = ownership.homes.get(name)
+            misplaced = home is not None and owners and owners != (home,)
+            if (len(owners) > 1 or misplaced) and name not in ownership.frozen:
                 expected = _expected(ownership, name, statement)
                 yield _Finding("leaking", owners, expected, _members(owners))
         elif not owners:
@@ -345,6 +378,15 @@ def _findings(ownership: OwnershipMap, name: str, statement: Statement) -> Itera
                 yield _Finding("leaking", owners, str(statement), _members(owners))
     if isinstance(statement, Partition):
         yield from _uneven(ownership, counts, statement)
+
+
+def _left_out(ownership: OwnershipMap, name: str) -> Iterator[_Finding]:
+    """Members without a part of a packed tensor, whose part is there and reaches nobody."""
+    counts = ownership.owners[name]
+    owning = {member for owners in counts for member in owners}
+    if () in counts and 1 < len(owning) < len(ownership.members) and name not in ownership.lookups:
+        missing = [member for member in ownership.members if member not in owning]
+        yield _Finding("unused", (), f"a part of {_members(tuple(missing))}", "nobody")
 
 
 def _uneven(
@@ -363,7 +405,7 @@ def _expected(ownership: OwnershipMap, name: str, statement: Statement) -> str:
         return str(statement)
     if statement == "tied":
         return "all members"
-    return f"member {name.partition('.')[0]}" if ownership.separate else "one member"
+    return f"member {ownership.homes[name]}" if ownership.homes else "one member"
 
 
 def _members(owners: Owners) -> str:
@@ -376,8 +418,8 @@ def _told(claim: Any) -> str:
     return f"to belong to {claim}" if isinstance(claim, Partition) else str(claim)
 
 
-def _short(name: str) -> str:
-    return name.removeprefix("model.")
+def _short(ownership: OwnershipMap, name: str) -> str:
+    return name if ownership.homes else name.removeprefix("model.")
 
 
 # --- owners of every element --------------------------------------------------------------------

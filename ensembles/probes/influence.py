@@ -10,7 +10,9 @@ weight matters a moment later. So the network is looked at with
   activation, softmax, pooling or normalisation hides what it reads.
 
 What is zero then is zero by structure: a mask, a group of a grouped convolution, a block that is
-not read. It is one backward pass for each member.
+not read. It is one backward pass for each member. Where generic values decide what is computed
+(routing, clipping, one-hot inputs), a second look with other `Values` adds what it sees: a gradient
+that is not zero is a proof.
 
 Limits. Influence is followed by autograd: it ends at `detach`, `no_grad`, rounding, signs and
 integer values, and does not see values that the training step writes. Hard routing is that of the
@@ -21,10 +23,10 @@ not drawn by dropout or `bernoulli` are taken as they fall.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +41,16 @@ from ensembles.subject import (
     Model,
     Outputs,
     checked_numbers,
+    is_one_module,
     member_outputs,
     named_modules_of,
 )
 
-__all__ = ["Probe", "influence", "probing"]
+__all__ = ["Probe", "Values", "influence", "probing"]
+
+Values = Literal["generic", "signed", "present"]
+"""Weights and inputs: positive and random, with masks among the inputs kept; random with both
+signs, also in place of one-hot inputs; or as they are, with operations as they are."""
 
 GAINS = (1.0, 1e-2, 1e2)
 """Factors on the weights' scale, tried in turn until the outputs are finite and not all zero."""
@@ -59,11 +66,16 @@ class Probe:
             a tied parameter once, under its first name. Frozen masks are left out.
         lookups: Names of parameters that are read by index (embeddings): rows that the batch does
             not name are not reached, and that says nothing about them.
+        frozen: Names of parameters that are not trained (requires_grad is False).
+        homes: Parameter name to the member that registers it, where members are modules of their
+            own; empty for one module.
     """
 
     outputs: dict[str, tuple[Tensor, ...]]
     parameters: dict[str, Tensor]
     lookups: frozenset[str]
+    frozen: frozenset[str]
+    homes: Mapping[str, str]
 
     def reach(self, member: str, names: Iterable[str] | None = None) -> dict[str, Tensor | None]:
         """Which elements of each parameter reach the member; None where autograd has no path.
@@ -82,13 +94,19 @@ class Probe:
             outputs, list(wanted.values()), seeds, retain_graph=True, allow_unused=True
         )
         return {
-            name: None if gradient is None else gradient != 0
+            name: None if gradient is None else gradient.to_dense() != 0  # embeddings may be sparse
             for name, gradient in zip(wanted, gradients, strict=True)
         }
 
 
 def influence(
-    model: Model, batch: Any, *, outputs: Outputs | None = None, training: bool = False
+    model: Model,
+    batch: Any,
+    *,
+    outputs: Outputs | None = None,
+    training: bool = False,
+    values: Values = "generic",
+    draw: int = 0,
 ) -> Iterator[tuple[str, dict[str, Tensor | None]]]:
     """For each member, which elements of every parameter reach its output.
 
@@ -98,6 +116,8 @@ def influence(
             inputs are replaced by generic ones, but for masks (infinities, or only 0 and 1).
         outputs: Splits what one module returns into member outputs.
         training: Whether modules are in training mode.
+        values: What weights and inputs are: see `Values`.
+        draw: Number of the random draw, for models that draw what they compute.
 
     Yields:
         The member's name, and for each qualified parameter name a mask of the parameter's shape,
@@ -113,14 +133,22 @@ def influence(
         0 ['0.weight', '0.bias']
         1 ['1.weight', '1.bias']
     """
-    with probing(model, batch, outputs=outputs, training=training) as probe:
+    with probing(
+        model, batch, outputs=outputs, training=training, values=values, draw=draw
+    ) as probe:
         for member in probe.outputs:
             yield member, probe.reach(member)
 
 
 @contextmanager
 def probing(
-    model: Model, batch: Any, *, outputs: Outputs | None = None, training: bool = False
+    model: Model,
+    batch: Any,
+    *,
+    outputs: Outputs | None = None,
+    training: bool = False,
+    values: Values = "generic",
+    draw: int = 0,
 ) -> Iterator[Probe]:
     """One transparent forward pass; the model is as it was on exit.
 
@@ -129,6 +157,8 @@ def probing(
         batch: As for `influence`.
         outputs: As for `influence`.
         training: As for `influence`.
+        values: As for `influence`.
+        draw: As for `influence`.
 
     Yields:
         The `Probe`; it is valid inside the context only.
@@ -146,16 +176,24 @@ def probing(
     checked_numbers(model)
     with ExitStack() as stack:
         stack.enter_context(preserved(model))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         modules = named_modules_of(model)
         for module in modules.values():
             module.train(training)
+        every = [entry for entry in registered(modules) if entry.kind == "parameter"]
+        frozen = {id(entry.tensor) for entry in every if not entry.tensor.requires_grad}
         found: dict[str, tuple[Tensor, ...]] = {}
-        for gain in GAINS:
-            torch.manual_seed(seed.get())
-            _set_generic_values(modules, gain)
-            inputs = _generic_inputs(batch)
-            with parameters_kept(model), transparent_forward():
+        for gain in GAINS if values != "present" else GAINS[:1]:
+            torch.manual_seed(seed.get() + draw)
+            if values == "present":
+                _require_gradients(entry.tensor for entry in every)
+                inputs = pytree.tree_map(_own_copy, batch)
+            else:
+                _set_values(modules, gain, signed=values == "signed")
+                inputs = pytree.tree_map(_signed if values == "signed" else _generic, batch)
+            seen = nullcontext() if values == "present" else transparent_forward()
+            with parameters_kept(model), seen:
                 found = member_outputs(model, inputs, outputs=outputs)
             if all(_usable(tensors) for tensors in found.values()):
                 break
@@ -171,14 +209,21 @@ def probing(
                 "no member's output depends on a parameter by autograd: the forward pass runs "
                 "under no_grad or detaches. Influence cannot be followed; enable gradients."
             )
-        lookups = make_transparent(y for tensors in found.values() for y in tensors)
-        parameters = {
-            entry.names[0]: entry.tensor
-            for entry in registered(modules)
-            if entry.kind == "parameter" and entry.tensor.requires_grad  # all but frozen masks
-        }
+        ends = [y for tensors in found.values() for y in tensors]
+        lookups = make_transparent(ends) if values != "present" else set()
+        homes: dict[int, str] = {}
+        if not is_one_module(model):
+            for member, module in modules.items():
+                for parameter in module.parameters():
+                    homes.setdefault(id(parameter), member)
+        # All but frozen masks, and what has no elements.
+        looked_at = [e for e in every if e.tensor.requires_grad and e.tensor.numel()]
         yield Probe(
-            found, parameters, frozenset(n for n, p in parameters.items() if id(p) in lookups)
+            outputs=found,
+            parameters={entry.names[0]: entry.tensor for entry in looked_at},
+            lookups=frozenset(e.names[0] for e in looked_at if id(e.tensor) in lookups),
+            frozen=frozenset(e.names[0] for e in looked_at if id(e.tensor) in frozen),
+            homes={e.names[0]: homes[id(e.tensor)] for e in looked_at if homes},
         )
 
 
@@ -189,7 +234,7 @@ def _usable(tensors: Sequence[Tensor]) -> bool:
 # --- generic values -----------------------------------------------------------------------------
 
 
-def _set_generic_values(modules: dict[str, nn.Module], gain: float) -> None:
+def _set_values(modules: dict[str, nn.Module], gain: float, *, signed: bool) -> None:
     every = list(dict.fromkeys(m for given in modules.values() for m in given.modules()))
     fans = {
         id(module.weight): module.weight.numel() // module.weight.shape[0]
@@ -200,11 +245,13 @@ def _set_generic_values(modules: dict[str, nn.Module], gain: float) -> None:
     }
     with torch.no_grad():
         for parameter in dict.fromkeys(p for m in modules.values() for p in m.parameters()):
-            if not parameter.requires_grad and bool((parameter == 0).any()):
-                continue  # a frozen parameter with zeros is a mask
-            parameter.requires_grad_(True)
+            if not parameter.requires_grad and not _is_generic(parameter):
+                continue
+            parameter.requires_grad = True
             scale = gain * _scale(parameter, fans) if parameter.ndim > 1 else 1.0
             parameter.data.uniform_(0.5 * scale, 1.5 * scale)
+            if signed:
+                parameter.data.mul_(torch.randint_like(parameter, 2) * 2 - 1)
         for module in every:
             if isinstance(module, _NormBase) and isinstance(module.running_mean, Tensor):
                 module.running_mean.zero_()
@@ -221,16 +268,38 @@ def _scale(parameter: Tensor, fans: dict[int, int]) -> float:
     return min(1.0, max(variance, 1.0 / max(parameter.numel(), 1)))
 
 
-def _generic_inputs(batch: Any) -> Any:
-    def generic(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_meta:
-            return x
-        if x.numel() and (bool(x.isinf().any()) or _is_binary(x)):
-            return x  # a mask
-        return torch.rand_like(x.detach()) + 0.5
-
-    return pytree.tree_map(generic, batch)
+def _is_generic(frozen: Tensor) -> bool:
+    """Whether a frozen parameter may be redrawn: not a mask, nor one of an unusual type."""
+    usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return frozen.dtype in usual and bool(((frozen != 0) & frozen.isfinite()).all())
 
 
-def _is_binary(x: Tensor) -> bool:
-    return bool(((x == 0) | (x == 1)).all()) and bool((x == 0).any()) and bool((x == 1).any())
+def _require_gradients(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad = True
+
+
+def _generic(x: Any) -> Any:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_meta or not x.numel():
+        return x
+    return _own_copy(x) if _is_mask(x) else torch.rand_like(x.detach()) + 0.5
+
+
+def _signed(x: Any) -> Any:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or _is_additive_mask(x):
+        return _own_copy(x)
+    return torch.randn_like(x.detach())
+
+
+def _own_copy(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, Tensor) else x
+
+
+def _is_mask(x: Tensor) -> bool:
+    binary = bool(((x == 0) | (x == 1)).all()) and bool((x == 0).any()) and bool((x == 1).any())
+    return binary or _is_additive_mask(x)
+
+
+def _is_additive_mask(x: Tensor) -> bool:
+    """Attention adds minus infinity, or a number that does the same to a softmax."""
+    return bool(x.isinf().any()) or bool((x <= -1e4).any() and ((x <= -1e4) | (x == 0)).all())

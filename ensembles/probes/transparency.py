@@ -48,7 +48,6 @@ def transparent_forward() -> Iterator[None]:
 @contextmanager
 def _no_recomputation() -> Iterator[None]:
     """Checkpoints keep what they compute: the backward rules read saved tensors a second time."""
-
     name = "_checkpoint_hook"  # what puts recomputation in the place of a saved tensor
     recomputing = getattr(checkpoint, name)
     setattr(checkpoint, name, nullcontext)
@@ -136,8 +135,8 @@ def make_transparent(outputs: Iterable[Tensor]) -> set[int]:
         >>> y = x.relu()
         >>> make_transparent([y])
         set()
-        >>> torch.autograd.grad(y, x)
-        (tensor([1.]),)
+        >>> bool(torch.autograd.grad(y, x)[0])
+        True
     """
     lookups: set[int] = set()
     roots = [y.grad_fn for y in outputs if y.grad_fn is not None]
@@ -191,12 +190,18 @@ def _rescaled(gradients: Gradients) -> Any:
 
 
 def _pass(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None]:
-    return [outputs[0]]
+    (gradient,) = (g for g in outputs[:1] if g is not None)
+    return [_generic(gradient)]
+
+
+def _generic(gradient: Tensor) -> Tensor:
+    """A derivative that is not zero, and not the same as another's: x - clamp(x) cancels none."""
+    return gradient * (torch.rand_like(gradient) + 0.5)
 
 
 def _pass_to_both(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None]:
     (gradient,) = (g for g in outputs[:1] if g is not None)
-    return [None if x is None else gradient.sum_to_size(x.shape) for x in inputs[:2]]
+    return [None if x is None else _generic(gradient).sum_to_size(x.shape) for x in inputs[:2]]
 
 
 def _prelu(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None]:
@@ -271,7 +276,7 @@ def _max_over(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tens
     if not getattr(node, "_saved_keepdim", False):
         for dim in sorted(d % rank for d in dims):
             gradient = gradient.unsqueeze(dim)
-    return [gradient]
+    return [_generic(gradient.expand(inputs[0].shape))]
 
 
 def _batch_norm(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None] | None:

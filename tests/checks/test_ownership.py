@@ -260,6 +260,12 @@ HIDING = {
     "max_pool_ceil": lambda x: F.max_pool1d(x, 4, 3, ceil_mode=True).repeat(1, 3),
     "max_pool_dilated": lambda x: F.max_pool2d(x.view(-1, 1, 3, 2), 2, 1, 1, 2).flatten(1)[:, :6],
     "log_softmax": lambda x: F.log_softmax(x, dim=-1),
+    "tanhshrink": F.tanhshrink,
+    "x_minus_clamp": lambda x: x - x.clamp(-0.5, 0.5),
+    "hat": lambda x: F.relu(x + 3) - F.relu(x - 3),
+    "two_sided": lambda x: F.relu(x) + F.relu(-x),
+    "x_minus_relu": lambda x: x - F.relu(x),
+    "range": lambda x: (x.amax(-1) - x.amin(-1)).unsqueeze(-1) * torch.ones(6),
     "prelu": lambda x: F.prelu(-x, torch.tensor([0.1])),
 }
 
@@ -520,3 +526,116 @@ def test_more_members_than_bits_in_a_word():
     measured = owned(Rows(), torch.randn(2, 3), {"weight": "independent", "bias": "tied"})
     assert measured.owners["model.weight"] == {(str(member),): 3 for member in range(70)}
     assert measured.where("model.weight", ("40",)) == "[40:41, :]"
+
+
+def test_members_may_have_dots_in_their_names():
+    members = {"fold.0": nn.Linear(4, 2), "fold.1": nn.Linear(4, 2), "model": nn.Linear(4, 2)}
+    assert owned(members, torch.randn(3, 4)).owners["fold.1.weight"] == {("fold.1",): 8}
+
+
+def test_a_leak_through_a_shrinking_activation_is_broken():
+    class Leaking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p, self.q = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return [self.p(x), self.q(x) + F.tanhshrink(self.p(x))]
+
+    with pytest.raises(AssertionError, match="leak into other members"):
+        owned(Leaking(), torch.randn(3, 4))
+
+
+def test_experts_that_the_batch_is_routed_to_are_reached():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(4, 3)
+            self.experts = nn.ModuleList([nn.Linear(4, 2) for _ in range(3)])
+
+        def forward(self, x):
+            gate = self.gate(x).softmax(-1)
+            ys = torch.stack([expert(x) for expert in self.experts], 1)
+            best = gate.argmax(-1, keepdim=True)
+            return ys.gather(1, best.unsqueeze(-1).expand(-1, -1, 2)).squeeze(1) * (
+                gate.gather(1, best)
+            )
+
+    owned([Routed(), Routed()], torch.randn(64, 4))
+
+
+def test_one_hot_inputs_are_not_taken_for_masks():
+    batch = F.one_hot(torch.tensor([0, 1, 2, 1]), 6).float()
+    owned(NStreams(nn.Linear(6, 2), 2), batch, "tied")
+
+
+@pytest.mark.parametrize("closed", [float("-inf"), -1e4, torch.finfo(torch.float32).min])
+def test_an_additive_mask_among_the_inputs_keeps_members_apart(closed):
+    class Attended(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.values = nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, mask):
+            return (torch.softmax(mask, -1) @ self.values).unbind(0)
+
+    mask = torch.zeros(2, 2).masked_fill(~torch.eye(2, dtype=torch.bool), closed)
+    assert owned(Attended(), mask).owners["model.values"] == {("0",): 3, ("1",): 3}
+
+
+def test_a_frozen_trunk_may_be_common():
+    class Heads(nn.Module):
+        def __init__(self, graph):
+            super().__init__()
+            self.trunk, self.graph = nn.Linear(4, 4).requires_grad_(False), graph
+            self.heads = nn.ModuleList([nn.Linear(4, 2) for _ in range(2)])
+
+        def forward(self, x):
+            with torch.set_grad_enabled(self.graph):
+                h = self.trunk(x)
+            return [head(h) for head in self.heads]
+
+    for graph in (True, False):
+        owned(Heads(graph), torch.randn(3, 4))
+
+
+def test_a_member_whose_part_of_a_packed_weight_is_cut_is_broken(golden):
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(3, 4, 4)), nn.Parameter(torch.randn(3, 4, 2))
+
+        def forward(self, x):
+            h = torch.einsum("bi,mio->mbo", x, self.a).relu()
+            h = torch.cat([h[:2], h[2:].detach()])
+            return torch.einsum("mbi,mio->mbo", h, self.b)
+
+    with pytest.raises(AssertionError) as broken:
+        owned(Packed(), torch.randn(5, 4), outputs=split_axis(0))
+    golden(str(broken.value), "messages/ownership_cut_part.txt")
+
+
+def test_sparse_gradients_and_empty_parameters_are_looked_at():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(10, 3, sparse=True)
+            self.empty = nn.Parameter(torch.empty(0, 3))
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.table(x) + self.empty.sum(0))
+
+    owned([Odd(), Odd()], torch.tensor([1, 2]))
+
+
+def test_outputs_of_members_of_their_own_may_be_found_by_a_function():
+    class Answer:
+        def __init__(self, logits):
+            self.logits = logits
+
+    class Answering(nn.Linear):
+        def forward(self, x):
+            return Answer(super().forward(x))
+
+    owned([Answering(3, 2), Answering(3, 2)], torch.randn(2, 3), outputs=lambda out: out.logits)
