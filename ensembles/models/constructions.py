@@ -36,6 +36,13 @@ from ensembles.models.routing import Block
 
 __all__ = ["Construction", "ConstructionName", "known_construction", "make_construction"]
 
+# Where a block has more bytes, the parent too is computed block by block, on a CPU: where images are
+# small, the time of such a conv is that of moving its weight. Measured on one core of an AMD EPYC
+# with 1 MiB of L2 cache, batch 32, width 2, forward and backward: a 3x3 conv of 1024 channels on 2x2
+# images takes 0.49 of the time in blocks, on 4x4 images 0.98; one of 512 channels on 4x4 images
+# 0.85, on 8x8 images 0.90; one of 256 channels 1.1 to 1.2.
+_LARGE_BLOCK = 2 * 2**20
+
 ConstructionName: TypeAlias = Literal["zero_padded", "sum_of_subnets"]
 
 
@@ -128,7 +135,13 @@ class _SumOfSubnets:
         assert isinstance(conv, SubnetConv2d)
         if not conv.split_input and self._whole_stem is not None:
             return self._whole_stem
-        y: Tensor = conv(x)
+        blocks = self._blocks.get(conv)
+        in_blocks = (
+            blocks is not None
+            and x.device.type == "cpu"
+            and conv.weight.nbytes > _LARGE_BLOCK * len(blocks)
+        )
+        y: Tensor = conv(x, blocks) if in_blocks else conv(x)
         return y
 
     def conv(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:

@@ -261,26 +261,27 @@ class SubnetConv2d(nn.Conv2d):
             for j, block in enumerate(row.chunk(columns, dim=1))
         }
 
-    def sum_of_blocks(self, x: Tensor, blocks: Mapping[Block, Tensor] | None = None) -> Tensor:
-        """Computes the whole conv as a sum of block products, without zeros.
+    def forward(self, x: Tensor, blocks: Mapping[Block, Tensor] | None = None) -> Tensor:
+        """Computes the whole conv: as `torch.nn.Conv2d` does, or as the sum of block products.
 
-        Output group i is the sum over j of block (i, j) on input group j. It is what the conv
-        itself computes, in another order of summation.
+        Output group i is the sum over j of block (i, j) on input group j: the same in another
+        order of summation.
 
         Example:
             >>> conv = SubnetConv2d(4, 6, kernel_size=3, width=2)
             >>> x = torch.randn(1, 4, 5, 5)
-            >>> torch.allclose(conv.sum_of_blocks(x), conv(x), atol=1e-5)
+            >>> torch.allclose(conv(x, conv.split_weight()), conv(x), atol=1e-5)
             True
 
         Args:
             x: (N, in, H, W); without N too.
-            blocks: From `split_weight`, to use blocks again that others have computed with.
+            blocks: From `split_weight`, to compute the sum of block products.
 
         Returns:
-            (N, out, H', W'), as the conv itself.
+            (N, out, H', W').
         """
-        blocks = self.split_weight() if blocks is None else blocks
+        if blocks is None:
+            return super().forward(x)
         rows, columns = self.grid
         groups = x.chunk(columns, dim=-3)
         sums = []

@@ -46,18 +46,6 @@ ACTIVATIONS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Runs on one thread: these networks are so small that threads mostly wait for each other.
-
-    On two cores that others use as well, two threads took 15 times as long.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(depth=18, *, width=2, stem="cifar", seed=0, **options):
     """A small network in float64 whose BatchNorms are not at ones and zeros.
 
@@ -536,7 +524,7 @@ class TestConstruction:
         assert network(torch.empty(2, 3, 32, 32, device="meta"))["subnet_2_1"].shape == (2, 1000)
 
     def test_an_unknown_construction_is_refused(self):
-        message = "construction must be one of ['zero_padded'], got 'one_padded'"
+        message = "construction must be one of ['sum_of_subnets', 'zero_padded'], got 'one_padded'"
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             SubnetResNet(18, base_channels=4, construction="one_padded")
 

@@ -1,0 +1,462 @@
+"""Both constructions compute the same; `sum_of_subnets` computes no zero, and nothing unasked."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from ensembles.checks.ownership import measure_ownership_map
+from ensembles.models import constructions
+from ensembles.models.layers import SubnetConv2d
+from ensembles.models.resnet import ResNet
+from ensembles.models.routing import all_subnets
+from ensembles.models.subnets import SubnetResNet, subnet_name
+
+# Different code paths for one function, in float64, relative to the largest element of a tensor (or
+# to 1); a wrong block is of the size of the activations.
+TOLERANCE = 1e-9
+
+# Shrinking small choices tells nobody more, and would take minutes.
+PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
+
+ACTIVATIONS = [nn.ReLU, nn.GELU, nn.Softplus, nn.Sigmoid, nn.LeakyReLU, nn.Identity, nn.PReLU]
+
+
+def make(construction="sum_of_subnets", depth=18, *, seed=0, **options):
+    """A small network in float64 whose BatchNorms are not at ones and zeros.
+
+    Their eps is large: over the few values of these images a variance may vanish, and an eps of
+    1e-5 would then magnify roundings 300-fold in each of up to 53 layers.
+    """
+    torch.manual_seed(seed)
+    options = {"num_classes": 3, "base_channels": 2, "width": 2, "stem": "cifar", **options}
+    network = SubnetResNet(depth, construction=construction, **options).double()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.1
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.5)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network
+
+
+def make_both(*args, **options):
+    return make("zero_padded", *args, **options), make("sum_of_subnets", *args, **options)
+
+
+def images(size=8, count=4):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 3, size, size, dtype=torch.float64, generator=generator)
+
+
+def loss_of(outputs):
+    labels = torch.arange(len(next(iter(outputs.values())))) % 3
+    return sum(nn.functional.cross_entropy(logits, labels) for logits in outputs.values())
+
+
+def assert_equal(mine, expected, name):
+    assert (mine is None) == (expected is None), name
+    if mine is None:
+        return
+    assert mine.shape == expected.shape, name
+    scale = max(1.0, expected.detach().abs().max().item())
+    assert_close(mine, expected, rtol=0, atol=TOLERANCE * scale, msg=lambda text: f"{name}: {text}")
+
+
+def assert_all_equal(mine, expected):
+    assert list(mine) == list(expected)
+    for name, value in expected.items():
+        assert_equal(mine[name], value, name)
+
+
+def gradients(network):
+    return {name: parameter.grad for name, parameter in network.named_parameters()}
+
+
+def assert_same_network(reference, network, x, members, *, steps=3):
+    """Outputs in both modes, gradients, BatchNorm statistics and optimizer steps are equal."""
+    assert_all_equal(network.eval()(x, members=members), reference.eval()(x, members=members))
+    pair = (reference.train(), network.train())
+    optimizers = [
+        torch.optim.SGD(each.parameters(), lr=0.02, momentum=0.9, weight_decay=0.01)
+        for each in pair
+    ]
+    for _ in range(steps):
+        expected, mine = (each(x, members=members) for each in pair)
+        assert_all_equal(mine, expected)
+        for optimizer, outputs in zip(optimizers, (expected, mine), strict=True):
+            optimizer.zero_grad()
+            loss_of(outputs).backward()
+        assert_all_equal(gradients(network), gradients(reference))
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_all_equal(network.state_dict(), reference.state_dict())
+    assert_all_equal(network.eval()(x, members=members), reference.eval()(x, members=members))
+
+
+@st.composite
+def selections(draw, most):
+    """A width and the members asked for: any set of subnets, with or without the parent."""
+    width = draw(st.integers(1, 4))
+    names = ["parent", *(subnet_name(*subnet) for subnet in all_subnets(width))]
+    chosen = draw(st.lists(st.sampled_from(names), min_size=1, max_size=most, unique=True))
+    return width, draw(st.sampled_from([chosen, chosen, None])) if width < 3 else chosen
+
+
+class TestEquality:
+    @given(
+        selection=selections(5),
+        stem=st.sampled_from(["cifar", "cifar_maxpool", "imagenet"]),
+        activation=st.sampled_from(ACTIVATIONS),
+        size=st.sampled_from([8, 12, 16]),
+        seed=st.integers(0, 99),
+    )
+    @settings(max_examples=12, deadline=None, phases=PHASES)
+    def test_networks_of_basic_blocks_are_equal(self, selection, stem, activation, size, seed):
+        width, members = selection
+        pair = make_both(width=width, stem=stem, activation=activation, seed=seed)
+        assert_same_network(*pair, images(size), members)
+
+    @given(
+        selection=selections(3),
+        stem=st.sampled_from(["cifar", "cifar_maxpool", "imagenet"]),
+        activation=st.sampled_from(ACTIVATIONS),
+        seed=st.integers(0, 99),
+    )
+    @settings(max_examples=3, deadline=None, phases=PHASES)
+    def test_networks_of_bottlenecks_are_equal(self, selection, stem, activation, seed):
+        width, members = selection
+        pair = make_both(depth=50, width=width, stem=stem, activation=activation, seed=seed)
+        assert_same_network(*pair, images(), members, steps=1)
+
+    @pytest.mark.parametrize("width", [2, 3, 4])
+    def test_all_members_together_are_equal(self, width):
+        assert_same_network(*make_both(width=width), images(), None)
+
+    def test_a_parent_in_blocks_is_equal(self, monkeypatch):
+        monkeypatch.setattr(constructions, "_LARGE_BLOCK", 0)
+        called = []
+        forward = SubnetConv2d.forward
+        monkeypatch.setattr(
+            SubnetConv2d,
+            "forward",
+            lambda conv, x, blocks=None: called.append(blocks) or forward(conv, x, blocks),
+        )
+        pair = make_both(width=3, seed=4)
+        members = ["parent", "subnet_0_1", "subnet_2_2"]
+        pair[1].eval()(images(), members=members)
+        # Of 20 convs only the stem is computed whole: it has no groups at its input.
+        assert [blocks is None for blocks in called] == [True] + 19 * [False]
+        assert_same_network(*pair, images(), members)
+
+    def test_a_subnet_by_itself_is_what_it_is_among_the_others(self):
+        network = make(width=3).eval()
+        outputs = network(images())
+        for name, subnet in network.subnets.items():
+            assert_equal(subnet(images()), outputs[name], name)
+            assert_equal(subnet.extract()(images()), outputs[name], name)
+
+    @pytest.mark.parametrize(("depth", "width"), [(18, 2), (18, 3), (50, 2)])
+    def test_ownership_maps_are_equal(self, depth, width):
+        maps = [
+            measure_ownership_map(network, images()) for network in make_both(depth, width=width)
+        ]
+        assert maps[0] == maps[1]
+
+    def test_checkpoints_load_either_way(self):
+        reference, network = make("zero_padded", seed=1), make("sum_of_subnets", seed=2)
+        assert list(reference.state_dict()) == list(network.state_dict())
+        network.load_state_dict(reference.state_dict())
+        assert_all_equal(network.eval()(images()), reference.eval()(images()))
+        other = make("zero_padded", seed=3)
+        other.load_state_dict(network.state_dict())
+        assert_all_equal(other.eval()(images()), reference(images()))
+
+    def test_one_inf_in_a_block_reaches_its_owner_and_the_parent_only(self):
+        network = make(width=3).eval()
+        conv = "layer1.0.conv2"
+        with torch.no_grad():
+            network.parent.get_submodule(conv).weight[2, 0, 1, 1] = torch.inf
+        outputs = network(images())
+        poisoned = {name for name, output in outputs.items() if not output.isfinite().all()}
+        owners = {name for name, sub in network.subnets.items() if sub.blocks[conv] == (1, 0)}
+        assert len(owners) == 1
+        assert poisoned == {"parent"} | owners
+
+
+def operations(run, *, backward):
+    with FlopCounterMode(display=False) as counter:
+        outputs = run()
+        if backward:
+            sum(output.sum() for output in outputs.values()).backward()
+    return counter.get_total_flops()
+
+
+def derived_operations(depth, width, *, backward):
+    """Operations of the parent's stem, of its other convs and of its classifier, from shapes."""
+    found = {"stem": 0, "rest": 0, "classifier": 0}
+
+    def count(module, _, output, part):
+        # Every element of the output is a sum of products with one row of the weight.
+        per_element = module.weight[0].numel()
+        found[part] += 2 * output.numel() * per_element
+
+    plain = ResNet(depth, width=width, num_classes=3, stem="cifar", base_channels=2).double()
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            part = {"conv1": "stem", "fc": "classifier"}.get(name, "rest")
+            module.register_forward_hook(partial(count, part=part))
+    plain(images())
+    # Backward: a gradient of the weight, and one of the input, which the image does not need.
+    times = {"stem": 2, "rest": 3, "classifier": 3} if backward else dict.fromkeys(found, 1)
+    return (times[part] * found[part] for part in found)
+
+
+class TestCost:
+    @pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
+    @pytest.mark.parametrize(("depth", "width"), [(18, 1), (18, 2), (18, 3), (18, 4), (50, 2)])
+    def test_parent_and_all_subnets_cost_at_most_two_parents(self, depth, width, backward):
+        stem, rest, classifier = derived_operations(depth, width, backward=backward)
+        network = make(depth=depth, width=width)
+        cost = operations(lambda: network(images()), backward=backward)
+        assert cost == stem + 2 * rest + (1 + width) * classifier
+        assert cost <= 2 * (stem + rest + classifier)
+
+    @pytest.mark.parametrize(
+        ("members", "stems", "parents", "subnets"),
+        [
+            ("parent", 3, 1, 0),
+            ("subnet_0_0", 1, 0, 1),
+            ("subnet_0_0 subnet_0_1", 1, 0, 2),
+            ("subnet_0_1 subnet_2_2", 2, 0, 2),
+            ("parent subnet_2_2", 3, 1, 1),
+        ],
+    )
+    def test_only_what_is_asked_for_is_computed(self, members, stems, parents, subnets):
+        stem, rest, classifier = derived_operations(18, 3, backward=True)
+        network = make(width=3)
+        cost = operations(lambda: network(images(), members=members.split()), backward=True)
+        parent, subnet = rest + classifier, rest // 9 + classifier // 3
+        assert cost == stems * stem // 3 + parents * parent + subnets * subnet
+
+    def test_a_sum_of_block_products_costs_what_the_conv_costs(self):
+        conv = SubnetConv2d(4, 8, 3, width=2)
+        x = torch.randn(2, 4, 6, 6)
+        flops = [
+            operations(lambda blocks=blocks: {"y": conv(x, blocks)}, backward=True)
+            for blocks in (None, conv.split_weight())
+        ]
+        assert flops[0] == flops[1]
+
+    @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+    @pytest.mark.parametrize("width", [2, 3])
+    def test_all_that_is_kept_for_backward_is_narrow_and_the_stem_is_kept_once(self, width, stem):
+        network = make(width=width, stem=stem)
+        x = images(16)
+        narrow = network.subnets["subnet_0_0"].extract()
+        stem_bytes = network.parent.conv1(x).nbytes
+        parent = kept_bytes(network.parent, x)
+        subnet = kept_bytes(narrow, x)
+        shared = width * stem_bytes  # k*k subnets have 1/k of the stem each
+        assert kept_bytes(network, x) == parent + width**2 * subnet - shared
+
+    def test_weights_are_not_copied(self):
+        network = make(width=2)
+        weights = {p.untyped_storage().data_ptr() for p in network.parameters() if p.ndim == 4}
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            network(images())
+        kernels = [tensor for tensor in saved if tensor.shape[2:] in {(3, 3), (1, 1)}]
+        convs = [tensor for tensor in kernels if tensor.shape[0] != 4]  # not a batch of 4 images
+        assert len(convs) > 50
+        assert {tensor.untyped_storage().data_ptr() for tensor in convs} <= weights
+
+    def test_statistics_of_members_that_are_not_asked_for_stay(self):
+        network = make(width=2).train()
+        network(images(), members=["subnet_0_1"])
+        steps = {
+            name: int(module.num_batches_tracked)
+            for name, module in network.named_modules()
+            if isinstance(module, nn.BatchNorm2d)
+        }
+        assert all(count == name.startswith("subnets.subnet_0_1.") for name, count in steps.items())
+
+
+def kept_bytes(network, x):
+    """Bytes that the backward pass needs, each memory once, without parameters and input."""
+    owned = [*network.parameters(), *network.buffers(), x]
+    known = {tensor.untyped_storage().data_ptr() for tensor in owned}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = network.train()(x)
+    del outputs
+    return sum(storage.nbytes() for at, storage in kept.items() if at not in known)
+
+
+class TestUse:
+    """What users do with a network."""
+
+    def test_channels_last_is_kept_and_equal(self):
+        reference, network = make(base_channels=4), make(base_channels=4)
+        network.to(memory_format=torch.channels_last)
+        x = images().contiguous(memory_format=torch.channels_last)
+        layouts = []
+        for name, module in network.named_modules():
+            if name.count(".") in (2, 3) and name.rpartition(".")[0].endswith("layer2"):
+                module.register_forward_hook(
+                    lambda _, __, output: layouts.append(
+                        output.is_contiguous(memory_format=torch.channels_last)
+                    )
+                )
+        assert_same_network(reference, network, x, None, steps=1)
+        assert layouts
+        assert all(layouts)
+
+    def test_bfloat16_autocast_is_near_float32(self):
+        network = make(base_channels=4).float().eval()
+        x = images().float()
+        expected = network(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = network(x)
+            loss_of(outputs).backward()
+        for name, output in outputs.items():
+            assert output.dtype == torch.bfloat16
+            error = (output.float() - expected[name]).abs().max()
+            # bfloat16 has 8 bits: roundings of 2**-9 in each of 20 layers.
+            assert 0 < error < 0.1 * expected[name].abs().max(), name
+        assert {gradient.dtype for gradient in gradients(network).values()} == {torch.float32}
+
+    @pytest.mark.filterwarnings("ignore")  # the compiler's own deprecations
+    def test_it_compiles_without_graph_breaks(self):
+        torch._dynamo.reset()
+        members = ["parent", "subnet_0_1"]
+        network = make()
+        compiled = torch.compile(network, fullgraph=True, backend="eager")
+        expected = make()
+        outputs = compiled(images(), members=members)
+        assert_all_equal(outputs, expected(images(), members=members))
+        loss_of(outputs).backward()
+        loss_of(expected(images(), members=members)).backward()
+        assert_all_equal(gradients(network), gradients(expected))
+
+    @pytest.mark.parametrize("what", ["whole", "members", "layers"])
+    def test_activations_can_be_recomputed(self, what):
+        network, expected = make(), make()
+        x = images()
+        if what == "whole":
+            outputs = checkpoint(network, x, use_reentrant=False)
+        else:
+            wrap_members(network) if what == "members" else wrap_layers(network)
+            outputs = network(x)
+        loss_of(outputs).backward()
+        loss_of(expected(x)).backward()
+        mine = {
+            name.replace("_checkpoint_wrapped_module.", ""): gradient
+            for name, gradient in gradients(network).items()
+        }
+        for name, gradient in gradients(expected).items():
+            assert torch.equal(mine[name], gradient), name
+
+    @pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
+    def test_a_single_subnet_is_exported(self):
+        network = make().eval()
+        subnet = network.subnets["subnet_0_1"]
+        x = images()
+        exported = torch.export.export(subnet, (x,)).module()
+        assert_equal(exported(x), subnet(x), "exported")
+        narrow = torch.export.export(subnet.extract(), (x,)).module()
+        assert_equal(narrow(x), subnet(x), "extracted and exported")
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+    def test_a_step_is_captured_in_a_cuda_graph(self):
+        network = make().cuda().train()
+        x = images().cuda()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                loss_of(network(x)).backward()
+        torch.cuda.current_stream().wait_stream(side)
+        network.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = sum(output.square().sum() for output in network(x).values())
+            captured.backward()
+        graph.replay()
+        replayed = {name: gradient.clone() for name, gradient in gradients(network).items()}
+        network.zero_grad(set_to_none=False)
+        sum(output.square().sum() for output in network(x).values()).backward()
+        assert_all_equal(gradients(network), replayed)
+
+    @pytest.mark.slow
+    def test_two_processes_have_the_gradients_of_one(self, tmp_path):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "rendezvous")],
+                env={**environment, "RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        said = [process.communicate(timeout=120)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+        assert all("equal" in text for text in said)
+
+
+def wrap_members(network):
+    network.parent = checkpoint_wrapper(network.parent)
+    for name, subnet in network.subnets.items():
+        network.subnets[name] = checkpoint_wrapper(subnet)
+
+
+def wrap_layers(network):
+    for member in (network.parent, *network.subnets.values()):
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            setattr(member, name, checkpoint_wrapper(getattr(member, name)))
+
+
+TWO_PROCESSES = """
+import os, sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from ensembles.models import SubnetResNet
+
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
+torch.manual_seed(0)
+options = dict(width=2, base_channels=2, num_classes=3, stem="cifar")
+# In evaluation mode, because BatchNorm has other statistics for half of a batch.
+network = SubnetResNet(18, construction="sum_of_subnets", **options).double().eval()
+alone = SubnetResNet(18, construction="sum_of_subnets", **options).double().eval()
+alone.load_state_dict(network.state_dict())
+images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+
+def loss_of(outputs):
+    return sum(output.square().mean() for output in outputs.values())
+
+loss_of(alone(images)).backward()
+loss_of(DistributedDataParallel(network)(images.chunk(2)[rank])).backward()
+for (name, mine), expected in zip(network.named_parameters(), alone.parameters(), strict=True):
+    torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-9, atol=1e-9, msg=name)
+print("equal")
+dist.destroy_process_group()
+"""
