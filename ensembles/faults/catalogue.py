@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ensembles.faults import members, sharing, training
+from ensembles.faults import cost, members, sharing, training
 from ensembles.faults.fault import Fault
 from ensembles.message import aligned
 from ensembles.subject import Subject
@@ -14,7 +14,10 @@ from ensembles.subject import Subject
 __all__ = ["FAULTS", "KillMatrix", "Run", "kill_matrix"]
 
 FAULTS: Mapping[str, Fault] = MappingProxyType(
-    {fault.name: fault for fault in (*members.FAULTS, *training.FAULTS, *sharing.FAULTS)}
+    {
+        fault.name: fault
+        for fault in (*members.FAULTS, *training.FAULTS, *sharing.FAULTS, *cost.FAULTS)
+    }
 )
 """Every fault of the catalogue, by name and in the order of its sections."""
 
