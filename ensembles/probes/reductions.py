@@ -1,0 +1,489 @@
+"""Which reduction of the members' outputs a prediction is, and which metric a number is.
+
+A reduction is found by solving for its weights: a prediction that is a weighted mean of the
+members' probabilities has one set of weights only, whatever they are, so "member 2 alone", "the
+weights twice" and "not divided by 3" need no list. The same is done for logarithms of
+probabilities (geometric means), for logits, for votes, and for softmax applied once too often.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Emitted",
+    "Found",
+    "kind_of",
+    "matching",
+    "metrics_of",
+    "reductions_of",
+    "reorderings_of",
+    "rounded",
+    "tolerance_of",
+]
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""Greatest difference of numbers of order 1 that are computed in another order. About 1000 times
+the rounding: networks amplify it."""
+
+SMALLEST = 1e-30
+"""Stands for probabilities that are zero, where a logarithm is taken."""
+
+
+@dataclass(frozen=True, order=True)
+class Found:
+    """A reduction that the prediction equals.
+
+    Attributes:
+        reduction: A key of `PHRASES`.
+        weights: Of the members, to four digits; () where the reduction has none.
+        order: How rows are paired, where it is not as given.
+    """
+
+    reduction: str
+    weights: tuple[float, ...] = ()
+    order: str = ""
+
+    PHRASES = {
+        "arithmetic": "arithmetic mean of the probabilities",
+        "geometric": "geometric mean of the probabilities",
+        "geometric, not normalised": "geometric mean of the probabilities, not normalised",
+        "log-probabilities": "mean of the log-probabilities, not normalised",
+        "logits": "mean of the logits",
+        "vote": "shares of the votes",
+        "softmax twice": "mean of the softmax of probabilities (softmax twice)",
+        "softmax of the mean": "softmax of the mean of the probabilities (softmax twice)",
+        "softmax of the geometric": "softmax of the geometric mean (softmax twice)",
+        "maximum": "maximum over the members",
+        "maximum, normalised": "maximum over the members, normalised",
+        "median": "median over the members",
+        "winner, lowest": "winner of the vote, ties to the lowest class",
+        "winner, highest": "winner of the vote, ties to the highest class",
+        "winner, first": "winner of the vote, ties to the first member",
+        "winner, probability": "winner of the vote, ties by the mean probability",
+        "class of arithmetic": "class of the arithmetic mean",
+        "class of geometric": "class of the geometric mean",
+        "class of member": "class of one member",
+    }
+
+    def told(self, members: Sequence[str], claimed: Sequence[float] = ()) -> str:
+        """The reduction in words.
+
+        Args:
+            members: The members' names.
+            claimed: The weights that are claimed; () for none.
+
+        Example:
+            >>> Found("arithmetic", (0.0, 1.0)).told(["0", "1"])
+            'member 1 alone'
+            >>> Found("logits", (1.0, 1.0)).told(["0", "1"])
+            'the sum over members in place of the mean of the logits'
+        """
+        words = f"the {self.PHRASES[self.reduction]}{_weights(self, members, claimed)}"
+        if _is_alone(self.weights):
+            alone = members[self.weights.index(1.0)]
+            words = {
+                "arithmetic": f"member {alone} alone",
+                "logits": f"the logits of member {alone} alone",
+                "vote": f"the class of member {alone} alone",
+                "softmax twice": f"the softmax of member {alone}'s probabilities (softmax twice)",
+                "class of member": f"the class of member {alone} alone",
+            }.get(self.reduction, words)
+        elif _is_sum(self.weights):
+            words = f"the sum over members in place of the {self.PHRASES[self.reduction]}"
+        return words + (f", {self.order}" if self.order else "")
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """What members emit, as float64.
+
+    Attributes:
+        values: As emitted, of shape (member, row, class).
+        kind: "logits", "probabilities" or "log-probabilities".
+    """
+
+    values: Tensor
+    kind: str
+
+    @property
+    def logarithms(self) -> Tensor:
+        """The members' log-probabilities."""
+        if self.kind == "logits":
+            return self.values.log_softmax(-1)
+        return self.values if self.kind != "probabilities" else _log(self.values)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """The members' probabilities."""
+        return self.values if self.kind == "probabilities" else self.logarithms.exp()
+
+
+def tolerance_of(*tensors: Tensor) -> float:
+    """The tolerance of the coarsest of some floating tensors.
+
+    Example:
+        >>> tolerance_of(torch.zeros(1), torch.zeros(1, dtype=torch.float64))
+        0.0001
+    """
+    return max(TOLERANCES.get(t.dtype, 1e-4) for t in tensors if t.is_floating_point())
+
+
+def kind_of(values: Tensor, tolerance: float) -> str:
+    """What rows of numbers are, by their sums: "probabilities", "log-probabilities" or "logits".
+
+    Example:
+        >>> [kind_of(x, 1e-4) for x in (torch.tensor([[0.5, 0.5]]), torch.zeros(1, 2))]
+        ['probabilities', 'logits']
+    """
+    if not values.isfinite().logical_or(values == -math.inf).all():
+        return "logits"
+    if bool((values >= -tolerance).all()) and _near(values.sum(-1), 1, tolerance):
+        return "probabilities"
+    if bool((values <= tolerance).all()) and _near(values.exp().sum(-1), 1, tolerance):
+        return "log-probabilities"
+    return "logits"
+
+
+def reductions_of(
+    prediction: Tensor, emitted: Emitted, tolerance: float, *, claimed: Sequence[float] = ()
+) -> list[Found]:
+    """Every known reduction that the prediction equals.
+
+    Args:
+        prediction: Of shape (row, class), in any of the three kinds, or classes of shape (row,).
+        emitted: What the members emit.
+        tolerance: Greatest difference, for numbers of order 1.
+        claimed: Weights of the members that are claimed, by which votes of classes are looked at.
+
+    Example:
+        >>> emitted = Emitted(torch.randn(3, 8, 4, dtype=torch.float64), "logits")
+        >>> reductions_of(emitted.values.mean(0).softmax(-1), emitted, 1e-9)[0].reduction
+        'geometric'
+    """
+    if prediction.is_floating_point():
+        return list(_by_value(prediction, emitted, tolerance, claimed))
+    return list(_by_class(prediction, emitted, claimed))
+
+
+def reorderings_of(
+    prediction: Tensor, emitted: Emitted, tolerance: float, *, claimed: Sequence[float] = ()
+) -> list[Found]:
+    """The reductions that the prediction is when members and rows, or classes, are mixed up.
+
+    Args:
+        prediction: Of shape (row, class).
+        emitted: What the members emit.
+        tolerance: Greatest difference, for numbers of order 1.
+        claimed: Weights of the members that are claimed.
+
+    Example:
+        >>> emitted = Emitted(torch.randn(3, 8, 4, dtype=torch.float64), "logits")
+        >>> shuffled = emitted.probabilities.mean(0).roll(1, 0)
+        >>> reorderings_of(shuffled, emitted, 1e-9)[0].order
+        'with rows in another order: 7, 0, 1, 2, 3, 4, ...'
+    """
+    if not prediction.is_floating_point():
+        return []
+    found = []
+    for order, view in _scrambled(emitted.values):
+        found += [
+            Found(f.reduction, f.weights, order)
+            for f in _by_value(prediction, Emitted(view, emitted.kind), tolerance, claimed)
+            if f.weights and not _is_alone(f.weights)
+        ]
+    return found or list(_permuted(prediction, emitted, tolerance, claimed))
+
+
+# --- predictions that are numbers ---------------------------------------------------------------
+
+
+def _by_value(
+    prediction: Tensor, emitted: Emitted, tolerance: float, claimed: Sequence[float]
+) -> Iterator[Found]:
+    kind = kind_of(prediction, tolerance)
+    target = prediction.exp() if kind == "log-probabilities" else prediction
+    if not target.isfinite().all():
+        return
+    p = emitted.probabilities
+    scale = max(1.0, float(target.abs().max()))
+
+    def fits(value: Tensor) -> bool:
+        return float((value - target).abs().max()) < tolerance * scale
+
+    for reduction, basis, of_mean in _means(emitted, kind != "logits"):
+        if of_mean is None:
+            weights = _solved(basis, target)
+        elif bool((target >= 0).all()):
+            up_to_constants = kind != "logits"
+            weights = _solved(basis, _log(target), row_weight=target if up_to_constants else None)
+        else:
+            continue
+        if weights is None:
+            continue
+        # Simple weights that fit as well are what was meant: the rest is rounding.
+        for simple in (*_simple(weights, claimed), weights):
+            mean = torch.einsum("m,mrc->rc", simple, basis)
+            if fits(mean if of_mean is None else of_mean(mean)):
+                shown = rounded(simple.tolist())
+                # Of one member, all means are the same.
+                if of_mean is None or not _is_alone(shown):
+                    yield Found(reduction, shown)
+                break
+    top = p.max(0).values
+    others = {
+        "softmax of the geometric": emitted.logarithms.mean(0).softmax(-1).softmax(-1),
+        "maximum": top,
+        "maximum, normalised": top / top.sum(-1, keepdim=True),
+        **({"median": p.median(0).values} if len(p) > 2 else {}),
+        **{name: _one_hot(c, p.shape[-1]) for name, c in _winners(p).items()},
+    }
+    for reduction, value in others.items():
+        if fits(value):
+            yield Found(reduction)
+
+
+def _means(
+    emitted: Emitted, distribution: bool
+) -> Iterator[tuple[str, Tensor, Callable[[Tensor], Tensor] | None]]:
+    """Name, what is averaged, and what is done to the mean: a softmax, an exponential, nothing."""
+    p, logs = emitted.probabilities, emitted.logarithms
+    yield "arithmetic", p, None
+    yield "vote", _one_hot(p.argmax(-1), p.shape[-1]), None
+    yield "softmax twice", p.softmax(-1), None
+    if distribution:
+        yield "geometric", logs, lambda mean: mean.softmax(-1)
+        yield "softmax of the mean", p, lambda mean: mean.softmax(-1)
+        return
+    yield "geometric, not normalised", logs, torch.exp
+    yield "log-probabilities", logs, None
+    if emitted.kind == "logits":
+        yield "logits", emitted.values, None
+
+
+def _simple(weights: Tensor, claimed: Sequence[float]) -> Iterator[Tensor]:
+    count = len(weights)
+    for simple in (
+        torch.full_like(weights, 1 / count),
+        *([torch.tensor(claimed, dtype=torch.float64)] if claimed else []),
+        weights.round(),
+    ):
+        if float((simple - weights).abs().max()) < 0.1 / count:
+            yield simple
+
+
+def _solved(basis: Tensor, target: Tensor, *, row_weight: Tensor | None = None) -> Tensor | None:
+    """Weights w of the members with sum_m w_m basis_m = target; None where they are not unique.
+
+    With `row_weight` (probabilities), only up to a constant in each row: entries count by their
+    probability, since the logarithm of a small one is all rounding.
+    """
+    if row_weight is not None:
+        share = row_weight.clamp_min(0)
+        basis = (basis - (share * basis).sum(-1, keepdim=True)) * share.sqrt()
+        target = (target - (share * target).sum(-1, keepdim=True)) * share.sqrt()
+    matrix = basis.flatten(1).T
+    singular = torch.linalg.svdvals(matrix)
+    if len(matrix) <= len(basis) or singular[-1] < 1e-6 * singular[0] or not singular[0]:
+        return None
+    solution: Tensor = torch.linalg.lstsq(matrix, target.flatten()[:, None]).solution[:, 0]
+    return solution if solution.isfinite().all() else None
+
+
+def _scrambled(values: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The two wrong ways to take (member, row, class) for (row, member, class) in memory."""
+    members, rows, classes = values.shape
+    by_member = values.reshape(rows, members, classes).permute(1, 0, 2)
+    by_row = values.permute(1, 0, 2).reshape(members, rows, classes)
+    words = "of members and rows that a reshape mixed (view in place of permute)"
+    yield words, by_member
+    if not torch.equal(by_member, by_row):
+        yield words, by_row
+
+
+def _permuted(
+    prediction: Tensor, emitted: Emitted, tolerance: float, claimed: Sequence[float]
+) -> Iterator[Found]:
+    """Reductions whose rows, or classes, come in another order."""
+    logarithms = kind_of(prediction, tolerance) == "log-probabilities"
+    target = prediction.exp() if logarithms else prediction
+    members = len(emitted.values)
+    weights = torch.tensor(claimed or [1 / members] * members, dtype=torch.float64)
+    p, logs = emitted.probabilities, emitted.logarithms
+    means = {
+        "arithmetic": torch.einsum("m,mrc->rc", weights, p),
+        "geometric": torch.einsum("m,mrc->rc", weights, logs).softmax(-1),
+        "logits": torch.einsum("m,mrc->rc", weights, emitted.values),
+    }
+    for reduction, mean in means.items():
+        for things, found, expected in (("rows", target, mean), ("classes", target.T, mean.T)):
+            order = _matched(found, expected, tolerance)
+            if order is not None:
+                told = ", ".join(str(i) for i in order[:6]) + (", ..." if len(order) > 6 else "")
+                shown = rounded(weights.tolist())
+                yield Found(reduction, shown, f"with {things} in another order: {told}")
+
+
+def _matched(found: Tensor, expected: Tensor, tolerance: float) -> list[int] | None:
+    """Which row of `expected` every row of `found` is, where each is used once."""
+    distances = (found[:, None] - expected[None]).abs().amax(-1)
+    nearest, order = distances.min(1)
+    scale = max(1.0, float(found.abs().max()))
+    one_each = len(set(order.tolist())) == len(order)
+    return order.tolist() if one_each and bool((nearest < tolerance * scale).all()) else None
+
+
+# --- predictions that are classes ---------------------------------------------------------------
+
+
+def _by_class(prediction: Tensor, emitted: Emitted, claimed: Sequence[float]) -> Iterator[Found]:
+    p, logs = emitted.probabilities, emitted.logarithms
+    members = len(p)
+    weightings = {tuple([1 / members] * members), *([tuple(claimed)] if claimed else [])}
+    for weighting in sorted(weightings):
+        weights = torch.tensor(weighting, dtype=torch.float64)
+        shown = rounded(weights.tolist())
+        for reduction, values in (("arithmetic", p), ("geometric", logs)):
+            mean = torch.einsum("m,mrc->rc", weights, values)
+            if torch.equal(mean.argmax(-1), prediction):
+                yield Found(f"class of {reduction}", shown)
+    for reduction, winner in _winners(p).items():
+        if torch.equal(winner, prediction):
+            yield Found(reduction)
+    for member in range(members):
+        if torch.equal(p[member].argmax(-1), prediction):
+            yield Found("class of member", tuple(float(i == member) for i in range(members)))
+
+
+def _winners(p: Tensor) -> dict[str, Tensor]:
+    """The class with most votes, by what decides between equals."""
+    votes = p.argmax(-1)
+    counts = _one_hot(votes, p.shape[-1]).sum(0)
+    tied = counts == counts.amax(-1, keepdim=True)
+    classes = torch.arange(p.shape[-1])
+    first = torch.gather(tied, 1, votes.T).to(torch.int8).argmax(1)
+    return {
+        "winner, lowest": torch.where(tied, classes, len(classes)).amin(-1),
+        "winner, highest": torch.where(tied, classes, -1).amax(-1),
+        "winner, first": torch.gather(votes.T, 1, first[:, None])[:, 0],
+        "winner, probability": torch.where(tied, p.mean(0), -1.0).argmax(-1),
+    }
+
+
+# --- metrics ------------------------------------------------------------------------------------
+
+
+def metrics_of(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    """The usual metrics of one prediction, and what a loss becomes that takes it for logits.
+
+    Args:
+        probabilities: Of shape (row, class).
+        labels: Of shape (row,).
+
+    Example:
+        >>> metrics_of(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))["brier"]
+        0.0
+    """
+    p = probabilities.double()
+    of_label = torch.gather(p, 1, labels[:, None])[:, 0]
+    right = float((p.argmax(-1) == labels).double().mean())
+    brier = float((p - _one_hot(labels, p.shape[-1])).square().sum(-1).mean())
+    return {
+        "accuracy": right,
+        "error": 1 - right,
+        "nll": float(-_log(of_label).mean()),
+        "brier": brier,
+        "accuracy in per cent": 100 * right,
+        "error in per cent": 100 - 100 * right,
+        "brier, mean over classes": brier / p.shape[-1],
+        "cross-entropy that takes probabilities for logits": float(
+            (p.exp().sum(-1).log() - of_label).mean()
+        ),
+        "negative log-likelihood that takes probabilities for their logarithms": float(
+            -of_label.mean()
+        ),
+    }
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+def _weights(found: Found, members: Sequence[str], claimed: Sequence[float]) -> str:
+    w, count = found.weights, len(members)
+    if not w:
+        return ""
+    for words, wanted in _known_weights(claimed, count):
+        if all(abs(x - y) < 2e-3 for x, y in zip(w, wanted, strict=True)):
+            return words
+    left_out = [name for name, x in zip(members, w, strict=True) if abs(x) < 2e-3]
+    if left_out and len({round(x, 2) for x in w if abs(x) >= 2e-3}) == 1:
+        total = "" if abs(sum(w) - 1) < 4e-3 else ", not divided by their number"
+        return f" without member {', '.join(left_out)}{total}"
+    shown = f"weights {', '.join(f'{x:.3g}' for x in w)}"
+    if claimed and sorted(round(x, 2) for x in w) == sorted(round(x, 2) for x in claimed):
+        return f", with the weights of other members: {shown}"
+    return f" with {shown}"
+
+
+def _known_weights(claimed: Sequence[float], count: int) -> Iterator[tuple[str, list[float]]]:
+    if not claimed:
+        yield "", [1 / count] * count
+        return
+    squares = [x * x for x in claimed]
+    yield ", with the claimed weights", list(claimed)
+    yield ", with the weights applied twice", squares
+    yield ", with the weights applied twice, normalised", [x / sum(squares) for x in squares]
+    yield f", with the weights, and divided by {count} too", [x / count for x in claimed]
+    yield ", without the weights", [1 / count] * count
+
+
+def _is_alone(weights: Sequence[float]) -> bool:
+    return sorted(weights)[-1:] == [1.0] and sum(map(abs, weights)) == 1.0
+
+
+def _is_sum(weights: Sequence[float]) -> bool:
+    return len(weights) > 1 and all(x == 1.0 for x in weights)
+
+
+def rounded(weights: Iterable[float]) -> tuple[float, ...]:
+    """To four digits; nearly whole numbers are whole, since networks round in float32.
+
+    Example:
+        >>> rounded([1 / 3, 0.99999, 0.0])
+        (0.3333, 1.0, 0.0)
+    """
+    return tuple(float(round(x)) if abs(x - round(x)) < 1e-3 else round(x, 4) for x in weights)
+
+
+def _one_hot(classes: Tensor, count: int) -> Tensor:
+    return torch.nn.functional.one_hot(classes, count).double()
+
+
+def _log(probabilities: Tensor) -> Tensor:
+    return probabilities.clamp_min(SMALLEST).log()
+
+
+def _near(values: Tensor, wanted: float, tolerance: float) -> bool:
+    return bool(((values - wanted).abs() <= 10 * tolerance).all())
+
+
+def matching(values: Mapping[str, Sequence[float]], given: Sequence[float]) -> list[str]:
+    """The names of the series that equal the given one.
+
+    Example:
+        >>> matching({"nll": [1.0, 2.0], "brier": [0.5, 0.7]}, [1.0, 2.00001])
+        ['nll']
+    """
+    return [
+        name
+        for name, series in values.items()
+        if all(
+            abs(a - b) <= 1e-3 * max(1e-2, abs(a), abs(b))
+            for a, b in zip(series, given, strict=True)
+        )
+    ]
