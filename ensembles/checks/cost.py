@@ -16,9 +16,13 @@ Everything is a whole number, the same on every machine of one kind and in every
   of channels that is padded, a gradient that is cut off. Attention is counted dense, and what its
   mask hides is waste.
 
+  In the backward pass that includes the gradients of outputs that nobody reads: those of all
+  tokens but the first, where a head reads only the first, are zeros that are multiplied.
+
 Limits: other operations (normalisation, activations) are not counted. Where the actual pass and
 the one with generic values run different kernels (attention), waste is told of the plain kernels,
-and never exceeds the FLOPs of its layer.
+and never exceeds the FLOPs of its layer. A model that predicts under no_grad is refused, because
+generic values are followed by autograd; on the meta device its cost can be measured.
 """
 
 from __future__ import annotations
@@ -731,8 +735,9 @@ _EXPLANATIONS = {
     ),
     "share of zeros": (
         "Such products take time and change nothing.",
-        "Usual cause: a subnet that is its parent under a mask. Compute with the block of the "
-        "weight that is not zero, on the channels that are not zero.",
+        "Usual cause: a subnet that is its parent under a mask (compute with the block of the "
+        "weight that is not zero, on the channels that are not zero), or outputs that nobody "
+        "reads, whose gradients are zero.",
     ),
 }
 

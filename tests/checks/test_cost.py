@@ -249,6 +249,16 @@ def test_a_dense_network_wastes_nothing():
     assert (cost.wasted, cost.wasted_kept) == (0, 0)
 
 
+def test_gradients_of_outputs_that_nobody_reads_are_waste():
+    class First(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)[:1]
+
+    # All 4 rows are computed and used as far as anybody knows; 3 of 4 gradients are zero.
+    cost = cost_of(First(5, 2), 4, 5)
+    assert (cost.forward, cost.backward, cost.wasted_flops) == (80, 80, 60)
+
+
 # --- figures of others --------------------------------------------------------------------------
 
 
