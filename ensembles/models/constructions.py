@@ -27,7 +27,6 @@ inf in a block reaches the parent and the one subnet that owns the block.
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, TypeAlias, get_args
 
-import torch
 from torch import Tensor, nn
 
 from ensembles.models.layers import ChannelSwitcher, SubnetConv2d
@@ -36,11 +35,11 @@ from ensembles.models.routing import Block
 
 __all__ = ["Construction", "ConstructionName", "known_construction", "make_construction"]
 
-# Where a block has more bytes, the parent too is computed block by block, on a CPU: where images are
-# small, the time of such a conv is that of moving its weight. Measured on one core of an AMD EPYC
-# with 1 MiB of L2 cache, batch 32, width 2, forward and backward: a 3x3 conv of 1024 channels on 2x2
-# images takes 0.49 of the time in blocks, on 4x4 images 0.98; one of 512 channels on 4x4 images
-# 0.85, on 8x8 images 0.90; one of 256 channels 1.1 to 1.2.
+# Where a block has more bytes, the parent too is computed block by block, on a CPU: where images
+# are small, the time of such a conv is that of moving its weight. Measured on one core of an AMD
+# EPYC with 1 MiB of L2 cache, batch 32, width 2, forward and backward: a 3x3 conv of 1024 channels
+# on 2x2 images takes 0.5 of the time in blocks, on 4x4 images 1.0; one of 512 channels on 4x4
+# images 0.85 to 1.05; one of 256 channels 1.05 to 1.2.
 _LARGE_BLOCK = 2 * 2**20
 
 ConstructionName: TypeAlias = Literal["zero_padded", "sum_of_subnets"]
@@ -52,9 +51,7 @@ class Construction(Protocol):
     One is made for every forward pass, and holds what the members share in it.
     """
 
-    def share(
-        self, x: Tensor, parent: ResNet, *, starts: Sequence[int], with_parent: bool
-    ) -> None:
+    def share(self, x: Tensor, parent: ResNet, *, starts: Sequence[int], with_parent: bool) -> None:
         """Computes what members share: the subnets that start in ``starts``, and the parent."""
 
     def whole(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -76,9 +73,7 @@ class Construction(Protocol):
 class _ZeroPadded:
     """Activations at the parent's width, zero outside of the live group; nothing is shared."""
 
-    def share(
-        self, x: Tensor, parent: ResNet, *, starts: Sequence[int], with_parent: bool
-    ) -> None:
+    def share(self, x: Tensor, parent: ResNet, *, starts: Sequence[int], with_parent: bool) -> None:
         pass
 
     def whole(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -116,9 +111,7 @@ class _SumOfSubnets:
 
     # Everything is computed here and nothing on first use: a member that is recomputed in the
     # backward pass (activation checkpointing) must do what it did at first.
-    def share(
-        self, x: Tensor, parent: ResNet, *, starts: Sequence[int], with_parent: bool
-    ) -> None:
+    def share(self, x: Tensor, parent: ResNet, *, starts: Sequence[int], with_parent: bool) -> None:
         stem = parent.conv1
         assert isinstance(stem, SubnetConv2d)
         if starts:

@@ -77,7 +77,8 @@ class Layer(nn.Sequential):
     """A `torch.nn.Sequential` that passes what it gets beside ``x`` on to every module.
 
     Example:
-        >>> Layer(nn.Bilinear(2, 3, 2), nn.Bilinear(2, 3, 4))(torch.ones(1, 2), torch.ones(1, 3)).shape
+        >>> layer = Layer(nn.Bilinear(2, 3, 2), nn.Bilinear(2, 3, 4))
+        >>> layer(torch.ones(1, 2), torch.ones(1, 3)).shape
         torch.Size([1, 4])
 
     Args:
@@ -150,7 +151,7 @@ class ResidualBlock(nn.Module):
         ]
 
     def forward(self, x: Tensor, convolve: Convolve = _called) -> Tensor:
-        """Computes act(main(x) + shortcut(x)); ``convolve`` may compute the convs in another way."""
+        """Computes act(main(x) + shortcut(x)); ``convolve`` may compute convs in another way."""
         out = x
         for number, (conv, bn) in enumerate(self.stages):
             if number > 0:
@@ -267,7 +268,7 @@ class ResNet(nn.Module):
         return tuple(tuple(cast(ResidualBlock, block) for block in layer) for layer in self.layers)
 
     def forward(self, x: Tensor, convolve: Convolve = _called) -> Tensor:
-        """Computes the logits; ``convolve`` may compute the convs in another way."""
+        """Computes the logits; ``convolve`` may compute convs in another way."""
         x = self.maxpool(self.activation(self.bn1(convolve(self.conv1, x))))
         for layer in self.layers:
             x = layer(x, convolve)

@@ -34,6 +34,7 @@ __all__ = [
     "subnet_resnet50",
 ]
 
+
 class SubnetOptions(ResNetOptions, total=False):
     """The keyword arguments of `subnet_resnet18` and its like: those of `SubnetResNet`."""
 
@@ -406,9 +407,7 @@ class SubnetResNet(nn.Module):
         steps = make_construction(self.construction)
         steps.share(x, self.parent, starts=sorted(starts), with_parent="parent" in names)
         return {
-            name: self.parent(x, steps.whole)
-            if name == "parent"
-            else self.subnets[name](x, steps)
+            name: self.parent(x, steps.whole) if name == "parent" else self.subnets[name](x, steps)
             for name in names
         }
 

@@ -4,7 +4,7 @@ import pytest
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds (processes are started)")
+    config.addinivalue_line("markers", "slow: takes seconds, because it starts processes")
 
 
 @pytest.fixture(autouse=True, scope="module")

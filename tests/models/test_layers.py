@@ -152,6 +152,39 @@ class TestBlocks:
         blocks = sum(block.zero_padded(x) for block in conv.subnets)
         assert_close(blocks, conv(x), **CLOSE)
 
+    @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+    def test_the_conv_is_computed_in_blocks_too(self, options, bias):
+        conv = make(6, 9, bias=bias, width=3, **options)
+        x = torch.randn(2, 6, 7, 6, dtype=torch.float64)
+        assert_close(conv(x, conv.split_weight()), conv(x), **CLOSE)
+        assert_close(conv(x[0], conv.split_weight()), conv(x[0]), **CLOSE)
+
+    def test_a_stem_is_computed_in_blocks_too(self):
+        conv = make(3, 6, 3, width=2, split_input=False)
+        x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+        assert_close(conv(x, conv.split_weight()), conv(x), **CLOSE)
+
+    @pytest.mark.parametrize("split_input", [True, False], ids=["blocks", "stem"])
+    def test_the_split_weight_holds_every_block_as_a_view(self, split_input):
+        conv = make(6, 9, 3, width=3, split_input=split_input)
+        blocks = conv.split_weight()
+        assert list(blocks) == [(block.i, block.j) for block in conv.subnets]
+        for (i, j), weight in blocks.items():
+            assert torch.equal(weight, conv.subnets[i, j].weight)
+            assert weight.untyped_storage().data_ptr() == conv.weight.untyped_storage().data_ptr()
+
+    def test_gradients_of_split_blocks_reach_their_places(self):
+        conv = make(4, 6, 3, bias=False, width=2)
+        x = torch.randn(2, 2, 5, 5, dtype=torch.float64)
+        blocks = conv.split_weight()
+        (conv.narrow(x, 0, 1, blocks=blocks) - conv.narrow(x, 1, 0, blocks=blocks)).sum().backward()
+        mine, conv.weight.grad = conv.weight.grad, None
+        (conv.narrow(x, 0, 1) - conv.narrow(x, 1, 0)).sum().backward()
+        assert mine[:3, 2:].count_nonzero() > 0
+        assert mine[3:, :2].count_nonzero() > 0
+        assert torch.equal(mine, conv.weight.grad)
+
     def test_a_stem_has_row_blocks_that_read_the_whole_image(self):
         conv = make(3, 6, 3, padding=1, width=2, split_input=False)
         x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
