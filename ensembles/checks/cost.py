@@ -27,10 +27,8 @@ generic values are followed by autograd; on the meta device its cost can be meas
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -41,18 +39,10 @@ from torch.utils import _pytree as pytree
 
 from ensembles.checks.sharing import measure_parameter_sharing
 from ensembles.message import SHOWN_ROWS, aligned, broken, listed
-from ensembles.probes.autograd import postorder
-from ensembles.probes.influence import probing
-from ensembles.probes.meter import Counts, Kept, Meter, Operation
+from ensembles.probes.meter import Kept, Meter, Operation
+from ensembles.probes.passes import actual_pass, zeros_of
 from ensembles.probes.registers import Registered, registered
-from ensembles.probes.state import parameters_kept, preserved
-from ensembles.subject import (
-    Model,
-    Outputs,
-    checked_initialised,
-    member_outputs,
-    named_modules_of,
-)
+from ensembles.subject import Model, Outputs, checked_initialised, named_modules_of
 
 __all__ = [
     "ComputeCost",
@@ -284,11 +274,11 @@ def measure_compute_cost(
     given = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
     on_meta = any(x.is_meta for x in [*given, *(entry.tensor for entry in entries)])
     meter = Meter(modules, batch)
-    kept, trained = _measured(model, batch, outputs, training, meter, check=not on_meta)
+    kept, trained = actual_pass(model, batch, outputs, training, meter, check=not on_meta)
     wasted: Mapping[Operation, int] | None = None
     zero_bytes = None
     if not on_meta and (meter.counts or entries):
-        wasted, zero_bytes = _zeros(model, batch, outputs, training, meter, kept, trained)
+        wasted, zero_bytes = zeros_of(model, batch, outputs, training, meter, kept, trained)
     parameters = _elements(model, entries, "parameter")
     cost = ComputeCost(
         layers=_layers(meter, kept, wasted, parameters),
@@ -397,126 +387,6 @@ def assert_cost_equals(
 
 
 # --- how it is measured -------------------------------------------------------------------------
-
-
-def _measured(
-    model: Model,
-    batch: Any,
-    outputs: Outputs | None,
-    training: bool,
-    meter: Meter,
-    *,
-    check: bool,
-) -> tuple[list[Kept], list[Tensor]]:
-    """One pass of the model as it is; what it keeps, and the leaves that it trains."""
-    __tracebackhide__ = True
-    with ExitStack() as stack:
-        stack.enter_context(preserved(model))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(training))
-        stack.enter_context(_plain_calls())
-        for module in named_modules_of(model).values():
-            module.train(training)
-        stack.enter_context(meter.watching())
-        with ExitStack() as call:
-            if check:
-                call.enter_context(parameters_kept(model))
-            found = member_outputs(model, batch, outputs=outputs)
-        kept = meter.kept()
-        trained = _trained(found)
-        if trained:
-            meter.backward = True
-            _backward(found, trained)
-    return kept, trained
-
-
-def _zeros(
-    model: Model,
-    batch: Any,
-    outputs: Outputs | None,
-    training: bool,
-    real: Meter,
-    kept: list[Kept],
-    trained: list[Tensor],
-) -> tuple[dict[Operation, int], int]:
-    """A pass with generic values: FLOPs that multiply by zeros, and bytes kept that are zeros."""
-    __tracebackhide__ = True
-    meter = Meter(named_modules_of(model), batch, zeros=True)
-    with (
-        _plain_calls(),
-        meter.watching(),
-        probing(model, batch, outputs=outputs, training=training) as probe,
-    ):
-        found = meter.kept() if training else []
-        # Gradients are on in the probe, and a prediction has no backward pass.
-        if training and trained:
-            meter.backward = True
-            _backward(probe.outputs, trained)
-    budget = Counter(piece.like for piece in kept)
-    zero_bytes = 0
-    for piece in found:
-        if budget[piece.like]:
-            budget[piece.like] -= 1
-            zero_bytes += piece.zeros
-    wasted: dict[Operation, int] = {}
-    for operation, counts in meter.counts.items():
-        _add(wasted, real.counts, operation, counts.wasted)
-    return wasted, zero_bytes
-
-
-def _add(
-    wasted: dict[Operation, int],
-    counts: Mapping[Operation, Counts],
-    operation: Operation,
-    flops: int,
-) -> None:
-    """Waste goes to the operation that ran in the actual pass: fused attention for its products."""
-    if operation not in counts:
-        same_layer = [other for other in counts if other.layer == operation.layer]
-        fused = [other for other in same_layer if other.kind == "attention"]
-        candidates = fused or same_layer
-        if not candidates:
-            return
-        operation = candidates[0]
-    actual = counts[operation]
-    limit = actual.forward + actual.backward
-    wasted[operation] = min(wasted.get(operation, 0) + flops, limit)
-
-
-@contextmanager
-def _plain_calls() -> Iterator[None]:
-    """Compiled modules run eagerly, and encoder layers as the modules that they consist of."""
-    with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # its import takes seconds, and is nobody's need here
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.callback(
-            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
-        )
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield
-
-
-def _trained(outputs: Mapping[str, tuple[Tensor, ...]]) -> list[Tensor]:
-    """The leaves that a backward pass from all outputs reaches."""
-    roots = [y.grad_fn for tensors in outputs.values() for y in tensors if y.grad_fn is not None]
-    nodes = postorder(roots, lambda node: [n for n, _ in node.next_functions if n is not None])
-    return [node.variable for node in nodes if hasattr(node, "variable")]
-
-
-def _backward(outputs: Mapping[str, tuple[Tensor, ...]], trained: list[Tensor]) -> None:
-    __tracebackhide__ = True
-    roots = [y for tensors in outputs.values() for y in tensors if y.requires_grad]
-    # Positive and generic, as in the probe; the actual pass does not look at the values.
-    seeds = [torch.rand_like(y) + 0.5 for y in roots]
-    try:
-        torch.autograd.grad(roots, trained, seeds, allow_unused=True)
-    except RuntimeError as error:
-        said = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"the backward pass of the model raised RuntimeError: {said} Its cost cannot be "
-            "measured. With activation checkpointing use checkpoint(..., use_reentrant=False); or "
-            "measure a prediction with training=False."
-        ) from error
 
 
 def _layers(
