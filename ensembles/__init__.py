@@ -16,6 +16,7 @@ _HOMES = {
         "checks_for",
         "parametrize_with_checks",
     ),
+    "ensembles.checks.alone": ("assert_members_trained_alone", "measure_member_trajectories"),
     "ensembles.checks.cost": (
         "assert_cost_equals",
         "assert_cost_within",
@@ -28,6 +29,8 @@ _HOMES = {
         "measure_gradient_coupling",
     ),
     "ensembles.checks.coverage": ("assert_optimizer_complete", "measure_optimizer_coverage"),
+    "ensembles.checks.determinism": ("assert_deterministic", "measure_determinism"),
+    "ensembles.checks.loading": ("assert_loader_deterministic", "measure_loader_determinism"),
     "ensembles.checks.ownership": ("assert_ownership", "measure_ownership_map"),
     "ensembles.checks.graph": ("assert_graph_equal", "measure_autograd_graph"),
     "ensembles.checks.sharing": (
@@ -35,6 +38,7 @@ _HOMES = {
         "assert_parameters_distinct",
         "measure_parameter_sharing",
     ),
+    "ensembles.checks.trajectory": ("assert_trajectories_equal", "measure_training_trajectory"),
     "ensembles.drawings": ("draw_autograd_graph",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ensembles.checks import cost, coupling, coverage, graph, ownership, sharing
+from ensembles.checks import alone, cost, coupling, coverage, determinism, graph, ownership, sharing
 from ensembles.subject import Model, Subject
 
 __all__ = ["CHECKS", "DEFAULT_ENSEMBLE_CLAIMS", "DEFAULT_MODULE_CLAIMS", "Check"]
@@ -129,6 +129,50 @@ def _run_cost(subject: Subject, model: Model, claim: Any) -> object:
     return measured
 
 
+def _run_determinism(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    options = dict(claim) if isinstance(claim, Mapping) else {}
+    weights, factory = options.pop("weights", "drawn"), options.pop("factory", None)
+    known = claim == "bitwise" or (isinstance(claim, Mapping) and claim and not options)
+    if not known or weights not in ("drawn", "loaded"):
+        words = ["bitwise", '{"weights": "loaded"}', '{"factory": "package.module:factory"}']
+        raise _unknown_claim("determinism", claim, words)
+    measured = determinism.measure_determinism(
+        subject.make,
+        subject.batch,
+        outputs=subject.outputs,
+        members=subject.members,
+        optimizer=subject.optimizer,
+        loss=subject.loss,
+        factory=factory,
+    )
+    determinism.assert_deterministic(measured, loaded=weights == "loaded")
+    return measured
+
+
+def _run_trajectory(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    options = dict(claim) if isinstance(claim, Mapping) else {}
+    follow, loss_is = options.pop("members", None), options.pop("loss", "sum")
+    tolerance = options.pop("tolerance", 0.0)
+    if follow not in ("single", "separate") or loss_is not in ("sum", "mean") or options:
+        words = ['{"members": "single"}', '{"members": "separate"}', 'with "loss": "mean"']
+        raise _unknown_claim("trajectory", claim, [*words, 'with "tolerance": a number'])
+    measured = alone.measure_member_trajectories(
+        model,
+        _batch(subject),
+        outputs=subject.outputs,
+        members=subject.members,
+        optimizer=subject.optimizer,
+        loss=subject.loss,
+        identical=follow == "single",
+        loss_is=loss_is,
+        values=bool(tolerance),
+    )
+    alone.assert_members_trained_alone(measured, tolerance=tolerance)
+    return measured
+
+
 def _unknown_claim(check: str, claim: Any, words: Sequence[str]) -> ValueError:
     return ValueError(f"{check!r} cannot be claimed to be {claim!r}. It is {', '.join(words)}.")
 
@@ -154,5 +198,15 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check("graph", "the autograd graph of the model is the recorded one", _run_graph),
         Check("cost", "a training step costs no more than its budgets", _run_cost),
+        Check(
+            "determinism",
+            "one seed gives the same bits in construction and training",
+            _run_determinism,
+        ),
+        Check(
+            "trajectory",
+            "every member trains as it would alone, step by step and bit by bit",
+            _run_trajectory,
+        ),
     )
 }

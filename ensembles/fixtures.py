@@ -10,36 +10,43 @@ fixture is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ensembles.checks.alone import MemberTrajectories
     from ensembles.checks.cost import ComputeCost
     from ensembles.checks.coupling import GradientCoupling
     from ensembles.checks.coverage import OptimizerCoverage
+    from ensembles.checks.determinism import Determinism
     from ensembles.checks.graph import AutogradGraph
     from ensembles.checks.ownership import OwnershipMap, Statement
     from ensembles.checks.sharing import ParameterSharing
+    from ensembles.checks.trajectory import TrainingTrajectory
     from ensembles.subject import Members, Model, Outputs
 
 __all__ = [
     "CostFixture",
     "CouplingFixture",
     "CoverageFixture",
+    "DeterminismFixture",
     "GraphFixture",
     "OwnershipFixture",
     "SharingFixture",
+    "TrajectoryFixture",
     "autograd_graph",
     "compute_cost",
     "gradient_coupling",
     "optimizer_coverage",
     "ownership_map",
     "parameter_sharing",
+    "seeded_determinism",
+    "training_trajectory",
 ]
 
 
@@ -518,3 +525,275 @@ def compute_cost() -> CostFixture:
           ...
     """
     return CostFixture()
+
+
+class DeterminismFixture:
+    """What `seeded_determinism` gives to a test."""
+
+    def measure(
+        self,
+        make: Callable[[], Model],
+        batch: Any = None,
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+        loss: Callable[[dict[str, Any]], Tensor] | None = None,
+        steps: int = 2,
+        factory: str | None = None,
+    ) -> Determinism:
+        """What two runs from one seed have in common: `measure_determinism`."""
+        from ensembles.checks.determinism import measure_determinism
+
+        return measure_determinism(
+            make,
+            batch,
+            outputs=outputs,
+            members=members,
+            optimizer=optimizer,
+            loss=loss,
+            steps=steps,
+            factory=factory,
+        )
+
+    def assert_bitwise(
+        self,
+        make: Callable[[], Model],
+        batch: Any = None,
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+        loss: Callable[[dict[str, Any]], Tensor] | None = None,
+        steps: int = 2,
+        factory: str | None = None,
+        loaded: bool = False,
+    ) -> None:
+        """Checks that one seed gives the same bits, and another seed other weights.
+
+        With `factory="package.module:factory"` also in two new processes, which import it. With
+        `loaded` the weights come from a file, and need not depend on the seed.
+        """
+        __tracebackhide__ = True
+        from ensembles.checks.determinism import assert_deterministic
+
+        measured = self.measure(
+            make,
+            batch,
+            outputs=outputs,
+            members=members,
+            optimizer=optimizer,
+            loss=loss,
+            steps=steps,
+            factory=factory,
+        )
+        assert_deterministic(measured, loaded=loaded)
+
+    def assert_loader(
+        self,
+        make_loader: Callable[[], Iterable[Any]],
+        *,
+        augmented: bool = True,
+        epochs: int = 2,
+    ) -> None:
+        """Checks that batches repeat under the seed, and that no worker or epoch repeats another.
+
+        Without `augmented`, nothing random is expected to happen to a sample.
+        """
+        __tracebackhide__ = True
+        from ensembles.checks.loading import assert_loader_deterministic, measure_loader_determinism
+
+        measured = measure_loader_determinism(make_loader, epochs=epochs)
+        assert_loader_deterministic(measured, augmented=augmented)
+
+
+@pytest.fixture
+def seeded_determinism() -> Iterator[DeterminismFixture]:
+    """Promises that one seed gives the same bits, in construction and in every training step.
+
+    Catches weights drawn at import or before seeding, a factory that ignores the seed, a
+    constructor that calls `torch.manual_seed(0)`, seeds from the clock, the order of sets,
+    operations that do not repeat, and data loader workers that repeat one random stream. For the
+    length of the test the seeds of Python, numpy, torch and CUDA, deterministic algorithms, the
+    cuDNN flags and CUBLAS_WORKSPACE_CONFIG are set; afterwards all is as it was.
+
+    Example::
+
+        def test_one_seed_gives_the_same_bits(seeded_determinism):
+            seeded_determinism.assert_bitwise(resnet18, torch.randn(4, 3, 32, 32))
+
+    Prints on failure::
+
+        one seed is claimed to give the same bits, and two runs from seed 1729 part in step 1
+
+          step 1   operation forward of model.layer1.0.drop (NoiseLayer)   94 differ
+          ...
+    """
+    from ensembles.message import seed
+    from ensembles.probes.seeding import seeded
+
+    with seeded(seed.get()):
+        yield DeterminismFixture()
+
+
+class TrajectoryFixture:
+    """What `training_trajectory` gives to a test.
+
+    `make` builds the model after the seed was set, or is the model itself; `optimizer` is a
+    function of the model, `loss` one of the dict of member outputs.
+    """
+
+    def measure(
+        self,
+        make: Callable[[], Model] | Model,
+        batch: Any,
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+        loss: Callable[[dict[str, Any]], Tensor] | None = None,
+        steps: int = 3,
+        values: bool = False,
+    ) -> TrainingTrajectory:
+        """Some optimizer steps from the seed, recorded: `measure_training_trajectory`."""
+        from ensembles.checks.trajectory import measure_training_trajectory
+
+        return measure_training_trajectory(
+            make,
+            batch,
+            outputs=outputs,
+            members=members,
+            optimizer=optimizer,
+            loss=loss,
+            steps=steps,
+            values=values,
+        )
+
+    def assert_equal(
+        self, one: TrainingTrajectory, two: TrainingTrajectory, *, tolerance: float = 0.0
+    ) -> None:
+        """Checks that two recorded runs are the same, bit by bit or within a tolerance."""
+        __tracebackhide__ = True
+        from ensembles.checks.trajectory import assert_trajectories_equal
+
+        assert_trajectories_equal(one, two, tolerance=tolerance)
+
+    def measure_members(
+        self,
+        make: Callable[[], Model] | Model,
+        batch: Any,
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+        loss: Callable[[dict[str, Any]], Tensor] | None = None,
+        identical: bool = False,
+        loss_is: Literal["sum", "mean"] = "sum",
+        steps: int = 3,
+        values: bool = False,
+    ) -> MemberTrajectories:
+        """Members trained together, and each trained alone: `measure_member_trajectories`."""
+        from ensembles.checks.alone import measure_member_trajectories
+
+        return measure_member_trajectories(
+            make,
+            batch,
+            outputs=outputs,
+            members=members,
+            optimizer=optimizer,
+            loss=loss,
+            identical=identical,
+            loss_is=loss_is,
+            steps=steps,
+            values=values,
+        )
+
+    def assert_members_single(
+        self,
+        make: Callable[[], Model] | Model,
+        batch: Any,
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+        loss: Callable[[dict[str, Any]], Tensor] | None = None,
+        loss_is: Literal["sum", "mean"] = "sum",
+        steps: int = 3,
+        tolerance: float = 0.0,
+    ) -> None:
+        """Checks that members with the weights of the first each train as that single model.
+
+        `loss_is="mean"` compares with the single model at the rates to which a mean amounts.
+        """
+        __tracebackhide__ = True
+        from ensembles.checks.alone import assert_members_trained_alone
+
+        measured = self.measure_members(
+            make,
+            batch,
+            outputs=outputs,
+            members=members,
+            optimizer=optimizer,
+            loss=loss,
+            identical=True,
+            loss_is=loss_is,
+            steps=steps,
+            values=bool(tolerance),
+        )
+        assert_members_trained_alone(measured, tolerance=tolerance)
+
+    def assert_members_separate(
+        self,
+        make: Callable[[], Model] | Model,
+        batch: Any,
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+        loss: Callable[[dict[str, Any]], Tensor] | None = None,
+        loss_is: Literal["sum", "mean"] = "sum",
+        steps: int = 3,
+        tolerance: float = 0.0,
+    ) -> None:
+        """Checks that members, as they are built, each train as in a separate run of their own."""
+        __tracebackhide__ = True
+        from ensembles.checks.alone import assert_members_trained_alone
+
+        measured = self.measure_members(
+            make,
+            batch,
+            outputs=outputs,
+            members=members,
+            optimizer=optimizer,
+            loss=loss,
+            loss_is=loss_is,
+            steps=steps,
+            values=bool(tolerance),
+        )
+        assert_members_trained_alone(measured, tolerance=tolerance)
+
+
+@pytest.fixture
+def training_trajectory() -> TrajectoryFixture:
+    """Promises that training runs that are claimed to be one run are, step by step, bit by bit.
+
+    Catches an ensemble whose members do not train as they would alone: averaged losses, one
+    network under several names, a gradient norm clipped over all members, BatchNorm statistics
+    that move several times a step. And any change of a training step that was to change nothing.
+
+    Example::
+
+        def test_the_ensemble_equals_the_single_model(training_trajectory):
+            training_trajectory.assert_members_single(
+                lambda: [resnet18() for _ in range(4)], images, optimizer=sgd, loss=summed_loss)
+
+    Prints on failure::
+
+        members 0, 1, 2, 3 are claimed to follow the single model, and do not
+
+          member 0   step 1   gradient 0.conv1.weight   norm 0.25 times the other's   ...
+          ...
+          Every member's gradient is 1/4 of what it is alone: under SGD this is the learning
+          rate divided by 4, and weight decay times 4.
+    """
+    return TrajectoryFixture()

@@ -20,6 +20,8 @@ from ensembles.fixtures import (  # noqa: F401  (pytest finds fixtures by name i
     optimizer_coverage,
     ownership_map,
     parameter_sharing,
+    seeded_determinism,
+    training_trajectory,
 )
 
 MARKERS = {

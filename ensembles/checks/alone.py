@@ -245,7 +245,7 @@ def _told(trajectories: MemberTrajectories, first: Parting) -> tuple[str, str]:
         "What is trained is not the model that it is taken for.",
         causes.get(
             first.kind,
-            "Usual cause: the optimizer keeps its state for something else than the member's own steps.",
+            "Usual cause: optimizer state that members have in common.",
         ),
     )
 

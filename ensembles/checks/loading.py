@@ -257,7 +257,7 @@ def _alike(streams: Mapping[str, Sequence[str]]) -> Iterable[tuple[str, ...]]:
 
 
 def _rows(repeated: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, str]]:
-    return [(what, f"one stream in {listed(places, 4)}") for what, places in repeated]
+    return [(what, f"one stream in {listed(places, 3)}") for what, places in repeated]
 
 
 def _is_random(what: str, streams: Mapping[str, Sequence[str]]) -> bool:
