@@ -159,6 +159,8 @@ class CanonicalForm:
                 weights.add(i)
             self._operations.append(operation)
             self.attributes.append(attributes_of(function, of_weight=of_weight))
+            if self._commutes(i):  # a constant may stand on either side
+                operands[:] = [edge for edge in operands if edge is not None]
             # How many operands without gradient there are at the end depends on the kernel.
             _cut(operands)
 
@@ -242,7 +244,6 @@ class CanonicalForm:
         for i, operands in enumerate(self.operands):
             if self._commutes(i):
                 operands.sort(key=self._operand_key)
-                _cut(operands)
 
     def _operand_key(self, edge: Edge | None) -> tuple[Any, ...]:
         """What is near first: the order of operands does not change when what is far does."""

@@ -30,7 +30,8 @@ class Program(nn.Module):
     def forward(self, x):
         values = [self.a, self.b]
         for number, (operation, left, right) in enumerate(self.lines):
-            one, two = values[left % len(values)], values[right % len(values)]
+            operands = [*values, torch.ones(2)]  # the last one is a constant
+            one, two = values[left % len(values)], operands[right % len(operands)]
             if operation in BINARY:
                 pair = (two, one) if number in self.swapped else (one, two)
                 values.append(BINARY[operation](*pair))
