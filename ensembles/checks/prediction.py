@@ -264,7 +264,7 @@ def assert_metric_of_prediction(prediction: PredictionReduction, metric: str) ->
                 "Usual cause: cross_entropy of what went through softmax before. Use "
                 "nll_loss(p.log(), labels)."
                 if confined
-                else "Usual cause: the metric is computed for each member, or averaged over members, "
+                else "Usual cause: the metric is computed for each member, or averaged over them; "
                 "or rows and labels are in another order. Reduce first, then compare."
             ),
         )

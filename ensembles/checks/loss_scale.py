@@ -1,0 +1,425 @@
+"""Promise: in the ensemble, every member's gradient is the claimed multiple of its gradient alone.
+
+Catches a mean where the sum of the members' losses is meant (under SGD exactly a training at lr/M
+with M times the weight decay), losses of the mean prediction, weights of members that are not as
+claimed, and clipping by one norm. `ensembles.checks.effective_rates` compares what follows.
+
+"Sum or mean?" decides what a learning rate means. With s the multiple, a step of SGD is
+lr (s g + wd w) = (s lr) (g + (wd/s) w), so that s lr and wd/s are the rates of the member alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ensembles.message import aligned, broken, counted, listed
+from ensembles.probes.rates import Rate, fraction, groups_of, near
+from ensembles.probes.scales import Clip, MemberLoss, scales_of
+from ensembles.probes.training import Loss
+from ensembles.subject import Model, Outputs, checked_numbers
+
+__all__ = [
+    "LossScale",
+    "MemberScale",
+    "assert_loss_scaled",
+    "measure_loss_scale",
+]
+
+Claim = str | float | Mapping[str, float] | Sequence[float]
+"""`sum`, `mean`, `joint`, one multiple, or one for each member."""
+
+SHOWN_STEPS = 5
+
+
+@dataclass(frozen=True)
+class MemberScale:
+    """What one member's gradient is in the ensemble.
+
+    Attributes:
+        member: The member's name.
+        multiple: Of its gradient alone; None where it points elsewhere or alone is unknown.
+        exact: Whether it is that multiple bit by bit.
+        coupled: The members whose predictions change it.
+        clipped: Whether clipping makes it depend on other members' gradients; None without any.
+        rates: One for each optimizer group that holds parameters of the member.
+    """
+
+    member: str
+    multiple: float | None
+    exact: bool
+    coupled: tuple[str, ...]
+    clipped: bool | None
+    rates: tuple[Rate, ...]
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """What the loss makes of every member's gradient, and the rates that follow."""
+
+    members: tuple[MemberScale, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The members' names."""
+        return tuple(member.member for member in self.members)
+
+    @property
+    def objective(self) -> str:
+        """What the loss is: sum, mean, joint, weighted (other multiples) or mixed (none)."""
+        if any(member.coupled for member in self.members):
+            return "joint"
+        multiples = [member.multiple for member in self.members]
+        if any(multiple is None for multiple in multiples):
+            return "mixed"
+        for name, wanted in (("sum", 1.0), ("mean", 1 / len(multiples))):
+            if all(near(multiple, wanted) for multiple in multiples):
+                return name
+        return "weighted"
+
+    @property
+    def told(self) -> str:
+        """The loss in words."""
+        multiples = [member.multiple for member in self.members]
+        exact = ", bit by bit" if all(member.exact for member in self.members) else ""
+        if self.objective == "joint":
+            coupled = [member.member for member in self.members if member.coupled]
+            return f"the loss is joint: gradients of {listed(coupled)} depend on other members"
+        if self.objective in ("sum", "mean"):
+            each = (
+                "its gradient alone"
+                if self.objective == "sum"
+                else (f"{fraction(multiples[0])} of its gradient alone")
+            )
+            return f"the loss is the {self.objective}: each gets {each}{exact}"
+        told = f"the loss gives {listed([fraction(m) for m in multiples])} of their gradients alone"
+        known = [m for m in multiples if m is not None]
+        return told + (f", {sum(known):.4g} in all{exact}" if len(known) == len(multiples) else "")
+
+    def __str__(self) -> str:
+        lines = [f"{counted(self.members, 'member')}, {self.told}"]
+        rows = list(_table(self))
+        if len(rows) > 1:
+            lines += [f"  {line}" for line in aligned(rows)]
+        rates = [rate for member in self.members for rate in member.rates]
+        worst = max(rates, key=lambda rate: max(map(abs, rate.absolute)), default=None)
+        if worst is not None and any(worst.absolute):
+            lines.append(f"  schedule   {_absolute(worst, len(self.members))}")
+        clipped = [member.member for member in self.members if member.clipped]
+        if clipped:
+            lines.append(f"  clipping   couples members {listed(clipped)}")
+        return "\n".join(lines)
+
+
+def measure_loss_scale(
+    model: Model,
+    batch: Any,
+    loss: Loss,
+    *,
+    outputs: Outputs | None = None,
+    member_loss: MemberLoss | None = None,
+    optimizer: Callable[[Any], Any] | None = None,
+    scheduler: Callable[[Any], Any] | None = None,
+    steps: int = 100,
+    clip: Clip | None = None,
+) -> LossScale:
+    """Finds the multiple of each member's gradient, and the learning rates that follow.
+
+    The multiple is measured by backward passes in train mode: of the loss, and of the member's
+    loss alone. What the optimizer makes of it is found by experiment: SGD and its relatives are
+    proportional to the gradient, Adam and its relatives do not see its scale but for eps.
+
+    Limits: an optimizer whose update is neither proportional nor invariant (RAdam, LBFGS) has no
+    effective rates. A loss that draws random numbers is refused.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+        batch: What the model is called with.
+        loss: The training loss, a function of the dict of member outputs.
+        outputs: Splits what one module returns into member outputs.
+        member_loss: The loss of one member, a function of its output. Not needed where `loss` is
+            made of mean cross-entropies of logits, which are recognised.
+        optimizer: Builds the optimizer, or a list of them, for the model.
+        scheduler: A function of one optimizer: its scheduler, a list of them, or a function to be
+            called once after each training step.
+        steps: How many training steps of the schedule are looked at.
+        clip: What training does to gradients before the step, a function of the model.
+
+    Returns:
+        The measurement; `print` it for a table of members and steps. The model, its gradients and
+        the random generators are as before.
+
+    Raises:
+        ValueError: If there are fewer than two members, a member's own loss is not known, or
+            something given does not fit.
+
+    Example:
+        >>> labels = torch.tensor([0, 1, 1])
+        >>> def mean_of_losses(outputs):
+        ...     losses = [nn.functional.cross_entropy(y, labels) for y in outputs.values()]
+        ...     return torch.stack(losses).mean()
+        >>> two = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])
+        >>> print(measure_loss_scale(two, torch.randn(3, 4), mean_of_losses, steps=1,
+        ...     optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1, weight_decay=5e-4)))
+        2 members, the loss is the mean: each gets 1/2 of its gradient alone, bit by bit
+          member   multiple   optimizer   lr    effective lr   decay    effective decay
+          0        1/2        SGD         0.1   0.05           0.0005   0.001
+          1        1/2        SGD         0.1   0.05           0.0005   0.001
+    """
+    checked_numbers(model)
+    if scheduler is not None and optimizer is None:
+        raise ValueError("a scheduler was given without an optimizer: give optimizer= too.")
+    scales = scales_of(model, batch, loss, outputs=outputs, member_loss=member_loss, clip=clip)
+    groups = []
+    if optimizer is not None:
+        groups = groups_of(model, optimizer, scheduler, steps, times=len(scales))
+    return LossScale(
+        tuple(
+            MemberScale(
+                name,
+                scale.multiple,
+                scale.exact,
+                scale.coupled,
+                scale.clipped,
+                tuple(
+                    group.rate(scale.multiple) for group in groups if group.holds(scale.parameters)
+                ),
+            )
+            for name, scale in scales.items()
+        )
+    )
+
+
+def assert_loss_scaled(scale: LossScale, claim: Claim = "sum", *, clipping: str = "member") -> None:
+    """Checks that every member's gradient is the claimed multiple of its gradient alone.
+
+    Args:
+        scale: From `measure_loss_scale`.
+        claim: "sum" (each multiple is 1), "mean" (1/M), "joint" (members are coupled), one number,
+            or one for each member, by name or in order.
+        clipping: "member" where clipping must not couple members, "joint" where it may.
+
+    Raises:
+        ValueError: If the claim is none of these, or does not fit the members.
+        AssertionError: If a multiple is another, or members are coupled where they are not
+            claimed to be.
+
+    Example:
+        >>> labels = torch.tensor([0, 1, 1])
+        >>> def sum_of_losses(outputs):
+        ...     return sum(nn.functional.cross_entropy(y, labels) for y in outputs.values())
+        >>> two = [nn.Linear(4, 2), nn.Linear(4, 2)]
+        >>> assert_loss_scaled(measure_loss_scale(two, torch.randn(3, 4), sum_of_losses), "sum")
+    """
+    __tracebackhide__ = True
+    if clipping not in ("member", "joint"):
+        raise ValueError(f"clipping cannot be claimed to be {clipping!r}. It is member or joint.")
+    if claim == "joint":
+        _assert_joint(scale)
+    else:
+        _assert_multiples(scale, claim)
+    clipped = [member for member in scale.members if member.clipped]
+    if clipped and clipping == "member":
+        raise AssertionError(
+            broken(
+                f"gradients of members {listed(scale.names)} are claimed to be clipped for each "
+                "member, and one norm couples them",
+                [
+                    (member.member, "its gradient is clipped away when those of others are large")
+                    for member in clipped
+                ],
+                total=f"{len(clipped)} of {counted(scale.members, 'member')}",
+                meaning="A loud member silences the others: they are not trained as alone.",
+                remedy="Usual cause: clip_grad_norm_(model.parameters(), c). Clip each member's "
+                "parameters by themselves (with c/M for the mean), or claim clipping='joint'.",
+            )
+        )
+
+
+# --- multiples ----------------------------------------------------------------------------------
+
+
+def _assert_multiples(scale: LossScale, claim: Claim) -> None:
+    __tracebackhide__ = True
+    expected = _expected(scale, claim)
+    coupled = [member for member in scale.members if member.coupled]
+    words = (
+        f"the {claim} of their losses" if isinstance(claim, str) else "multiples of their losses"
+    )
+    if coupled:
+        raise AssertionError(
+            broken(
+                f"members {listed(scale.names)} are claimed to train on {words}, and the loss "
+                "couples them",
+                [
+                    (
+                        member.member,
+                        f"expected {fraction(expected[member.member])} of its gradient alone",
+                        f"found a gradient that depends on predictions of {listed(member.coupled)}",
+                    )
+                    for member in coupled
+                ],
+                total=f"{len(coupled)} of {counted(scale.members, 'member')}",
+                meaning="Each member is trained by what the others predict: no learning rate makes "
+                "that a training alone.",
+                remedy="Usual cause: the loss of the mean prediction, or weights that depend on "
+                "all losses. Add up the members' own losses, or claim 'joint'.",
+            )
+        )
+    wrong = [m for m in scale.members if not near(m.multiple, expected[m.member])]
+    if not wrong:
+        return
+    found = {"sum": "their sum", "mean": "their mean"}.get(scale.objective, "something else")
+    raise AssertionError(
+        broken(
+            f"members {listed(scale.names)} are claimed to train on {words}, and train on {found}",
+            [
+                (
+                    member.member,
+                    f"expected {fraction(expected[member.member])}",
+                    f"found {fraction(member.multiple)}",
+                    _consequence(member),
+                )
+                for member in wrong
+            ],
+            total=f"multiples of the gradient alone, of {len(wrong)} of "
+            f"{counted(scale.members, 'member')}",
+            meaning=_meaning(wrong[0], expected[wrong[0].member]),
+            remedy="Usual cause: mean() or a division by the number of members where a sum is "
+            "meant, or weights of members that do not add up. Sum the losses; or scale lr, "
+            "weight decay and all absolute rates of the schedule, and claim what it is.",
+        )
+    )
+
+
+def _assert_joint(scale: LossScale) -> None:
+    __tracebackhide__ = True
+    alone = [member for member in scale.members if not member.coupled]
+    if alone:
+        raise AssertionError(
+            broken(
+                f"members {listed(scale.names)} are claimed to train jointly, and some train alone",
+                [
+                    (member.member, f"found {fraction(member.multiple)} of its gradient alone")
+                    for member in alone
+                ],
+                total=f"{len(alone)} of {counted(scale.members, 'member')}",
+                meaning="What other members predict does not change these gradients.",
+                remedy="Usual cause: the mean of the losses in place of the loss of the mean "
+                "prediction, or a detached prediction. Claim 'sum' or 'mean' where it is meant.",
+            )
+        )
+
+
+def _expected(scale: LossScale, claim: Claim) -> dict[str, float]:
+    names = scale.names
+    if isinstance(claim, str):
+        if claim not in ("sum", "mean"):
+            raise ValueError(
+                f"a loss cannot be claimed to be {claim!r}. It is sum, mean, joint, a number, or "
+                "one for each member."
+            )
+        return dict.fromkeys(names, 1.0 if claim == "sum" else 1 / len(names))
+    if isinstance(claim, (int, float)):
+        return dict.fromkeys(names, float(claim))
+    given = (
+        {str(name): float(x) for name, x in claim.items()}
+        if isinstance(claim, Mapping)
+        else {name: float(x) for name, x in zip(names, claim, strict=False)}
+    )
+    if set(given) != set(names) or len(claim) != len(names):
+        raise ValueError(
+            f"multiples are claimed for {listed(list(given))}, and members are {listed(names)}. "
+            "Give one for each."
+        )
+    return given
+
+
+def _consequence(member: MemberScale) -> str:
+    told = []
+    for rate in member.rates[:1]:
+        if rate.kind == "proportional" and rate.effective is not None and member.multiple:
+            told.append(f"lr {rate.built:.4g} acts as {rate.built * member.multiple:.4g}")
+        if rate.effective_decay is not None and rate.decay and rate.effective_decay != rate.decay:
+            told.append(f"weight decay {rate.decay:.4g} as {rate.effective_decay:.4g}")
+    return ", ".join(told)
+
+
+def _meaning(member: MemberScale, expected: float) -> str:
+    if member.multiple is None:
+        return "Such a gradient is no multiple of the member's own: something else is added to it."
+    if not member.multiple:
+        return "The member is not trained at all."
+    kinds = {rate.kind for rate in member.rates}
+    if kinds == {"invariant"}:
+        return (
+            f"{member.rates[0].optimizer} does not see the scale of a gradient but for eps, so "
+            "that lr is as set; weight decay through the gradient is not."
+        )
+    by = fraction(member.multiple / expected)
+    return (
+        f"Under SGD, whatever its momentum, this is exactly a training at {by} of the learning "
+        f"rate and {fraction(expected / member.multiple)} times the weight decay."
+    )
+
+
+# --- how it reads -------------------------------------------------------------------------------
+
+
+def _table(scale: LossScale) -> Iterator[tuple[str, ...]]:
+    rates = [rate for member in scale.members for rate in member.rates]
+    if not rates:
+        return
+    steps = _steps(len(rates[0].scheduled))
+    constant = all(len(set(rate.scheduled)) == 1 for rate in rates)
+    several = len({rate.group for rate in rates}) > 1
+    heads = (
+        ["effective lr"]
+        if constant
+        else [f"effective lr at step {steps[0]}", *(str(step) for step in steps[1:])]
+    )
+    yield (
+        "member",
+        "multiple",
+        *(["group"] if several else []),
+        "optimizer",
+        "lr",
+        *heads,
+        "decay",
+        "effective decay",
+    )
+    for member in scale.members:
+        for rate in member.rates:
+            shown = (
+                [None] * len(steps)
+                if rate.effective is None
+                else [rate.effective[step] for step in steps]
+            )
+            yield (
+                member.member,
+                fraction(member.multiple),
+                *([rate.group] if several else []),
+                rate.optimizer,
+                f"{rate.built:.4g}",
+                *(_number(x) for x in (shown[:1] if constant else shown)),
+                f"{rate.decay:.4g}",
+                _number(rate.effective_decay),
+            )
+
+
+def _steps(count: int) -> list[int]:
+    most = SHOWN_STEPS - 1
+    return sorted({round(i * (count - 1) / most) for i in range(SHOWN_STEPS)})
+
+
+def _absolute(rate: Rate, count: int) -> str:
+    step = max(range(len(rate.absolute)), key=lambda i: abs(rate.absolute[i]))
+    return (
+        f"holds absolute rates: at {count} times the learning rate, step {step} is off by "
+        f"{rate.absolute[step]:.4g}"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
