@@ -129,6 +129,22 @@ def test_a_shared_layer_is_seen_between_its_members_only(make, together):
     ]
 
 
+def test_member_modules_with_other_names_than_the_outputs_are_compared_in_their_order():
+    model = Together([mlp() for _ in range(3)])
+    model.members[2][3] = model.members[0][3]
+    coupling = measure_gradient_coupling(
+        model,
+        batch_for(mlp),
+        members=lambda m: dict(zip("abc", m.members, strict=True)),
+    )
+    assert coupling.pairs == (("0", "2"), ("2", "0"))
+    assert [moved.place for moved in coupling.places("2", "0")] == [
+        "output",
+        "parameter 3.weight",
+        "parameter 3.bias",
+    ]
+
+
 @settings(max_examples=25, deadline=None)
 @given(origin=st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=3, max_size=3))
 def test_exactly_the_members_with_a_common_layer_are_coupled(origin):

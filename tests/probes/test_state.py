@@ -9,6 +9,7 @@ from torch import nn
 from ensembles.probes.state import (
     Snapshot,
     generators_kept,
+    graph_kept,
     parameters_kept,
     preserved,
     seed_generators,
@@ -237,6 +238,41 @@ def test_values_that_are_not_numbers_are_no_change():
     model = nn.Linear(2, 2)
     model.weight.data.fill_(float("nan"))
     assert not Snapshot(model).changed()
+
+
+# --- graphs -------------------------------------------------------------------------------------
+
+
+def gradients_after_an_undone_step(model: nn.Module, output: torch.Tensor) -> list[torch.Tensor]:
+    start = Snapshot(model)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), model[1].running_mean):
+            tensor.add_(1)
+    start.restore()
+    return list(torch.autograd.grad(output.sum(), list(model.parameters())))
+
+
+def test_a_graph_is_usable_after_a_step_that_was_undone():
+    model, x = network().eval(), torch.randn(5, 3)
+    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    with graph_kept([model]):
+        output = model(x)
+    for mine, theirs in zip(gradients_after_an_undone_step(model, output), expected, strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients_after_an_undone_step(model, model(x))
+
+
+def test_a_graph_whose_activations_were_overwritten_is_refused():
+    model = network()
+    with graph_kept([model]):
+        hidden = model[0](torch.ones(5, 3)).sigmoid()
+        output = model[3](hidden)
+        hidden.detach().zero_()
+    with pytest.raises(
+        ValueError, match=r"shape \(5, 4\) that the backward pass needs was written"
+    ):
+        output.sum().backward()
 
 
 # --- random generators --------------------------------------------------------------------------
