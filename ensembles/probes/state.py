@@ -51,6 +51,11 @@ class Snapshot:
                 inner for given in named_modules_of(model).values() for inner in given.modules()
             )
         ]
+        # Old-style weight_norm, spectral_norm and pruning keep what they computed as an attribute.
+        self._attributes = [
+            (module, dict(module._modules), _tensors_among(vars(module)))
+            for module, *_ in self._modules
+        ]
         tensors = {
             id(tensor): tensor
             for _, _, parameters, buffers in self._modules
@@ -58,6 +63,13 @@ class Snapshot:
             if tensor is not None
         }
         self._tensors = [(t, t.requires_grad, t.data, t.detach().clone()) for t in tensors.values()]
+        self._hooks = [
+            (tensor, kind, hooks if hooks is None else dict(hooks))
+            for tensor in tensors.values()
+            if tensor.is_leaf
+            for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")
+            for hooks in (getattr(tensor, kind, None),)
+        ]
         self._generators = _generators()
 
     @property
@@ -87,6 +99,17 @@ class Snapshot:
                 if not _same(register, before):  # scripted modules have read-only ones
                     register.clear()
                     register.update(before)
+        for module, children, attributes in self._attributes:
+            if not _same(module._modules, children):
+                module._modules.clear()
+                module._modules.update(children)
+            for name in _tensors_among(vars(module)).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+        for tensor, kind, hooks in self._hooks:
+            if (now := getattr(tensor, kind, None)) is not None and dict(now) != (hooks or {}):
+                now.clear()
+                now.update(hooks or {})
         with torch.no_grad():
             for tensor, requires_grad, memory, values in self._tensors:
                 _unexpanded(memory).copy_(_unexpanded(values, like=memory))
@@ -233,12 +256,16 @@ def parameters_kept(model: Model) -> Iterator[None]:
 
 def _unexpanded(tensor: Tensor, *, like: Tensor | None = None) -> Tensor:
     """Without the repeats of an expanded tensor, which cannot be written to."""
-    strides = (tensor if like is None else like).stride() if tensor.ndim else ()
+    if not tensor.ndim or tensor.layout is not torch.strided:
+        return tensor
+    strides = (tensor if like is None else like).stride()
     return tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in strides)]
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     data = tensor.detach()
+    if data.layout is not torch.strided:
+        return data.layout, data.shape, data.dtype
     storage = data.untyped_storage()._cdata
     return storage, data.storage_offset(), data.shape, data.stride(), data.dtype
 
@@ -246,13 +273,17 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 def _bits(parameter: Tensor) -> Tensor:
     """The values as integers, so that NaN equals itself and -0.0 differs from 0.0."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    data = parameter.detach()
+    data = parameter.detach().to_dense()
     if data.is_complex():
         data = torch.view_as_real(data)
     return data.view(kinds[data.element_size()])
 
 
-def _same(register: Any, before: Mapping[str, Tensor | None]) -> bool:
+def _tensors_among(attributes: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in attributes.items() if isinstance(value, Tensor)}
+
+
+def _same(register: Any, before: Mapping[str, Any]) -> bool:
     now = dict(register)
     return list(now) == list(before) and all(now[name] is before[name] for name in now)
 

@@ -341,3 +341,51 @@ def test_a_call_that_changes_nothing_is_accepted(dtype):
     with parameters_kept(model):
         model(torch.ones(1, 3, dtype=dtype))
     assert torch.equal(model.weight, before)
+
+
+def test_hooks_that_were_added_to_parameters_are_gone_and_others_are_kept():
+    layer = nn.Linear(2, 2)
+    layer.weight.register_hook(lambda gradient: gradient * 2)
+    with preserved(layer):
+        layer.weight.register_hook(lambda gradient: gradient * 0)
+        layer.bias.register_hook(lambda gradient: gradient * 0)
+    layer(torch.ones(1, 2)).sum().backward()
+    assert torch.equal(layer.weight.grad, torch.full((2, 2), 2.0))
+    assert torch.equal(layer.bias.grad, torch.ones(2))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_what_a_forward_hook_computed_is_kept():
+    layer = torch.nn.utils.weight_norm(nn.Linear(2, 2))
+    before = layer.weight
+    with preserved(layer), torch.no_grad():
+        layer.weight_g.mul_(3)
+        layer(torch.ones(1, 2))
+    assert layer.weight is before
+
+
+def test_layers_that_the_call_made_are_gone():
+    class Growing(nn.Module):
+        def forward(self, x):
+            self.late = nn.Linear(2, 2)
+            self.seen = x
+            return self.late(x)
+
+    model = Growing()
+    with preserved(model):
+        model(torch.ones(1, 2))
+    assert (list(model.children()), hasattr(model, "seen")) == ([], False)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_sparse_buffers_are_restored(layout):
+    model = nn.Linear(2, 2)
+    dense = torch.eye(3)
+    sparse = dense.to_sparse() if layout == "coo" else dense.to_sparse_csr()
+    model.register_buffer("graph", sparse)
+    with preserved(model) as state:
+        model.graph = sparse * 2
+        assert state.changed()
+    assert model.graph is sparse
+    assert torch.equal(model.graph.to_dense(), dense)
