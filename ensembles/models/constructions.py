@@ -20,8 +20,14 @@ computed once for all. A classifier is narrow, F/k, and there are k*k. A forward
 
     S + 2 R + (1 + k) F
 
-and a forward and backward pass the same with 2 S, 3 R and 3 F (the image needs no gradient). An
-inf in a block reaches the parent and the one subnet that owns the block.
+and a forward and backward pass the same with 2 S, 3 R and 3 F (the image needs no gradient). Each
+weight is split into its blocks once for all members. The parent computes with whole weights, or, on
+a CPU where blocks are large, as the sum of block products. Only members that are asked for are
+computed, and of the stem only the rows that they read.
+
+Kept for the backward pass is 1 + k times what the parent keeps, less the stem's product, which is
+kept once. Weights are not copied. An inf in a block reaches the parent and the one subnet that
+owns the block.
 """
 
 from collections.abc import Mapping, Sequence
