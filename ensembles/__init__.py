@@ -30,6 +30,13 @@ _HOMES = {
     ),
     "ensembles.checks.coverage": ("assert_optimizer_complete", "measure_optimizer_coverage"),
     "ensembles.checks.determinism": ("assert_deterministic", "measure_determinism"),
+    "ensembles.checks.effective_rates": ("assert_rates_effective",),
+    "ensembles.checks.loss_scale": ("assert_loss_scaled", "measure_loss_scale"),
+    "ensembles.checks.prediction": (
+        "assert_metric_of_prediction",
+        "assert_prediction_reduced",
+        "measure_prediction_reduction",
+    ),
     "ensembles.checks.loading": ("assert_loader_deterministic", "measure_loader_determinism"),
     "ensembles.checks.ownership": ("assert_ownership", "measure_ownership_map"),
     "ensembles.checks.graph": ("assert_graph_equal", "measure_autograd_graph"),

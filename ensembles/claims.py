@@ -15,7 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ensembles.checks import alone, cost, coupling, coverage, determinism, graph, ownership, sharing
+from ensembles.checks import (
+    alone,
+    cost,
+    coupling,
+    coverage,
+    determinism,
+    effective_rates,
+    graph,
+    loss_scale,
+    ownership,
+    prediction,
+    sharing,
+)
 from ensembles.subject import Model, Subject
 
 __all__ = ["CHECKS", "DEFAULT_ENSEMBLE_CLAIMS", "DEFAULT_MODULE_CLAIMS", "Check"]
@@ -173,6 +185,71 @@ def _run_trajectory(subject: Subject, model: Model, claim: Any) -> object:
     return measured
 
 
+def _run_prediction(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    claim = claim if isinstance(claim, Mapping) else {"reduction": claim}
+    known = {"reduction", "weights", "ties", "metric"}
+    if not set(claim) <= known or not isinstance(claim.get("reduction", ""), str):
+        words = [*prediction.REDUCTIONS, f"a dict of {', '.join(sorted(known))}"]
+        raise _unknown_claim("prediction", claim, words)
+    if subject.predict is None:
+        raise ValueError(
+            f"subject {subject.name!r} claims a prediction, and has none: give "
+            "Subject(predict=...), a function of the model and the batch."
+        )
+    measured = prediction.measure_prediction_reduction(
+        model,
+        _batch(subject),
+        subject.predict,
+        outputs=subject.outputs,
+        members=subject.members,
+        weights=claim.get("weights"),
+        evaluate=subject.evaluate,
+    )
+    prediction.assert_prediction_reduced(
+        measured, claim.get("reduction", "arithmetic"), ties=claim.get("ties", "lowest")
+    )
+    if "metric" in claim:
+        prediction.assert_metric_of_prediction(measured, claim["metric"])
+    return measured
+
+
+def _run_loss_scale(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    known = {"loss", "clipping", "lr", "weight_decay", "warmup", "steps"}
+    words = ["sum", "mean", "joint", "a number", "one for each member"]
+    multiples = isinstance(claim, Mapping) and all(
+        isinstance(x, (int, float)) for x in claim.values()
+    )
+    if isinstance(claim, Mapping) and "loss" not in claim and not multiples:
+        words.append(f"a dict of loss and {', '.join(sorted(known - {'loss'}))}")
+        raise _unknown_claim("loss_scale", claim, words)
+    claim = claim if isinstance(claim, Mapping) and "loss" in claim else {"loss": claim}
+    if not set(claim) <= known:
+        raise _unknown_claim("loss_scale", claim, [f"a dict of {', '.join(sorted(known))}"])
+    if subject.loss is None:
+        raise ValueError(
+            f"subject {subject.name!r} claims a loss scale, and has no loss: give "
+            "Subject(loss=...), a function of the dict of member outputs."
+        )
+    rates = {key: claim[key] for key in ("lr", "weight_decay", "warmup") if key in claim}
+    measured = loss_scale.measure_loss_scale(
+        model,
+        _batch(subject),
+        subject.loss,
+        outputs=subject.outputs,
+        member_loss=subject.member_loss,
+        optimizer=subject.optimizer,
+        scheduler=subject.scheduler,
+        steps=claim.get("steps", 100),
+        clip=subject.clip,
+    )
+    loss_scale.assert_loss_scaled(measured, claim["loss"], clipping=claim.get("clipping", "member"))
+    if rates:
+        effective_rates.assert_rates_effective(measured, **rates)
+    return measured
+
+
 def _unknown_claim(check: str, claim: Any, words: Sequence[str]) -> ValueError:
     return ValueError(f"{check!r} cannot be claimed to be {claim!r}. It is {', '.join(words)}.")
 
@@ -207,6 +284,16 @@ CHECKS: Mapping[str, Check] = {
             "trajectory",
             "every member trains as it would alone, step by step and bit by bit",
             _run_trajectory,
+        ),
+        Check(
+            "prediction",
+            "the prediction is the reduction of the members' outputs that it claims to be",
+            _run_prediction,
+        ),
+        Check(
+            "loss_scale",
+            "every member's gradient is the claimed multiple of its gradient alone",
+            _run_loss_scale,
         ),
     )
 }

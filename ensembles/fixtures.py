@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from ensembles.checks.coverage import OptimizerCoverage
     from ensembles.checks.determinism import Determinism
     from ensembles.checks.graph import AutogradGraph
+    from ensembles.checks.loss_scale import Claim, LossScale
     from ensembles.checks.ownership import OwnershipMap, Statement
+    from ensembles.checks.prediction import PredictionReduction
     from ensembles.checks.sharing import ParameterSharing
     from ensembles.checks.trajectory import TrainingTrajectory
     from ensembles.subject import Members, Model, Outputs
@@ -36,15 +38,19 @@ __all__ = [
     "CoverageFixture",
     "DeterminismFixture",
     "GraphFixture",
+    "LossScaleFixture",
     "OwnershipFixture",
+    "PredictionFixture",
     "SharingFixture",
     "TrajectoryFixture",
     "autograd_graph",
     "compute_cost",
     "gradient_coupling",
+    "loss_scale",
     "optimizer_coverage",
     "ownership_map",
     "parameter_sharing",
+    "prediction_reduction",
     "seeded_determinism",
     "training_trajectory",
 ]
@@ -791,9 +797,233 @@ def training_trajectory() -> TrajectoryFixture:
 
         members 0, 1, 2, 3 are claimed to follow the single model, and do not
 
-          member 0   step 1   gradient 0.conv1.weight   norm 0.25 times the other's   ...
+          member 0   step 1   gradient 0.conv1.weight   norm 0.25 times that alone   ...
           ...
           Every member's gradient is 1/4 of what it is alone: under SGD this is the learning
           rate divided by 4, and weight decay times 4.
     """
     return TrajectoryFixture()
+
+
+class PredictionFixture:
+    """What `prediction_reduction` gives to a test.
+
+    Every method takes the same arguments: `predict` is a function of the model and the batch,
+    `outputs` and `members` find the members in one module.
+    """
+
+    def measure(
+        self,
+        model: Model,
+        batch: Any,
+        predict: Callable[[Any, Any], Any],
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+        weights: Sequence[float] | None = None,
+        evaluate: Callable[[Any, Any, Tensor], Any] | None = None,
+        axis: int = 1,
+    ) -> PredictionReduction:
+        """Which reduction the prediction is: `measure_prediction_reduction`."""
+        from ensembles.checks.prediction import measure_prediction_reduction
+
+        return measure_prediction_reduction(
+            model,
+            batch,
+            predict,
+            outputs=outputs,
+            members=members,
+            weights=weights,
+            evaluate=evaluate,
+            axis=axis,
+        )
+
+    def assert_reduced(
+        self,
+        model: Model,
+        batch: Any,
+        predict: Callable[[Any, Any], Any],
+        reduction: str = "arithmetic",
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+        weights: Sequence[float] | None = None,
+        ties: str = "lowest",
+        axis: int = 1,
+    ) -> None:
+        """Checks that the prediction is an arithmetic or geometric mean, a vote, or of logits."""
+        __tracebackhide__ = True
+        from ensembles.checks.prediction import assert_prediction_reduced
+
+        measured = self.measure(
+            model, batch, predict, outputs=outputs, members=members, weights=weights, axis=axis
+        )
+        assert_prediction_reduced(measured, reduction, ties=ties)
+
+    def assert_metric(
+        self,
+        model: Model,
+        batch: Any,
+        predict: Callable[[Any, Any], Any],
+        evaluate: Callable[[Any, Any, Tensor], Any],
+        metric: str,
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+        axis: int = 1,
+    ) -> None:
+        """Checks that evaluate(model, batch, labels) is the accuracy, nll, ... of the prediction.
+
+        Metrics are "accuracy", "error", "nll" and "brier".
+        """
+        __tracebackhide__ = True
+        from ensembles.checks.prediction import assert_metric_of_prediction
+
+        measured = self.measure(
+            model, batch, predict, outputs=outputs, members=members, evaluate=evaluate, axis=axis
+        )
+        assert_metric_of_prediction(measured, metric)
+
+
+@pytest.fixture
+def prediction_reduction() -> PredictionFixture:
+    """Promises that the ensemble's prediction is the reduction of its members' that it claims.
+
+    Catches logits averaged for probabilities, softmax twice, geometric means that are not
+    normalised, weights applied twice, rows that a reshape mixes, one member's metric that is
+    called the ensemble's, and cross-entropy of probabilities. Works with untrained members.
+
+    Example::
+
+        def test_the_ensemble_averages_probabilities(prediction_reduction):
+            members = [resnet18() for _ in range(3)]
+            prediction_reduction.assert_reduced(members, torch.randn(4, 3, 32, 32), predict)
+
+    Prints on failure::
+
+        the prediction of members 0, 1, 2 is claimed to be the arithmetic mean of the
+        probabilities, and is not
+
+          prediction   expected the arithmetic mean ...   found the geometric mean ...
+          ...
+    """
+    return PredictionFixture()
+
+
+class LossScaleFixture:
+    """What `loss_scale` gives to a test.
+
+    Every method takes the same arguments: `loss` is a function of the dict of member outputs,
+    `member_loss` one of a member's output, `optimizer` one of the model, `scheduler` one of the
+    optimizer, and `clip` one of the model.
+    """
+
+    def measure(
+        self,
+        model: Model,
+        batch: Any,
+        loss: Callable[[dict[str, Any]], Tensor],
+        *,
+        outputs: Outputs | None = None,
+        member_loss: Callable[[Any], Tensor] | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+        scheduler: Callable[[Any], Any] | None = None,
+        steps: int = 100,
+        clip: Callable[[Any], Any] | None = None,
+    ) -> LossScale:
+        """The multiple of every member's gradient, and its rates: `measure_loss_scale`."""
+        from ensembles.checks.loss_scale import measure_loss_scale
+
+        return measure_loss_scale(
+            model,
+            batch,
+            loss,
+            outputs=outputs,
+            member_loss=member_loss,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            steps=steps,
+            clip=clip,
+        )
+
+    def assert_scaled(
+        self,
+        model: Model,
+        batch: Any,
+        loss: Callable[[dict[str, Any]], Tensor],
+        claim: Claim = "sum",
+        *,
+        outputs: Outputs | None = None,
+        member_loss: Callable[[Any], Tensor] | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+        clip: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Checks that the loss is the sum, the mean, joint, or has the claimed multiples."""
+        __tracebackhide__ = True
+        from ensembles.checks.loss_scale import assert_loss_scaled
+
+        measured = self.measure(
+            model,
+            batch,
+            loss,
+            outputs=outputs,
+            member_loss=member_loss,
+            optimizer=optimizer,
+            clip=clip,
+        )
+        assert_loss_scaled(measured, claim)
+
+    def assert_rates(
+        self,
+        model: Model,
+        batch: Any,
+        loss: Callable[[dict[str, Any]], Tensor],
+        optimizer: Callable[[Any], Any],
+        *,
+        lr: float | Sequence[float] | None = None,
+        weight_decay: float | None = None,
+        warmup: float | None = None,
+        outputs: Outputs | None = None,
+        member_loss: Callable[[Any], Tensor] | None = None,
+        scheduler: Callable[[Any], Any] | None = None,
+        steps: int = 100,
+    ) -> None:
+        """Checks that every member trains as a single model at these rates does."""
+        __tracebackhide__ = True
+        from ensembles.checks.effective_rates import assert_rates_effective
+
+        measured = self.measure(
+            model,
+            batch,
+            loss,
+            outputs=outputs,
+            member_loss=member_loss,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            steps=steps,
+        )
+        assert_rates_effective(measured, lr=lr, weight_decay=weight_decay, warmup=warmup)
+
+
+@pytest.fixture
+def loss_scale() -> LossScaleFixture:
+    """Promises that every member's gradient is the claimed multiple of its gradient alone.
+
+    Catches a mean where the sum of losses is meant (under SGD: lr/M, and M times the weight
+    decay), losses of the mean prediction, weights of members, clipping by one norm, and schedules
+    with absolute rates, stepped for each member, or with a warm-up that is wrong.
+
+    Example::
+
+        def test_members_train_on_the_sum(loss_scale):
+            members = [resnet18() for _ in range(4)]
+            loss_scale.assert_scaled(members, torch.randn(4, 3, 32, 32), sum_of_losses, "sum")
+
+    Prints on failure::
+
+        members 0, 1, 2, 3 are claimed to train on the sum of their losses, and train on their mean
+
+          0   expected 1   found 1/4   lr 0.1 acts as 0.025, weight decay 0.0005 as 0.002
+          ...
+    """
+    return LossScaleFixture()

@@ -17,9 +17,11 @@ from ensembles.fixtures import (  # noqa: F401  (pytest finds fixtures by name i
     autograd_graph,
     compute_cost,
     gradient_coupling,
+    loss_scale,
     optimizer_coverage,
     ownership_map,
     parameter_sharing,
+    prediction_reduction,
     seeded_determinism,
     training_trajectory,
 )

@@ -44,6 +44,14 @@ class Subject:
             between them. A list or dict of modules needs none.
         optimizer: Builds the optimizer, or a list of them, for the model that it is given.
         loss: The training loss: a function of the dict of member outputs, to a scalar tensor.
+        member_loss: The loss of one member: a function of its output, to a scalar tensor.
+        scheduler: A function of one optimizer: its scheduler, a list of them, or a function that
+            is called once after each training step.
+        clip: What training does to gradients before the step: a function of the model.
+        predict: The ensemble's prediction: a function of the model and the batch, to a tensor of
+            probabilities, log-probabilities, logits or classes.
+        evaluate: The ensemble's metric: a function of the model, the batch and the labels, to a
+            number.
         claims: What the model promises: check name to claim (see `ensembles.claims`). What
             is not claimed is shown as such, and is never passed.
 
@@ -65,6 +73,11 @@ class Subject:
     members: Members | None = None
     optimizer: Callable[[Any], Any] | None = None
     loss: Callable[[dict[str, Any]], Tensor] | None = None
+    member_loss: Callable[[Any], Tensor] | None = None
+    scheduler: Callable[[Any], Any] | None = None
+    clip: Callable[[Any], Any] | None = None
+    predict: Callable[[Any, Any], Any] | None = None
+    evaluate: Callable[[Any, Any, Tensor], Any] | None = None
     claims: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,7 +86,10 @@ class Subject:
                 "Subject(make=...) takes a function that builds the model, and got "
                 f"{_kind(self.make)}. Write make=lambda: ..., so that every check gets a new model."
             )
-        for name in ("batch", "outputs", "members", "optimizer", "loss"):
+        for name in (
+            *("batch", "outputs", "members", "optimizer", "loss"),
+            *("member_loss", "scheduler", "clip", "predict", "evaluate"),
+        ):
             given = getattr(self, name)
             if given is not None and not callable(given):
                 raise ValueError(
