@@ -76,7 +76,7 @@ class MemberTrajectories:
         # Under a mean, gradients and an optimizer's memory of them are 1/M of the single model's.
         kinds = KINDS if self.loss == "sum" else ("output", "parameter", "buffer")
         mine, own = self.together.member(name).only(*kinds), self.alone[name].only(*kinds)
-        return partings(mine.entries, own.entries, tolerance)
+        return partings(mine.entries, own.entries, tolerance, other="that alone")
 
 
 def measure_member_trajectories(
@@ -170,8 +170,8 @@ def assert_members_trained_alone(
 
     Args:
         trajectories: From `measure_member_trajectories`.
-        tolerance: The greatest difference in a tensor, as a share of its greatest element. 0.0
-            compares bits; anything else needs `values=True`.
+        tolerance: As in `assert_trajectories_equal`: 0.0 compares bits, and anything else needs
+            `values=True`.
 
     Raises:
         AssertionError: If a member leaves its own run; it names the step and the tensor.
@@ -191,7 +191,7 @@ def assert_members_trained_alone(
     }
     if not parted:
         return
-    first = min((found[0] for found in parted.values()), key=lambda parting: parting.step)
+    first = min((found[0] for found in parted.values()), key=_rank)
     meaning, remedy = _told(trajectories, first)
     claim = "to follow the single model" if trajectories.identical else "to train as they do alone"
     if trajectories.loss == "mean":
@@ -209,6 +209,11 @@ def assert_members_trained_alone(
 
 
 # --- what is told ------------------------------------------------------------------------------
+
+
+def _rank(parting: Parting) -> tuple[int, int]:
+    """What was computed first explains what came later, also in other members."""
+    return parting.step, KINDS.index(parting.kind)
 
 
 def _row(name: str, parted: Sequence[Parting]) -> tuple[str, ...]:
@@ -242,7 +247,7 @@ def _told(trajectories: MemberTrajectories, first: Parting) -> tuple[str, str]:
         "buffer": "Usual cause: a BatchNorm that several members update. Give each its own.",
     }
     return (
-        "What is trained is not the model that it is taken for.",
+        "The members of this ensemble become other models than they would be alone.",
         causes.get(
             first.kind,
             "Usual cause: optimizer state that members have in common.",

@@ -159,8 +159,9 @@ def assert_trajectories_equal(
     Args:
         one: From `measure_training_trajectory`; also one member's, or some kinds of entries only.
         two: The other, of as many steps. Where both have one member, its name does not matter.
-        tolerance: The greatest difference in a tensor, as a share of its greatest element. 0.0
-            compares bits; anything else needs trajectories with `values=True`.
+        tolerance: The greatest difference in a tensor, as a share of the greatest element of that
+            kind (of gradients, of parameters) in that step. 0.0 compares bits; anything else needs
+            trajectories with `values=True`.
 
     Raises:
         ValueError: If they have no entries in common, or are of different lengths.

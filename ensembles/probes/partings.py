@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ensembles.probes.recording import KINDS, Entry
 
@@ -40,14 +41,23 @@ class Parting:
         return f"step {self.step}", f"{self.kind} {self.place}".strip(), self.told
 
 
-def partings(one: Sequence[Entry], two: Sequence[Entry], tolerance: float = 0.0) -> list[Parting]:
+def partings(
+    one: Sequence[Entry],
+    two: Sequence[Entry],
+    tolerance: float = 0.0,
+    *,
+    other: str = "the other's",
+) -> list[Parting]:
     """Every value that differs, first what was computed first.
 
     Args:
         one: From `recorded`.
         two: The other run.
-        tolerance: The greatest difference in a tensor, as a share of its greatest element; 0.0
-            compares bits.
+        tolerance: The greatest difference, as a share of the greatest element that the second run
+            has of the same kind in the same step: a bias before BatchNorm has a gradient that is
+            nothing but roundings, whose own size says nothing. 0.0 compares bits, and so does
+            every tolerance for numbers that are not floating.
+        other: What the norm in the second run is called.
 
     Raises:
         ValueError: If a tolerance is given and values were not kept.
@@ -61,6 +71,10 @@ def partings(one: Sequence[Entry], two: Sequence[Entry], tolerance: float = 0.0)
     for side, entries in enumerate((one, two)):
         for entry in entries:
             pairs.setdefault(entry.key, [None, None])[side] = entry
+    greatest: dict[tuple[str, ...], float] = {}
+    if tolerance:
+        for entry in two:
+            greatest[_group(entry)] = max(greatest.get(_group(entry), 0.0), _greatest(entry))
     found = []
     # Sorting is stable: within a kind the order stays that of the first run.
     for key in sorted(pairs, key=lambda key: (key[0], _rank(*key[:2]))):
@@ -68,10 +82,15 @@ def partings(one: Sequence[Entry], two: Sequence[Entry], tolerance: float = 0.0)
         step, kind, member, name = key
         if a is None or b is None:
             told, ratio = f"in the {'second' if a is None else 'first'} run only", math.nan
-        elif a.digest == b.digest or (tolerance and _distance(a, b) <= tolerance):
+        elif a.digest == b.digest:
             continue
+        elif tolerance:
+            share = _distance(a, b, greatest[_group(b)])
+            if share <= tolerance:
+                continue
+            told, ratio = f"by {share:.0e} of the greatest {kind}", math.nan
         else:
-            told, ratio = _told(a, b, tolerance), a.norm / b.norm if b.norm else math.nan
+            told, ratio = _told(a, b, other), a.norm / b.norm if b.norm else math.nan
         place = ".".join(part for part in (member, name) if part)
         found.append(Parting(step, kind, place, told, ratio))
     return found
@@ -82,17 +101,31 @@ def _rank(step: int, kind: str) -> int:
     return MADE.index(kind) if step == 0 else KINDS.index(kind)
 
 
-def _told(one: Entry, two: Entry, tolerance: float) -> str:
-    if tolerance:
-        return f"differs by {_distance(one, two):.0e} of its greatest element"
+def _told(one: Entry, two: Entry, other: str) -> str:
     if not one.norm or not two.norm:
         return "zero in one run" if one.norm != two.norm else "other bits"
     ratio = f"{one.norm / two.norm:.3g}"
-    return "same norm, other bits" if ratio == "1" else f"norm {ratio} times the other's"
+    return "same norm, other bits" if ratio == "1" else f"norm {ratio} times {other}"
 
 
-def _distance(one: Entry, two: Entry) -> float:
-    """The greatest difference, as a share of the greatest element of the second."""
+def _group(entry: Entry) -> tuple[str, ...]:
+    """What is of one size: moments and squared moments of an optimizer are not."""
+    return str(entry.step), entry.kind, entry.member, entry.name.partition(" ")[2]
+
+
+def _greatest(entry: Entry) -> float:
+    values = entry.values
+    if values is None or not values.numel() or not _is_floating(values):
+        return 0.0
+    return float(values.abs().nan_to_num(0.0, 0.0).max())
+
+
+def _is_floating(values: Tensor) -> bool:
+    return values.is_floating_point() or values.is_complex()
+
+
+def _distance(one: Entry, two: Entry, greatest: float) -> float:
+    """The greatest difference, as a share; infinite where no tolerance is to help."""
     a, b = one.values, two.values
     if a is None or b is None:
         if one.kind == "state":  # a number or a text, which has no tolerance
@@ -101,12 +134,10 @@ def _distance(one: Entry, two: Entry) -> float:
             f"{one.kind} {one.place} differs, and can be compared within a tolerance only where "
             "values were kept: record both runs with values=True."
         )
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if a.shape != b.shape or a.dtype != b.dtype or not _is_floating(a):
         return math.inf
-    if not a.numel():
-        return 0.0
     wide = torch.complex128 if a.is_complex() else torch.float64
-    by = float((a.to(wide) - b.to(wide)).abs().max())
-    greatest = float(b.to(wide).abs().max())
-    share = by / greatest if greatest else by
-    return math.inf if math.isnan(share) else share
+    difference = (a.to(wide) - b.to(wide)).abs()
+    unequal = difference[~((a == b) | (a.isnan() & b.isnan()))]
+    by = float(unequal.max()) if unequal.numel() else 0.0
+    return by and (math.inf if math.isnan(by) or not greatest else by / greatest)
