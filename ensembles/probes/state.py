@@ -171,10 +171,10 @@ def graph_kept(modules: Sequence[nn.Module]) -> saved_tensors_hooks:
         >>> output.backward()
     """
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    undone = {tensor.untyped_storage()._cdata for tensor in tensors}
+    undone = {t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided}
 
     def pack(tensor: Tensor) -> tuple[Tensor, int | None]:
-        ours = tensor.layout == torch.strided and tensor.untyped_storage()._cdata in undone
+        ours = tensor.layout is torch.strided and tensor.untyped_storage()._cdata in undone
         return tensor.detach(), None if ours else tensor._version
 
     def unpack(saved: tuple[Tensor, int | None]) -> Tensor:

@@ -263,6 +263,15 @@ def test_a_graph_is_usable_after_a_step_that_was_undone():
         gradients_after_an_undone_step(model, model(x))
 
 
+def test_a_graph_may_hold_a_sparse_buffer():
+    model = network().eval()
+    model.register_buffer("adjacency", torch.eye(5).to_sparse())
+    with graph_kept([model]):
+        output = torch.sparse.mm(model.adjacency, model(torch.randn(5, 3)))
+    gradients = gradients_after_an_undone_step(model, output)
+    assert torch.equal(gradients[-1], torch.full((2,), 5.0))
+
+
 def test_a_graph_whose_activations_were_overwritten_is_refused():
     model = network()
     with graph_kept([model]):
