@@ -17,6 +17,7 @@ _HOMES = {
         "parametrize_with_checks",
     ),
     "ensembles.checks.alone": ("assert_members_trained_alone", "measure_member_trajectories"),
+    "ensembles.checks.batch": ("assert_rows_independent", "measure_batch_independence"),
     "ensembles.checks.cost": (
         "assert_cost_equals",
         "assert_cost_within",
@@ -29,7 +30,14 @@ _HOMES = {
         "measure_gradient_coupling",
     ),
     "ensembles.checks.coverage": ("assert_optimizer_complete", "measure_optimizer_coverage"),
+    "ensembles.checks.data": (
+        "assert_members_bagged",
+        "assert_members_paired",
+        "assert_members_shuffled",
+        "measure_member_data",
+    ),
     "ensembles.checks.determinism": ("assert_deterministic", "measure_determinism"),
+    "ensembles.checks.diversity": ("assert_members_diverse", "measure_member_diversity"),
     "ensembles.checks.effective_rates": ("assert_rates_effective",),
     "ensembles.checks.loss_scale": ("assert_loss_scaled", "measure_loss_scale"),
     "ensembles.checks.prediction": (

@@ -17,10 +17,13 @@ from typing import Any
 
 from ensembles.checks import (
     alone,
+    batch,
     cost,
     coupling,
     coverage,
+    data,
     determinism,
+    diversity,
     effective_rates,
     graph,
     loss_scale,
@@ -28,7 +31,7 @@ from ensembles.checks import (
     prediction,
     sharing,
 )
-from ensembles.subject import Model, Subject
+from ensembles.subject import Model, Subject, is_one_module, member_outputs, named_members
 
 __all__ = ["CHECKS", "DEFAULT_ENSEMBLE_CLAIMS", "DEFAULT_MODULE_CLAIMS", "Check"]
 
@@ -250,6 +253,58 @@ def _run_loss_scale(subject: Subject, model: Model, claim: Any) -> object:
     return measured
 
 
+def _run_diversity(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    alike = () if claim in ("independent", "seeded") else claim
+    if isinstance(alike, str) or not isinstance(alike, Sequence):
+        words = ["independent", "seeded", "a list of patterns of the names that are alike"]
+        raise _unknown_claim("diversity", claim, words)
+    measured = diversity.measure_member_diversity(
+        subject.make, _batch(subject), outputs=subject.outputs, members=subject.members
+    )
+    diversity.assert_members_diverse(measured, alike, seeded=claim == "seeded")
+    return measured
+
+
+_DATA: Mapping[str, Callable[[data.MemberData], None]] = {
+    "bagged": data.assert_members_bagged,
+    "paired": data.assert_members_paired,
+    "shuffled": data.assert_members_shuffled,
+}
+
+
+def _run_data(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    if not isinstance(claim, str) or claim not in _DATA:
+        raise _unknown_claim("data", claim, list(_DATA))
+    if subject.data is None:
+        raise ValueError(
+            f"subject {subject.name!r} has no data: give Subject(data=...), a function of the "
+            "member to its sample indices or its loader."
+        )
+    if is_one_module(model) and subject.members is None:
+        names = list(member_outputs(model, _batch(subject), outputs=subject.outputs))
+    else:
+        names = list(named_members(model, subject.members))
+    numbered = names == [str(i) for i in range(len(names))]
+    measured = data.measure_member_data(
+        subject.data, len(names) if numbered else names, size=subject.data_size
+    )
+    _DATA[claim](measured)
+    return measured
+
+
+def _run_batch(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    if claim not in ("rows", "rows in training"):
+        raise _unknown_claim("batch", claim, ["rows", "rows in training"])
+    measured = batch.measure_batch_independence(
+        model, _batch(subject), outputs=subject.outputs, training=claim == "rows in training"
+    )
+    batch.assert_rows_independent(measured)
+    return measured
+
+
 def _unknown_claim(check: str, claim: Any, words: Sequence[str]) -> ValueError:
     return ValueError(f"{check!r} cannot be claimed to be {claim!r}. It is {', '.join(words)}.")
 
@@ -295,5 +350,12 @@ CHECKS: Mapping[str, Check] = {
             "every member's gradient is the claimed multiple of its gradient alone",
             _run_loss_scale,
         ),
+        Check(
+            "diversity",
+            "members start different in every drawn parameter and in their outputs",
+            _run_diversity,
+        ),
+        Check("data", "members see the samples that they are claimed to see", _run_data),
+        Check("batch", "row i of the output depends on row i of the input only", _run_batch),
     )
 }

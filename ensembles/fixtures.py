@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ensembles.checks.alone import MemberTrajectories
+    from ensembles.checks.batch import BatchIndependence
     from ensembles.checks.cost import ComputeCost
     from ensembles.checks.coupling import GradientCoupling
     from ensembles.checks.coverage import OptimizerCoverage
+    from ensembles.checks.data import MemberData
     from ensembles.checks.determinism import Determinism
+    from ensembles.checks.diversity import MemberDiversity
+    from ensembles.checks.effective_rates import Rates
     from ensembles.checks.graph import AutogradGraph
     from ensembles.checks.loss_scale import Claim, LossScale
     from ensembles.checks.ownership import OwnershipMap, Statement
@@ -33,10 +37,13 @@ if TYPE_CHECKING:
     from ensembles.subject import Members, Model, Outputs
 
 __all__ = [
+    "BatchFixture",
     "CostFixture",
     "CouplingFixture",
     "CoverageFixture",
+    "DataFixture",
     "DeterminismFixture",
+    "DiversityFixture",
     "GraphFixture",
     "LossScaleFixture",
     "OwnershipFixture",
@@ -44,9 +51,12 @@ __all__ = [
     "SharingFixture",
     "TrajectoryFixture",
     "autograd_graph",
+    "batch_independence",
     "compute_cost",
     "gradient_coupling",
     "loss_scale",
+    "member_data",
+    "member_diversity",
     "optimizer_coverage",
     "ownership_map",
     "parameter_sharing",
@@ -980,7 +990,7 @@ class LossScaleFixture:
         loss: Callable[[dict[str, Any]], Tensor],
         optimizer: Callable[[Any], Any],
         *,
-        lr: float | Sequence[float] | None = None,
+        lr: Rates | None = None,
         weight_decay: float | None = None,
         warmup: float | None = None,
         outputs: Outputs | None = None,
@@ -1027,3 +1037,212 @@ def loss_scale() -> LossScaleFixture:
           ...
     """
     return LossScaleFixture()
+
+
+class DiversityFixture:
+    """What `member_diversity` gives to a test.
+
+    The model is a function that builds it, which is called twice; or the model itself, of which
+    construction is not looked at.
+    """
+
+    def measure(
+        self,
+        model: Model | Callable[[], Model],
+        batch: Any = None,
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+    ) -> MemberDiversity:
+        """What members have in common at the start: `measure_member_diversity`."""
+        from ensembles.checks.diversity import measure_member_diversity
+
+        return measure_member_diversity(model, batch, outputs=outputs, members=members)
+
+    def assert_independent(
+        self,
+        model: Model | Callable[[], Model],
+        batch: Any = None,
+        *,
+        outputs: Outputs | None = None,
+        members: Members | None = None,
+        alike: Sequence[str] = (),
+        seeded: bool = False,
+    ) -> None:
+        """Checks that members differ in every drawn parameter and in their outputs.
+
+        Parameters of the names `alike` (`fnmatch`) are in common by design; `seeded` members have
+        a seed each, so that every construction gives the same ensemble.
+        """
+        __tracebackhide__ = True
+        from ensembles.checks.diversity import assert_members_diverse
+
+        measured = self.measure(model, batch, outputs=outputs, members=members)
+        assert_members_diverse(measured, alike, seeded=seeded)
+
+
+@pytest.fixture
+def member_diversity() -> DiversityFixture:
+    """Promises that members start different, in every drawn parameter and in their outputs.
+
+    Catches copies of one initialised network, copies whose reset does not reach every layer, a
+    constructor that seeds, one state dict loaded into several members, and permuted twins. Zeros,
+    ones and pretrained weights may be in common.
+
+    Example::
+
+        def test_members_start_different(member_diversity):
+            member_diversity.assert_independent(
+                lambda: [resnet18() for _ in range(4)], torch.randn(4, 3, 32, 32))
+
+    Prints on failure::
+
+        members 0, 1 are claimed to start different, and are alike
+
+          blocks.0.conv1.weight   equal in members 0, 1
+          ...
+    """
+    return DiversityFixture()
+
+
+class DataFixture:
+    """What `member_data` gives to a test.
+
+    `data` is a function of the member's number (or name, where `members` are names) to sample
+    indices, a sampler or a loader; `size` is the number of samples in the data set.
+    """
+
+    def measure(
+        self,
+        data: Callable[[Any], Iterable[Any]],
+        members: int | Sequence[str] = 2,
+        *,
+        size: int | None = None,
+    ) -> MemberData:
+        """Which samples every member sees: `measure_member_data`."""
+        from ensembles.checks.data import measure_member_data
+
+        return measure_member_data(data, members, size=size)
+
+    def assert_bagged(
+        self,
+        data: Callable[[Any], Iterable[Any]],
+        members: int | Sequence[str] = 2,
+        *,
+        size: int | None = None,
+    ) -> None:
+        """Checks that every member sees a bootstrap of its own, drawn with replacement."""
+        __tracebackhide__ = True
+        from ensembles.checks.data import assert_members_bagged
+
+        assert_members_bagged(self.measure(data, members, size=size))
+
+    def assert_paired(
+        self, data: Callable[[Any], Iterable[Any]], members: int | Sequence[str] = 2
+    ) -> None:
+        """Checks that all members see the same samples in the same order."""
+        __tracebackhide__ = True
+        from ensembles.checks.data import assert_members_paired
+
+        assert_members_paired(self.measure(data, members))
+
+    def assert_shuffled(
+        self, data: Callable[[Any], Iterable[Any]], members: int | Sequence[str] = 2
+    ) -> None:
+        """Checks that members see the same samples, and no two of them in the same order."""
+        __tracebackhide__ = True
+        from ensembles.checks.data import assert_members_shuffled
+
+        assert_members_shuffled(self.measure(data, members))
+
+
+@pytest.fixture
+def member_data() -> DataFixture:
+    """Promises that members see the samples that they are claimed to see.
+
+    Catches bagged members that all get the same indices, bootstraps without replacement, paired
+    members whose loaders shuffle by themselves, and shuffled members that read in one order.
+
+    Example::
+
+        def test_members_are_bagged(member_data):
+            member_data.assert_bagged(lambda member: bootstrap_indices(seed=member), 4)
+
+    Prints on failure::
+
+        members 0, 1, 2, 3 are claimed bagged, and see the same samples
+
+          members 0, 1   the same 50000 samples   in the same order
+          ...
+    """
+    return DataFixture()
+
+
+class BatchFixture:
+    """What `batch_independence` gives to a test.
+
+    `axis` and `output_axis` are the axes of the rows in the batch and in each member's output.
+    """
+
+    def measure(
+        self,
+        model: Model,
+        batch: Any,
+        *,
+        outputs: Outputs | None = None,
+        training: bool = False,
+        axis: int = 0,
+        output_axis: int = 0,
+    ) -> BatchIndependence:
+        """Which rows of a batch reach which others: `measure_batch_independence`."""
+        from ensembles.checks.batch import measure_batch_independence
+
+        return measure_batch_independence(
+            model, batch, outputs=outputs, training=training, axis=axis, output_axis=output_axis
+        )
+
+    def assert_rows(
+        self,
+        model: Model,
+        batch: Any,
+        *,
+        outputs: Outputs | None = None,
+        training: bool = False,
+        axis: int = 0,
+        output_axis: int = 0,
+    ) -> None:
+        """Checks that every row of the output depends on its own row of the input only.
+
+        In eval mode; with `training` in training mode, but for BatchNorm, which mixes rows there.
+        """
+        __tracebackhide__ = True
+        from ensembles.checks.batch import assert_rows_independent
+
+        measured = self.measure(
+            model, batch, outputs=outputs, training=training, axis=axis, output_axis=output_axis
+        )
+        assert_rows_independent(measured)
+
+
+@pytest.fixture
+def batch_independence() -> BatchFixture:
+    """Promises that row i of the output depends on row i of the input, and on no other row.
+
+    Catches a view where a permute is meant, a norm over the batch in eval mode, attention that
+    takes the batch for the sequence, a softmax or maximum over all rows, and outputs that depend
+    on the place of a row or on their number. By values bit by bit, and by gradients.
+
+    Example::
+
+        def test_samples_do_not_mix(batch_independence):
+            batch_independence.assert_rows(PackedNet(members=4), torch.randn(4, 3, 32, 32))
+
+    Prints on failure::
+
+        rows of a batch are claimed independent, and reach each other in eval mode
+
+          member 0   input row 0 reaches output rows 1, 2, 3   change 0.51 of the output
+          ...
+          (12 of 12 pairs of different rows; first seen in encoder.attention (MultiheadAttention))
+    """
+    return BatchFixture()

@@ -15,9 +15,12 @@ import pytest
 from ensembles import message
 from ensembles.fixtures import (  # noqa: F401  (pytest finds fixtures by name in a plugin)
     autograd_graph,
+    batch_independence,
     compute_cost,
     gradient_coupling,
     loss_scale,
+    member_data,
+    member_diversity,
     optimizer_coverage,
     ownership_map,
     parameter_sharing,

@@ -52,6 +52,9 @@ class Subject:
             probabilities, log-probabilities, logits or classes.
         evaluate: The ensemble's metric: a function of the model, the batch and the labels, to a
             number.
+        data: What a member is trained on: a function of its number (its name, where the members
+            are a dict), to sample indices, a sampler, or a loader.
+        data_size: How many samples the data set has, where a member draws another number.
         claims: What the model promises: check name to claim (see `ensembles.claims`). What
             is not claimed is shown as such, and is never passed.
 
@@ -78,6 +81,8 @@ class Subject:
     clip: Callable[[Any], Any] | None = None
     predict: Callable[[Any, Any], Any] | None = None
     evaluate: Callable[[Any, Any, Tensor], Any] | None = None
+    data: Callable[[Any], Any] | None = None
+    data_size: int | None = None
     claims: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -88,7 +93,7 @@ class Subject:
             )
         for name in (
             *("batch", "outputs", "members", "optimizer", "loss"),
-            *("member_loss", "scheduler", "clip", "predict", "evaluate"),
+            *("member_loss", "scheduler", "clip", "predict", "evaluate", "data"),
         ):
             given = getattr(self, name)
             if given is not None and not callable(given):

@@ -1,0 +1,285 @@
+"""Promise: members differ at the start in every parameter that is drawn, and in their outputs.
+
+Catches members that are copies of one initialised network, copies whose re-initialisation does
+not reach every layer, a constructor that seeds, members built from one state dict, and permuted
+twins: other weights, the same function.
+
+A parameter is drawn if a second construction gives it other values, or, where a constructor
+leaves the generators in one state, or only a model was given, if its elements are not all one
+number. Zeros, ones and what a file gives are by design: members may have them in common, as long
+as their outputs differ. Outputs are compared in float64 where the model can be converted, within
+a relative 1e-9; otherwise within 64 units in the last place.
+
+Limits: members inside the tensors of one module (packed, stacked) are compared by their outputs,
+and by equal slices along any axis that divides by their number. Tensors that carry fewer than 20
+random bits, such as a few signs, may agree by chance and are not compared. Outputs that are the
+same for all rows, as behind a head that starts at zero, say nothing of the members.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ensembles.message import aligned, broken, counted, listed
+from ensembles.probes.likeness import (
+    Likeness,
+    Packed,
+    Separate,
+    built_from,
+    double_outputs,
+    same_outputs,
+    vary,
+)
+from ensembles.subject import (
+    Members,
+    Model,
+    Outputs,
+    checked_numbers,
+    is_one_module,
+    named_members,
+)
+
+__all__ = ["MemberDiversity", "assert_members_diverse", "measure_member_diversity"]
+
+
+@dataclass(frozen=True)
+class MemberDiversity:
+    """What members have in common at the start.
+
+    Attributes:
+        members: The members' names.
+        drawn: Names of the parameters that are drawn and were compared; of packed members, those
+            that hold a slice for each.
+        alike: Drawn parameters that members have in common.
+        twins: Groups of members whose outputs are the same.
+        outputs: "compared"; "none given" without a batch; or "constant", the same for all rows.
+        constructed: Whether construction was looked at: a function was given.
+        repeated: Whether two constructions in a row gave the same weights.
+        constant: Generators that construction leaves in one state, whatever it was before.
+    """
+
+    members: tuple[str, ...]
+    drawn: tuple[str, ...]
+    alike: tuple[Likeness, ...]
+    twins: tuple[tuple[str, ...], ...]
+    outputs: str
+    constructed: bool
+    repeated: bool
+    constant: tuple[str, ...]
+
+    def __str__(self) -> str:
+        same = {likeness.name for likeness in self.alike}
+        told = {
+            "compared": f"outputs of {_pairs(self.twins)} pairs are the same",
+            "none given": "outputs not looked at",
+            "constant": "outputs the same for all rows, and not compared",
+        }[self.outputs]
+        head = (
+            f"{counted(self.members, 'member')}, {len(same)} of "
+            f"{counted(self.drawn, 'drawn parameter')} alike, {told}"
+        )
+        lines = aligned([(likeness.name, str(likeness)) for likeness in self.alike])
+        lines += [f"one function: members {listed(group)}" for group in self.twins]
+        if self.constant:
+            lines.append(f"construction leaves generators in one state: {listed(self.constant)}")
+        return "\n".join([head, *(f"  {line}" for line in lines)])
+
+
+def measure_member_diversity(
+    model: Model | Callable[[], Model],
+    batch: Any = None,
+    *,
+    outputs: Outputs | None = None,
+    members: Members | None = None,
+) -> MemberDiversity:
+    """Compares what members start with, and what they compute.
+
+    Args:
+        model: A function that builds the model, which is called twice in a row under the present
+            seed; or a module, or the members as a list or dict of modules.
+        batch: A tensor, a tuple of positional arguments, or a dict of keyword arguments. Without
+            it outputs are not compared.
+        outputs: Splits what one module returns into member outputs.
+        members: Finds the member modules inside one module.
+
+    Returns:
+        The measurement. The model and the random generators are as before.
+
+    Raises:
+        ValueError: If there are fewer than two members, or nothing that could be compared.
+
+    Example:
+        >>> print(measure_member_diversity(
+        ...     lambda: [nn.Linear(4, 2) for _ in range(3)], torch.randn(5, 4)))
+        3 members, 0 of 2 drawn parameters alike, outputs of 0 pairs are the same
+    """
+    built = built_from(model)
+    checked_numbers(built.model)
+    found = {} if batch is None else double_outputs(built.model, batch, outputs)
+    if members is None and is_one_module(built.model):
+        names = list(found)
+        likenesses: Packed | Separate | None
+        likenesses = Packed(built, len(names)) if len(names) > 1 else None
+    else:
+        modules = named_members(built.model, members)
+        names = list(modules)
+        again = None if built.again is None else named_members(built.again, members)
+        likenesses = Separate(modules, again, bool(built.constant))
+    if len(names) < 2 or likenesses is None:
+        raise ValueError(
+            f"diversity compares members, and one was given ({listed(names) or 'one module'}). "
+            "Give a list of modules, members=a function that finds them inside the model, or a "
+            "batch and outputs= that splits what it returns."
+        )
+    alike = tuple(likenesses.found(names))
+    if not likenesses.drawn and not found:
+        raise ValueError(
+            "no trainable parameter is drawn, and no batch was given: there is nothing to compare. "
+            "Give a batch."
+        )
+    varied = {name: ys for name, ys in found.items() if vary(ys)}
+    return MemberDiversity(
+        members=tuple(names),
+        drawn=tuple(likenesses.drawn),
+        alike=alike,
+        twins=tuple(same_outputs(varied)),
+        outputs="none given" if not found else "compared" if varied else "constant",
+        constructed=built.again is not None,
+        repeated=built.repeated,
+        constant=built.constant,
+    )
+
+
+def assert_members_diverse(
+    diversity: MemberDiversity, alike: Sequence[str] = (), *, seeded: bool = False
+) -> None:
+    """Checks that members start different, in every drawn parameter and in their outputs.
+
+    Args:
+        diversity: From `measure_member_diversity`.
+        alike: Patterns (`fnmatch`) of parameters that members have in common by design, such as
+            those of a shared trunk.
+        seeded: Whether each member has a seed of its own by design, so that every construction
+            gives the same ensemble.
+
+    Raises:
+        ValueError: If nothing was compared, or a pattern names no drawn parameter.
+        AssertionError: If members are alike, or construction does not draw as it should.
+
+    Example:
+        >>> from copy import deepcopy
+        >>> first = nn.Linear(4, 2)
+        >>> assert_members_diverse(measure_member_diversity([first, deepcopy(first)]))
+        Traceback (most recent call last):
+        AssertionError: members 0, 1 are claimed to start different, and are alike
+        ...
+    """
+    __tracebackhide__ = True
+    for pattern in alike:
+        if not any(fnmatchcase(name, pattern) for name in diversity.drawn):
+            raise ValueError(
+                f"no drawn parameter is named {pattern!r}, which is claimed alike. Names are, for "
+                f"example, {listed(diversity.drawn, 3)}."
+            )
+    found = [
+        likeness
+        for likeness in diversity.alike
+        if not any(fnmatchcase(likeness.name, pattern) for pattern in alike)
+    ]
+    if not diversity.drawn and diversity.outputs != "compared":
+        raise ValueError(
+            "no parameter is drawn and outputs say nothing of the members (they are the same for "
+            "all rows, or none were given): give a batch, or a function that builds the model."
+        )
+    if found or diversity.twins:
+        raise AssertionError(_alike(diversity, found))
+    if not seeded and (diversity.constant or diversity.repeated):
+        rows = [
+            (f"generator {name}", "in one state after construction, whatever it was before")
+            for name in diversity.constant
+        ]
+        if diversity.repeated:
+            rows.append(("initial weights", "the same in two constructions in a row"))
+        raise AssertionError(
+            broken(
+                f"members {listed(diversity.members)} are claimed to draw their weights from the "
+                "global generators, and do not",
+                rows,
+                total=f"{counted(diversity.drawn, 'drawn parameter')} in all",
+                meaning="The members differ, and the next ensemble, with any seed, is this one "
+                "again.",
+                remedy=_SEEDED,
+            )
+        )
+
+
+# --- how the assertion looks --------------------------------------------------------------------
+
+_SEEDED = (
+    "Usual cause: torch.manual_seed(...) inside a constructor. Seed once, outside; in a "
+    "constructor use torch.random.fork_rng(). Members with a seed each by design are claimed as "
+    "seeded."
+)
+
+
+def _alike(diversity: MemberDiversity, found: Sequence[Likeness]) -> str:
+    whole = {likeness.name for likeness in found if likeness.how == "equal"}
+    reordered = [likeness for likeness in found if "order" in likeness.how]
+    rows = [(likeness.name, str(likeness)) for likeness in found]
+    rows += [
+        ("outputs", f"equal to rounding in members {listed(group)}") for group in diversity.twins
+    ]
+    if reordered and len(reordered) == len(found) and diversity.twins:
+        meaning = "They are permuted twins: the weights differ, and the function is the same."
+        remedy = "Usual cause: hidden units of a copy that were permuted. Draw each member anew."
+    elif not found:
+        meaning = (
+            "Their weights differ, and the function is the same: they are twins (units permuted, "
+            "scaled, or weights that the output does not use)."
+            if diversity.drawn
+            else "They are one network, however it was loaded."
+        )
+        remedy = "Draw each member anew, or load another checkpoint into each."
+    elif whole == set(diversity.drawn):
+        meaning = (
+            "They start as copies: on equal data they stay equal bit by bit, and the ensemble is "
+            "one network at the price of several."
+        )
+        remedy = _SEEDED if diversity.constant else _COPIED
+    elif reordered and len(reordered) == len(found):
+        meaning = "These tensors hold the same numbers in another order: they were not drawn anew."
+        remedy = _COPIED
+    else:
+        meaning = (
+            "Members that start alike in some layers have less to differ by than they seem: some "
+            "weight differs, and not every one."
+        )
+        remedy = _SEEDED if diversity.constant else _PARTLY
+    return broken(
+        f"members {listed(diversity.members)} are claimed to start different, and are alike",
+        rows,
+        total=f"{len({likeness.name for likeness in found})} of "
+        f"{counted(diversity.drawn, 'drawn parameter')}"
+        + (f", outputs of {_pairs(diversity.twins)} pairs" if diversity.twins else ""),
+        meaning=meaning,
+        remedy=remedy,
+    )
+
+
+_COPIED = (
+    "Usual cause: deepcopy of one initialised network, one state dict loaded into several, or "
+    "one seed for each. Build each member anew, without seeding in between."
+)
+_PARTLY = (
+    "Usual cause: a copy whose reset does not reach every layer (reset_parameters of some types "
+    "only, or of direct children only), or one block built once and copied. Build each member "
+    "anew, or claim by name what is alike by design."
+)
+
+
+def _pairs(groups: Sequence[Sequence[str]]) -> int:
+    return sum(math.comb(len(group), 2) for group in groups)

@@ -1,0 +1,366 @@
+"""What members have in common at the start: drawn parameters, and outputs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ensembles.message import listed
+from ensembles.message import seed as present_seed
+from ensembles.probes.recording import digest, generator_entries
+from ensembles.probes.state import generators_kept, preserved, seed_generators
+from ensembles.probes.training import fresh, hidden_modules
+from ensembles.subject import Model, Outputs, member_outputs, named_modules_of
+
+__all__ = [
+    "Built",
+    "Likeness",
+    "Packed",
+    "Separate",
+    "built_from",
+    "double_outputs",
+    "same_outputs",
+    "vary",
+]
+
+ENOUGH_BITS = 20
+"""Random bits that a tensor needs to be compared: one chance in a million to agree."""
+
+SOME = 0.1
+"""Share of drawn elements from which on two tensors agree in part: floats agree in none."""
+
+EXACT = 1e-9
+"""Relative difference of outputs in float64, below which two functions are one."""
+
+ROUNDING = 64
+"""The same in units in the last place, where the model stays in its own precision."""
+
+
+LOOKED_AT = 4096
+"""Elements of a tensor that are counted: enough to tell numbers from a few values."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """A drawn parameter that several members have in common.
+
+    Attributes:
+        name: The parameter's name in the members, or in the model.
+        members: The members that are alike.
+        how: "equal", "equal in 50 %" of its elements, or "equal but for the order".
+    """
+
+    name: str
+    members: tuple[str, ...]
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.how} in members {listed(self.members)}"
+
+
+# --- construction -------------------------------------------------------------------------------
+
+
+class Built(NamedTuple):
+    """A model, and what was seen of its construction.
+
+    Attributes:
+        model: The model.
+        again: A second one, built right after it; None where only a model was given.
+        constant: Generators that both constructions leave in one state.
+    """
+
+    model: Model
+    again: Model | None
+    constant: tuple[str, ...]
+
+    @property
+    def repeated(self) -> bool:
+        """Whether construction seeds, and gave the same weights twice in a row."""
+        if self.again is None or not self.constant:
+            return False
+        one, two = (
+            [p for module in named_modules_of(m).values() for p in module.parameters()]
+            for m in (self.model, self.again)
+        )
+        pairs = [(p, q) for p, q in zip(one, two, strict=False) if not _is_constant(p)]
+        return bool(pairs) and all(torch.equal(p, q) for p, q in pairs if p.shape == q.shape)
+
+
+def built_from(model: Model | Callable[[], Model]) -> Built:
+    """The model as given, or built twice in a row where a function was given.
+
+    Raises:
+        ValueError: If it is neither, or the function returns one object twice.
+
+    Example:
+        >>> built_from(lambda: nn.Linear(2, 2)).repeated
+        False
+    """
+    if isinstance(model, (nn.Module, Sequence, Mapping)):
+        return Built(model, None, ())
+    return _built_twice(model)
+
+
+def _built_twice(make: Callable[[], Model]) -> Built:
+    """Two constructions in a row, and the generators that both of them leave in one state."""
+    if not callable(make):
+        raise ValueError(
+            f"the model is an object of type {type(make).__name__}: give a module, a list or dict "
+            "of modules, or a function that builds one."
+        )
+    states = []
+    with generators_kept():
+        seed_generators(present_seed.get())
+        built = []
+        states.append(_generators())
+        for _ in range(2):
+            built.append(make())
+            states.append(_generators())
+    one, two = built
+    ours = {id(p) for module in named_modules_of(one).values() for p in module.parameters()}
+    theirs = {id(p) for module in named_modules_of(two).values() for p in module.parameters()}
+    if ours & theirs:
+        raise ValueError(
+            "the function returned the same parameters at both calls, so that construction cannot "
+            "be looked at. Build the model inside it: lambda: [Net() for _ in range(4)]."
+        )
+    before, after, later = states
+    constant = [name for name, state in after.items() if before[name] != state == later[name]]
+    return Built(one, two, tuple(constant))
+
+
+def _generators() -> dict[str, str]:
+    return {entry.name: entry.digest for entry in generator_entries()}
+
+
+# --- parameters ---------------------------------------------------------------------------------
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    values = tensor.detach().flatten()
+    return bool((values == values[0]).all()) if values.numel() else True
+
+
+def _drawn_elements(tensor: Tensor, again: Tensor | None, seeded: bool) -> Tensor | None:
+    """Which elements are drawn; None where none is."""
+    if again is None or again.shape != tensor.shape or seeded:
+        drawn = torch.full(tensor.shape, not _is_constant(tensor))
+    else:
+        drawn = (tensor.detach() != again.detach()).cpu()
+    return drawn if bool(drawn.any()) else None
+
+
+def _bits(*tensors: Tensor) -> float:
+    """Random bits in each of some tensors of one kind, by how many values they take."""
+    values = torch.cat([tensor.detach().flatten()[:LOOKED_AT] for tensor in tensors]).tolist()
+    distinct = len(set(values))
+    return (
+        math.inf if 2 * distinct > len(values) else tensors[0].numel() * math.log2(max(distinct, 1))
+    )
+
+
+class Separate:
+    """Members that are modules of their own.
+
+    Attributes:
+        drawn: Names of the parameters that are drawn in at least two members.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> pair = Separate({"a": layer, "b": layer}, None, False)
+        >>> [str(likeness) for likeness in pair.found(["a", "b"])]
+        ['equal in members a, b', 'equal in members a, b']
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        again: Mapping[str, nn.Module] | None,
+        seeded: bool,
+    ) -> None:
+        self.drawn: dict[str, None] = {}
+        self._holders: dict[tuple[str, torch.Size], dict[str, tuple[Tensor, Tensor]]] = {}
+        holders: Any = defaultdict(dict)
+        for member, module in modules.items():
+            others = {} if again is None else dict(_parameters(again[member]))
+            for name, parameter in _parameters(module):
+                if not parameter.requires_grad or not parameter.numel():
+                    continue
+                other = others.get(name)
+                elements = _drawn_elements(parameter, other, seeded)
+                if elements is None:
+                    continue
+                # Without a second construction the tensor itself says how many values it takes.
+                both = other is not None and other.shape == parameter.shape
+                told = (parameter, other) if both and other is not None else (parameter,)
+                if _bits(*told) >= ENOUGH_BITS:
+                    holders[name, parameter.shape][member] = (parameter.detach().cpu(), elements)
+        for (name, shape), held in holders.items():
+            if len(held) > 1:
+                self.drawn[name] = None
+                self._holders[name, shape] = held
+
+    def found(self, names: Sequence[str]) -> Iterator[Likeness]:
+        """Whatever members have in common."""
+        for (name, _), held in self._holders.items():
+            groups = _groups({m: digest(tensor) for m, (tensor, _) in held.items()})
+            yield from (Likeness(name, group, "equal") for group in groups if len(group) > 1)
+            firsts = [group[0] for group in groups]
+            for one, two in combinations(firsts, 2):
+                (x, drawn), (y, also) = held[one], held[two]
+                elements = drawn & also
+                share = float((x == y)[elements].float().mean()) if bool(elements.any()) else 0.0
+                if _bits(x) < math.inf:
+                    continue  # few values agree by chance, and in any order
+                if share > SOME:
+                    yield Likeness(name, (one, two), f"equal in {share:.0%}")
+                elif x.numel() > 1 and torch.equal(x.flatten().sort()[0], y.flatten().sort()[0]):
+                    yield Likeness(name, (one, two), "equal but for the order")
+
+
+class Packed:
+    """Members in slices of one module's tensors, along an axis that divides by their number.
+
+    Attributes:
+        drawn: Names of the parameters that have such slices.
+
+    Example:
+        >>> list(Packed(built_from(nn.Linear(2, 8)), 2).found(["a", "b"]))
+        []
+    """
+
+    def __init__(self, built: Built, members: int) -> None:
+        self.drawn: dict[str, None] = {}
+        self._members = members
+        self._slices: list[tuple[str, tuple[Tensor, ...]]] = []
+        (module,) = named_modules_of(built.model).values()
+        again = {} if built.again is None else dict(_parameters(_only(built.again)))
+        for name, parameter in _parameters(module):
+            if not parameter.requires_grad or not parameter.numel():
+                continue
+            drawn = _drawn_elements(parameter, again.get(name), bool(built.constant))
+            if drawn is None:
+                continue
+            for axis, size in enumerate(parameter.shape):
+                slices = parameter.detach().cpu().chunk(members, axis) if size else ()
+                if size % members or any(bool(_is_constant(part)) for part in slices):
+                    continue
+                if min(_bits(part) for part in slices) >= ENOUGH_BITS:
+                    self.drawn[name] = None
+                    self._slices.append((name, slices))
+
+    def found(self, names: Sequence[str]) -> Iterator[Likeness]:
+        """Slices that are equal."""
+        told: dict[tuple[str, tuple[str, ...]], None] = {}
+        for name, slices in self._slices:
+            digests = {names[i]: digest(part) for i, part in enumerate(slices)}
+            for group in _groups(digests):
+                if len(group) > 1:
+                    told[name, group] = None
+        yield from (Likeness(name, group, "equal") for name, group in told)
+
+
+def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(module.named_parameters())
+
+
+def _only(model: Model) -> nn.Module:
+    (module,) = named_modules_of(model).values()
+    return module
+
+
+def _groups(kinds: Mapping[str, str]) -> list[tuple[str, ...]]:
+    found: dict[str, list[str]] = {}
+    for member, kind in kinds.items():
+        found.setdefault(kind, []).append(member)
+    return [tuple(group) for group in found.values()]
+
+
+# --- outputs ------------------------------------------------------------------------------------
+
+
+def double_outputs(
+    model: Model, batch: Any, outputs: Outputs | None
+) -> dict[str, tuple[Tensor, ...]]:
+    """What members return in eval mode, in float64 where the model allows it.
+
+    Example:
+        >>> double_outputs(nn.Linear(2, 1), torch.ones(3, 2), None)["model"][0].dtype
+        torch.float64
+    """
+    try:
+        wide = copy.deepcopy(model)
+        for module in named_modules_of(wide).values():
+            module.double()
+        return _called(wide, pytree.tree_map(_double, batch), outputs)
+    except Exception:  # whatever a model does that knows one precision, or cannot be copied
+        return _called(model, batch, outputs)
+
+
+def _called(model: Model, batch: Any, outputs: Outputs | None) -> dict[str, tuple[Tensor, ...]]:
+    modules = list(named_modules_of(model).values())
+    with preserved([*modules, *hidden_modules(modules)]), torch.no_grad():
+        for module in (*modules, *hidden_modules(modules)):
+            module.eval()
+        seed_generators(present_seed.get())
+        return member_outputs(model, fresh(batch), outputs=outputs)
+
+
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def vary(tensors: Sequence[Tensor]) -> bool:
+    """Whether outputs depend on the row, or, of one row, are not all one number.
+
+    Example:
+        >>> vary([torch.eye(2)]), vary([torch.ones(2, 3)])
+        (True, False)
+    """
+    return any(
+        bool((y != y[:1]).any()) if y.ndim and y.shape[0] > 1 else not _is_constant(y)
+        for y in tensors
+    )
+
+
+def same_outputs(found: Mapping[str, tuple[Tensor, ...]]) -> list[tuple[str, ...]]:
+    """Groups of members whose outputs are the same to rounding.
+
+    Example:
+        >>> y = torch.randn(3, 2)
+        >>> same_outputs({"a": (y,), "b": (y + 1,), "c": (y.clone(),)})
+        [('a', 'c')]
+    """
+    groups: list[list[str]] = []
+    for member, tensors in found.items():
+        for group in groups:
+            if _same(found[group[0]], tensors):
+                group.append(member)
+                break
+        else:
+            groups.append([member])
+    return [tuple(group) for group in groups if len(group) > 1]
+
+
+def _same(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
+    """Equal to rounding, and much closer to each other than rows are."""
+    if [y.shape for y in one] != [y.shape for y in two]:
+        return False
+    for x, y in zip(one, two, strict=True):
+        relative = EXACT if x.dtype == torch.float64 else ROUNDING * torch.finfo(x.dtype).eps
+        x, y = x.double(), y.double()
+        distance = float((x - y).abs().max()) if x.numel() else 0.0
+        spread = float(x.std(0).max()) if x.ndim and x.shape[0] > 1 else math.inf
+        if not distance <= min(relative * float(x.abs().max()), 0.01 * spread):
+            return False
+    return True
