@@ -279,7 +279,7 @@ _CAUSES = {
     "between runs.",
 }
 _CONSTRUCTION = (
-    "Usual cause: weights drawn from the clock, from numpy.random.default_rng() or os.urandom, or "
+    "Usual cause: a seed from the clock, weights from numpy.random.default_rng() or os.urandom, or "
     "a factory that keeps a generator between calls. Draw them from torch's global generator."
 )
 _IMPORT = (

@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -189,7 +190,7 @@ def assert_loader_deterministic(loading: LoaderDeterminism, *, augmented: bool =
                 "workers and epochs are claimed to augment each in its own way, and repeat "
                 "each other",
                 _rows(loading.repeated),
-                total=f"{counted(loading.repeated, 'stream')} of several, "
+                total=f"{counted(loading.repeated, 'repeated stream')}, "
                 f"{counted(range(loading.workers), 'worker')}, {loading.epochs} epochs",
                 meaning="The same random numbers augment other samples over and over.",
                 remedy=(
@@ -231,14 +232,16 @@ def _streams(loader: DataLoader[Any], epochs: int) -> dict[str, dict[str, list[s
             "multiprocessing_context": loader.multiprocessing_context,
             "persistent_workers": loader.persistent_workers,
         }
-    probe: DataLoader[Any] = DataLoader(
-        loader.dataset,
-        batch_sampler=asked,
-        num_workers=loader.num_workers,
-        collate_fn=_Watch(loader.collate_fn),
-        generator=loader.generator,
-        **workers,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few cores: the user's own loader has warned already
+        probe: DataLoader[Any] = DataLoader(
+            loader.dataset,
+            batch_sampler=asked,
+            num_workers=loader.num_workers,
+            collate_fn=_Watch(loader.collate_fn),
+            generator=loader.generator,
+            **workers,
+        )
     streams: dict[str, dict[str, list[str]]] = {}
     for epoch in range(epochs):
         for number, found in enumerate(probe):

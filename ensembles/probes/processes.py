@@ -69,10 +69,15 @@ def runs_in_processes(
                     text=True,
                 )
             )
-        return [
-            _entries(process, Path(folder, f"entries{number}.json"), factory)
-            for number, process in enumerate(started)
-        ]
+        try:
+            return [
+                _entries(process, Path(folder, f"entries{number}.json"), factory)
+                for number, process in enumerate(started)
+            ]
+        finally:
+            for process in started:
+                process.kill()
+                process.communicate()
 
 
 def run_of_factory(folder: str, number: int) -> None:
@@ -112,8 +117,6 @@ def _entries(process: subprocess.Popen[str], file: Path, factory: str) -> tuple[
     try:
         _, errors = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired as error:
-        process.kill()
-        process.communicate()
         raise ValueError(f"{factory} took more than {TIMEOUT} s in its own process.") from error
     if process.returncode:
         lines = errors.strip().splitlines() or [f"exit status {process.returncode}"]
