@@ -210,12 +210,16 @@ def _moved_by_loss(
         with generators_kept():
             expected = output_gradients(loss, values)
         for step in members:
-            changed = {**values, step: tuple(_nudged(y) for y in values[step])}
-            with generators_kept():
-                seen = output_gradients(loss, changed)
-            for member in members:
-                pairs = zip(expected[member], seen[member], strict=True)
-                by = max(distance(a, b) for a, b in pairs)
+            moved: dict[str, float] = {}
+            for change in (_nudged, _turned):
+                changed = {**values, step: tuple(change(y) for y in values[step])}
+                with generators_kept():
+                    seen = output_gradients(loss, changed)
+                for member in members:
+                    pairs = zip(expected[member], seen[member], strict=True)
+                    by = max(distance(a, b) for a, b in pairs)
+                    moved[member] = max(by, moved.get(member, 0.0))
+            for member, by in moved.items():
                 if by and member != step:
                     yield Moved(step, member, "loss", by)
 
@@ -225,6 +229,11 @@ def _nudged(output: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     share = 0.25 * (1 - torch.rand(output.shape, generator=generator)).to(output)
     return torch.where(output == 0, share, output * (1 - share))
+
+
+def _turned(output: Tensor) -> Tensor:
+    """The same numbers for other classes: who is right, or the surest, is somebody else."""
+    return output.flip(-1) if output.ndim else -output
 
 
 def assert_members_uncoupled(coupling: GradientCoupling) -> None:

@@ -11,7 +11,6 @@ finding only where the parameter reaches no output by structure either, in train
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,12 +163,12 @@ def measure_optimizer_coverage(
     }
     false_freezes = tuple(_false_freezes(model))
     flow = Flow()
-    with _methods_kept([entry.tensor for entry in parameters.values()]):
+    with preserved(model):  # what the function that builds the optimizer freezes is frozen here
         optimizers = _given_optimizers(optimizer, model)
         if batch is not None:
             with torch.inference_mode(False), torch.enable_grad():
                 flow = gradient_flow(model, batch, outputs=outputs, loss=loss)
-    trainable = {key: entry for key, entry in parameters.items() if entry.tensor.requires_grad}
+        trainable = {key: entry for key, entry in parameters.items() if entry.tensor.requires_grad}
     if not trainable and not flow.lost:
         raise ValueError(
             "the model registers no trainable parameters: there is nothing to train. Usual cause: "
@@ -278,8 +277,7 @@ def _given_optimizers(optimizer: Any, model: Model) -> tuple[Optimizer, ...]:
             f"({', '.join(type(one).__name__ for one in given) or 'it is empty'}). Give a "
             "torch.optim.Optimizer, a list of them, or a function of the model."
         )
-    with preserved(model):
-        return optimizers_of(optimizer, model)
+    return optimizers_of(optimizer, model)
 
 
 def _slots(optimizers: Sequence[Optimizer]) -> Slots:
@@ -381,15 +379,3 @@ def _false_freezes(model: Model) -> Iterator[Finding]:
                         f"{member}.{name}.{word} = False",
                         "the parameter still requires gradients",
                     )
-
-
-@contextmanager
-def _methods_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Uncovers `requires_grad_` of parameters where a false freeze hides the method."""
-    hidden = [tensor for tensor in parameters if "requires_grad_" in vars(tensor)]
-    values = [vars(tensor).pop("requires_grad_") for tensor in hidden]
-    try:
-        yield
-    finally:
-        for tensor, value in zip(hidden, values, strict=True):
-            vars(tensor)["requires_grad_"] = value

@@ -2,20 +2,21 @@
 
 A gradient that is missing or zero at the present values says little: a zero-initialised branch, a
 dead ReLU and a dropped block have none either. So the structure decides what is cut: a parameter
-that no output depends on in train or eval mode, with generic values or other draws of the weights.
+that nothing which the loss uses depends on in train mode, with generic values or other draws of
+the weights and of what the model draws itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ensembles.probes.influence import influence
+from ensembles.probes.influence import probing
 from ensembles.probes.registers import Registered, registered
 from ensembles.probes.state import parameters_kept, preserved
 from ensembles.probes.training import (
@@ -38,6 +39,9 @@ LOSS_DRAWS = 16
 """Draws of a random loss for each member: one that picks a member at random leaves a given one
 out of all of them with a probability of less than exp(-16)."""
 
+STRUCTURE_DRAWS = 4
+"""Draws of what a model draws itself (blocks that it skips) for the transparent look."""
+
 ROUTING_DRAWS = 16
 """Draws of other weights before a parameter is called cut: hard routing sends rows to an expert
 for some of them. Needed only where something was found."""
@@ -52,7 +56,7 @@ class Flow:
         of_loss: Ids of the leaves of the loss. Its own weights are among them.
         without_gradient: Trainable parameters that are cut from every output, or unused.
         zero_gradient: Trainable parameters whose gradient is zero whatever the values are.
-        unused_members: Members whose output the loss does not use.
+        unused_members: Members whose output the loss does not use, whatever the predictions.
     """
 
     lost: Mapping[int, Tensor] = field(default_factory=dict)
@@ -106,18 +110,20 @@ def gradient_flow(
         asked = [*(entry.tensor for entry in trainable.values()), *lost.values()]
         of_loss: frozenset[int] = frozenset()
         unused: tuple[str, ...] = ()
+        used = {member: [True] * len(ys) for member, ys in found.items()}
         if loss is None:
             gradients = projected_gradients(every, asked)
         else:
             value = loss_of(loss, found)
             of_loss = frozenset(id(leaf) for leaf in leaves_of([value]))
             gradients = gradients_of([value], [torch.ones_like(value)], asked)
-            unused = _unused_members(loss, values)
+            used = _used_outputs(loss, values)
+            unused = tuple(member for member, tensors in used.items() if not any(tensors))
         pairs = list(zip(trainable, gradients[: len(trainable)], strict=True))
         dead = [name for name, gradient in pairs if gradient is None or not _lives(gradient)]
         suspects = {name: trainable[name] for name in dead}
         live = any(y.requires_grad for y in every)
-        cut = _cut(model, batch, outputs, suspects, modes=(True, False) if live else (False,))
+        cut = _cut(_Call(model, batch, outputs, used), suspects, live=live)
     return Flow(
         lost=lost,
         of_loss=of_loss,
@@ -140,47 +146,70 @@ def _lives(gradient: Tensor) -> bool:
     return bool(values_of(gradient).any())
 
 
-def _unused_members(loss: Loss, values: Mapping[str, tuple[Tensor, ...]]) -> tuple[str, ...]:
-    """Members whose output has no gradient in the loss, in any draw of a random loss."""
-    left = dict.fromkeys(values)
-    for _ in range(LOSS_DRAWS * len(values)):
-        for member, gradients in output_gradients(loss, values).items():
-            if any(gradient is not None for gradient in gradients):
-                left.pop(member, None)
-        if not left:
+def _used_outputs(loss: Loss, values: Mapping[str, tuple[Tensor, ...]]) -> dict[str, list[bool]]:
+    """Which outputs have a gradient in the loss, in any draw of a random loss or of predictions."""
+    used = {member: [False] * len(ys) for member, ys in values.items()}
+    for draw in range(LOSS_DRAWS * len(values)):
+        # A factor keeps the kind of a prediction: probabilities stay positive, signs stay.
+        other = {m: tuple(y * torch.randn_like(y).exp() for y in ys) for m, ys in values.items()}
+        try:
+            found = output_gradients(loss, other if draw else values)
+        except ValueError:
+            if not draw:
+                raise
+            continue  # the loss does not take any predictions; what is known already stands
+        for member, gradients in found.items():
+            for i, gradient in enumerate(gradients):
+                used[member][i] |= gradient is not None and _lives(gradient)
+        if all(all(tensors) for tensors in used.values()):
             break
-    return tuple(left)
+    return used
 
 
 # --- what is cut by structure -------------------------------------------------------------------
 
 
-def _cut(
-    model: Model,
-    batch: Any,
-    outputs: Outputs | None,
-    suspects: Mapping[str, Registered],
-    *,
-    modes: tuple[bool, ...],
-) -> set[str]:
-    """The suspects that no output depends on by structure either, in any of the modes."""
+class _Call(NamedTuple):
+    """How the model is called, and which of its outputs the loss uses."""
+
+    model: Model
+    batch: Any
+    outputs: Outputs | None
+    used: Mapping[str, list[bool]]
+
+    def kept(self, found: Mapping[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]]:
+        kept = {}
+        for member, ys in found.items():
+            used = self.used.get(member, [])
+            # A member that is not used at all is a finding by itself.
+            partly = any(used) and len(used) == len(ys)
+            kept[member] = tuple(y for y, u in zip(ys, used, strict=True) if u) if partly else ys
+        return kept
+
+
+def _cut(call: _Call, suspects: Mapping[str, Registered], *, live: bool) -> set[str]:
+    """The suspects that nothing which the loss uses depends on by structure either."""
     left = dict(suspects)
     errors = []
-    for training in modes:
+    for draw in range(STRUCTURE_DRAWS):
         if not left:
             break
         try:
-            for _, reached in influence(model, fresh(batch), outputs=outputs, training=training):
-                left = {n: entry for n, entry in left.items() if not _reached(entry, reached)}
+            with probing(
+                call.model, fresh(call.batch), outputs=call.outputs, training=True, draw=draw
+            ) as probe:
+                probe = replace(probe, outputs=call.kept(probe.outputs))
+                for member in probe.outputs:
+                    reached = probe.reach(member)
+                    left = {n: entry for n, entry in left.items() if not _reached(entry, reached)}
         except ValueError as error:
-            # One mode is enough to judge by: some models enable gradients in train mode only.
             errors.append(error)
-    if left and len(errors) == 2:
-        raise errors[0]
+    if left and live and len(errors) == STRUCTURE_DRAWS:
+        raise errors[0]  # without a graph in train mode, that is what is found
     for draw in range(ROUTING_DRAWS):
         if not left:
             break
-        found = _reached_elsewhere(model, batch, outputs, draw, left)
+        found = _reached_elsewhere(call, draw, left)
         left = {name: entry for name, entry in left.items() if name not in found}
     return set(left)
 
@@ -190,25 +219,19 @@ def _reached(entry: Registered, reached: Mapping[str, Tensor | None]) -> bool:
     return any(mask is not None and bool(mask.any()) for mask in masks)
 
 
-def _reached_elsewhere(
-    model: Model,
-    batch: Any,
-    outputs: Outputs | None,
-    draw: int,
-    left: Mapping[str, Registered],
-) -> set[str]:
+def _reached_elsewhere(call: _Call, draw: int, left: Mapping[str, Registered]) -> set[str]:
     """The suspects with a gradient for other weights: routers choose other experts there."""
-    with preserved(model):
+    with preserved(call.model):
         torch.manual_seed(draw)
         with torch.no_grad():
-            for entry in registered(model):
+            for entry in registered(call.model):
                 if entry.kind == "parameter" and entry.tensor.requires_grad:  # frozen: maybe a mask
                     entry.tensor.add_(_noise_like(entry.tensor))
         try:
-            found = member_outputs(model, fresh(batch), outputs=outputs)
+            found = member_outputs(call.model, fresh(call.batch), outputs=call.outputs)
         except ValueError:  # the model does not take any values; what is known already stands
             return set()
-        every = [y for ys in found.values() for y in ys]
+        every = [y for ys in call.kept(found).values() for y in ys]
         gradients = projected_gradients(every, [entry.tensor for entry in left.values()])
         return {
             name

@@ -132,7 +132,7 @@ def step_effects(
         if is_one_module(model):
             _train_call(bench, model)
         with parameters_kept(model):
-            found = _eval_call(bench)
+            found = _yielded(bench)
         _check_members(found)
         bench = replace(bench, holders=_named_as(list(found), holders))
         control = _Seen(found, _tensors(bench)).copied()
@@ -225,7 +225,21 @@ class _Seen:
 
 def _see(bench: _Bench) -> _Seen:
     """What the model now yields and holds; the tensors are the model's own."""
-    return _Seen(_eval_call(bench), _tensors(bench))
+    return _Seen(_yielded(bench), _tensors(bench))
+
+
+def _yielded(bench: _Bench) -> dict[str, tuple[Tensor, ...]]:
+    """Outputs in eval mode, and of one module in train mode before.
+
+    Members of one module may also mix in train mode only, or by what it leaves in buffers.
+    """
+    if not is_one_module(bench.model):
+        return _eval_call(bench)
+    trained = _train_call(bench, bench.model).outputs
+    return {
+        member: (*ys, *(y.detach() for y in trained.get(member, ())))
+        for member, ys in _eval_call(bench).items()
+    }
 
 
 def _eval_call(bench: _Bench) -> dict[str, tuple[Tensor, ...]]:
@@ -285,8 +299,8 @@ def _check_members(found: Mapping[str, Sequence[Tensor]]) -> None:
     for name, tensors in found.items():
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise ValueError(
-                f"the output of member {name} holds NaN or infinity in eval mode, before any "
-                "step. Nothing can be concluded from it."
+                f"the output of member {name} holds NaN or infinity before any step. Nothing can "
+                "be concluded from it."
             )
 
 
@@ -386,7 +400,7 @@ def _take_step(bench: _Bench, gradients: Sequence[tuple[Tensor, Tensor]]) -> Non
     with generators_kept():
         optimizers = _built(bench)
         for parameter, gradient in gradients:
-            parameter.grad = gradient
+            parameter.grad = _laid_out(gradient, parameter)
         for optimizer in optimizers:
             try:
                 optimizer.step()
@@ -406,6 +420,13 @@ def _built(bench: _Bench) -> Sequence[Optimizer]:
 def _held_by(optimizers: Sequence[Optimizer]) -> list[Tensor]:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return list({id(p): p for group in groups for p in group["params"]}.values())
+
+
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """As backward() accumulates it: fused optimizers read memory, and trust the strides."""
+    if gradient.layout is not torch.strided:
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _scaled(gradient: Tensor) -> Tensor:

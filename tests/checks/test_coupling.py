@@ -682,3 +682,66 @@ def test_claims_are_checked(claim, status):
     )
     (result,) = (r for r in check_ensemble(subject) if r.check == "coupling")
     assert result.status == status
+
+
+# --- what only training shows, and what only a decision couples ----------------------------------
+
+
+class TwoInOne(nn.Module):
+    """Two members in one weight, and what happens between their layers."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(2, 6, 4))
+        self.second = nn.Parameter(torch.randn(2, 4, 3))
+        self.between = between
+
+    def forward(self, x):
+        h = self.between(self, torch.einsum("bi,mio->mbo", x, self.first).relu())
+        return list(torch.einsum("mbi,mio->mbo", h, self.second))
+
+
+def test_a_mean_over_members_in_train_mode_only_is_broken():
+    model = TwoInOne(lambda net, h: h - h.mean(0).detach() if net.training else h)
+    with pytest.raises(AssertionError, match="a training step on one moves another"):
+        assert_members_uncoupled(measure_gradient_coupling(model, torch.randn(5, 6)))
+
+
+def test_statistics_that_members_of_one_module_share_are_broken():
+    norm = nn.BatchNorm1d(4, affine=False)
+    model = TwoInOne(lambda net, h: torch.stack([norm(one) for one in h]))
+    model.norm = norm
+    with pytest.raises(AssertionError, match="a training step on one moves another"):
+        assert_members_uncoupled(measure_gradient_coupling(model, torch.randn(5, 6)))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD])
+def test_a_fused_optimizer_gets_gradients_as_it_expects_them(make, fused):
+    def build(net):
+        return make(net.parameters(), lr=0.1, fused=fused)
+
+    model = TwoInOne(lambda net, h: h)
+    measured = measure_gradient_coupling(model, torch.randn(5, 6), optimizer=build)
+    assert_members_uncoupled(measured)
+
+
+def winner(outputs):
+    losses = torch.stack([cross_entropy(y, LABELS, reduction="none") for y in outputs.values()])
+    return losses.min(0).values.sum()
+
+
+def pseudo_labels(outputs):
+    best = torch.stack([y.softmax(-1) for y in outputs.values()]).mean(0).argmax(-1)
+    return sum(cross_entropy(y, best) for y in outputs.values())
+
+
+LABELS = torch.tensor([0, 1, 2, 0, 1])
+
+
+@pytest.mark.parametrize("loss", [winner, pseudo_labels])
+def test_a_loss_that_couples_by_a_decision_is_broken(loss):
+    model = TwoInOne(lambda net, h: h)
+    measured = measure_gradient_coupling(model, torch.randn(5, 6), loss=loss)
+    with pytest.raises(AssertionError, match="the loss trains each by what others predict"):
+        assert_members_uncoupled(measured)

@@ -495,14 +495,14 @@ class Auxiliary(nn.Module):
 
 
 class DropsAll(nn.Module):
-    """A residual block that stochastic depth leaves out."""
+    """A residual block that stochastic depth leaves out, half of the time."""
 
     def __init__(self):
         super().__init__()
         self.block = nn.Linear(6, 6)
 
     def forward(self, x):
-        return x if self.training else x + self.block(x)
+        return x if self.training and torch.rand(()) < 0.5 else x + self.block(x)
 
 
 class Experts(nn.Module):
@@ -535,7 +535,7 @@ def zero_head():
 
 
 def dropped():
-    return nn.Sequential(nn.Linear(6, 6), nn.Dropout(1.0), nn.Linear(6, 3))
+    return nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.999), nn.Linear(6, 3))
 
 
 def weight_normed():
@@ -564,7 +564,6 @@ def with_a_teacher():
         ReZero,
         SingleHead,
         lambda: Auxiliary(True),
-        lambda: Auxiliary(False),
         DropsAll,
         Experts,
         dead_relus,
@@ -575,8 +574,8 @@ def with_a_teacher():
         with_a_teacher,
     ],
     ids=[
-        "low_rank", "re_zero", "key_bias", "auxiliary_in_training", "auxiliary_in_eval",
-        "stochastic_depth", "experts", "dead_relus", "zero_head", "dropout", "weight_norm",
+        "low_rank", "re_zero", "key_bias", "auxiliary_in_training", "stochastic_depth",
+        "experts", "dead_relus", "zero_head", "dropout", "weight_norm",
         "pruned", "teacher",
     ],
 )  # fmt: skip
@@ -816,3 +815,85 @@ def test_claims_are_checked(claim, optimizer, status):
     )
     (result,) = (r for r in check_ensemble(subject) if r.check == "coverage")
     assert result.status == status
+
+
+# --- what trains is what the loss uses, in train mode -------------------------------------------
+
+
+def found_in(model, **options):
+    found = measure_optimizer_coverage(model, sgd, batch_for(mlp), **options).findings
+    return [(finding.kind, finding.place) for finding in found]
+
+
+def cut_in_training(net, x):
+    with torch.set_grad_enabled(not net.training):
+        hidden = net.trunk(x).relu()
+    return net.head(hidden)
+
+
+def other_head_in_training(net, x):
+    head = net.head if net.training else net.spare
+    return head(net.trunk(x))
+
+
+def test_a_trunk_that_is_cut_in_train_mode_only_is_broken():
+    assert found_in(Net(cut_in_training)) == [
+        ("without gradient", "model.trunk.weight"),
+        ("without gradient", "model.trunk.bias"),
+    ]
+
+
+def test_a_head_that_predicts_and_is_never_trained_is_broken():
+    assert found_in(Net(other_head_in_training, spare=nn.Linear(6, 3))) == [
+        ("without gradient", "model.spare.weight"),
+        ("without gradient", "model.spare.bias"),
+    ]
+    assert {kind for kind, _ in found_in(Auxiliary(False))} == {"without gradient"}
+
+
+def test_dropout_of_everything_is_broken():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(1.0), nn.Linear(6, 3))
+    assert ("zero gradient", "model.0.weight") in found_in(model)
+
+
+def test_a_member_with_weight_zero_in_the_loss_is_broken():
+    def loss(outputs):
+        return sum(w * y.square().mean() for w, y in zip((1.0, 0.0), outputs.values(), strict=True))
+
+    found = measure_optimizer_coverage(
+        [mlp(), mlp()], lambda two: [sgd(one) for one in two], batch_for(mlp), loss=loss
+    )
+    assert found.places("without gradient") == ("output of member 1",)
+
+
+def test_an_output_that_the_loss_leaves_out_is_broken():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.head, self.extra = nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.trunk(x)), self.extra(self.trunk(x))
+
+    options = {"outputs": lambda out: {"model": out}}
+    assert found_in(TwoHeads(), loss=lambda ys: ys["model"][0].square().mean(), **options) == [
+        ("without gradient", "model.extra.weight"),
+        ("without gradient", "model.extra.bias"),
+    ]
+    both = lambda ys: sum(y.square().mean() for y in ys["model"])  # noqa: E731
+    assert found_in(TwoHeads(), loss=both, **options) == []
+
+
+def test_a_loss_that_is_flat_at_the_present_predictions_is_no_finding():
+    hinge = lambda ys: (ys["model"].abs() - 5).clamp(min=0).mean()  # noqa: E731
+    assert found_in(mlp(), loss=hinge) == []
+
+
+def test_what_the_optimizers_function_freezes_is_frozen():
+    def of_head(net):
+        net.trunk.requires_grad_(False)
+        return torch.optim.SGD(net.head.parameters(), lr=0.1)
+
+    model = Net(lambda net, x: net.head(net.trunk(x)))
+    assert measure_optimizer_coverage(model, of_head, batch_for(mlp)).findings == ()
+    assert all(p.requires_grad for p in model.parameters())

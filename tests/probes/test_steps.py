@@ -46,14 +46,14 @@ def decaying(model):
 @pytest.mark.parametrize(
     ("shared", "optimizer", "expected"),
     [
-        # Train mode: the control and the call that serves all members. Eval mode: the control
-        # twice, and once after each step.
-        (False, None, (2, 2 + 3)),
-        (False, momentum, (2, 2 + 3)),
-        (False, decaying, (2, 2 + 3)),
-        (True, momentum, (2, 2 + 3)),
+        # A look is a call in each mode: the control twice, and once after each step. Besides, in
+        # train mode, the call before the control, and the one that serves all members.
+        (False, None, (2 + 2 + 3, 2 + 3)),
+        (False, momentum, (2 + 2 + 3, 2 + 3)),
+        (False, decaying, (2 + 2 + 3, 2 + 3)),
+        (True, momentum, (2 + 2 + 3, 2 + 3)),
         # What decay moves of a shared layer is looked at once more for each member.
-        (True, decaying, (2, 2 + 2 * 3)),
+        (True, decaying, (2 + 2 + 2 * 3, 2 + 2 * 3)),
     ],
     ids=["default", "momentum", "decay", "shared_momentum", "shared_decay"],
 )
