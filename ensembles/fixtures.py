@@ -1241,7 +1241,7 @@ def batch_independence() -> BatchFixture:
 
         rows of a batch are claimed independent, and reach each other in eval mode
 
-          member 0   input row 0 reaches output rows 1, 2, 3   change 0.51 of the output
+          member 0   input row 0 reaches output rows 1, 2, 3   by 0.51 of the largest
           ...
           (12 of 12 pairs of different rows; first seen in encoder.attention (MultiheadAttention))
     """

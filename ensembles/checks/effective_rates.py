@@ -10,20 +10,25 @@ The effective rates are those of `ensembles.checks.loss_scale`, over the whole s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import torch
 
 from ensembles.checks.loss_scale import LossScale, MemberScale
 from ensembles.message import broken, counted, listed
-from ensembles.probes.rates import Rate, close, fraction, near
+from ensembles.probes.rates import Rate, close, fraction, rates_of
 
 __all__ = ["assert_rates_effective"]
+
+Rates = float | Sequence[float] | Callable[[list[torch.nn.Parameter]], Any]
+"""One learning rate, the rate at every step, or what builds optimizer and scheduler."""
 
 
 def assert_rates_effective(
     scale: LossScale,
     *,
-    lr: float | Sequence[float] | None = None,
+    lr: Rates | None = None,
     weight_decay: float | None = None,
     warmup: float | None = None,
 ) -> None:
@@ -31,15 +36,17 @@ def assert_rates_effective(
 
     Args:
         scale: From `measure_loss_scale` with `optimizer=`.
-        lr: The single model's learning rate: the one that its optimizer is built with, or its
-            rate at every step. With one number, the schedule must be proportional to it where
-            the loss scales gradients.
+        lr: The single model's learning rate. One number is what its optimizer is built with; its
+            rates at every step are a list, or a function of a list of parameters that builds its
+            optimizer and returns the scheduler.
         weight_decay: The single model's weight decay, in the groups that have any.
         warmup: After how many steps the full rate (that the optimizer is built with) is reached:
             0 at once, and a fraction at the next whole step. It is never exceeded.
 
     Raises:
-        ValueError: If nothing is claimed, or rates were not measured, or there are none.
+        ValueError: If nothing is claimed, rates were not measured or do not exist, or one number
+            is claimed where the loss scales gradients and the schedule holds absolute rates:
+            whether those were scaled too, only the single model's schedule can say.
         AssertionError: If effective rates are others.
 
     Example:
@@ -62,11 +69,12 @@ def assert_rates_effective(
             f"no optimizer group holds parameters of member {listed(bare)}, so that it has no "
             "rates. Give optimizer=a function of the model; the coverage check says what it lacks."
         )
-    findings = [row for member, rate in rates for row in _findings(member, rate, lr, weight_decay)]
+    claimed = _claimed(lr, len(rates[0][1].scheduled))
+    findings = [
+        row for member, rate in rates for row in _findings(member, rate, claimed, weight_decay)
+    ]
     if not findings and warmup is not None:
         findings = [row for member, rate in rates for row in _warmups(member, rate, warmup)]
-    if not findings and isinstance(lr, (int, float)):
-        findings = [row for member, rate in rates for row in _absolutes(scale, member, rate)]
     if not findings:
         return
     raise AssertionError(
@@ -109,39 +117,73 @@ def _findings(
             f"({fraction(member.multiple)} of its gradient alone) is no training alone."
         )
     place, alone = f"group {rate.group}", "No single model at these rates trains like that."
-    if isinstance(lr, (int, float)):
+    if isinstance(lr, float):
         built = rate.at(rate.built, member.multiple)
         if not close(built, lr):
             yield member.member, place, f"expected lr {lr:.4g}", f"found {built:.4g}", alone, "rate"
-    elif lr is not None:
-        wanted = [float(x) for x in lr]
-        if len(wanted) != len(rate.effective):
+        elif rate.absolute:
+            step, _ = rate.absolute
             raise ValueError(
-                f"lr= has {len(wanted)} rates, and {len(rate.effective)} steps were measured: give "
-                "as many to measure_loss_scale(steps=...)."
+                f"lr={lr:.4g} does not say what a single model's rate is at step {step}, because "
+                "the schedule holds absolute rates (eta_min, a warm-up's start, max_lr), which may "
+                "have been scaled or not. Give lr=a function of a list of parameters that builds "
+                "the single model's optimizer and returns its scheduler."
             )
-        off = [
-            i
-            for i, (a, b) in enumerate(zip(rate.effective, wanted, strict=True))
-            if not close(a, b)
-        ]
+    elif lr is not None:
+        pairs = list(zip(rate.effective, lr, strict=True))
+        off = [i for i, (found, wanted) in enumerate(pairs) if not close(found, wanted)]
         if off:
-            times = _times(rate.effective, wanted)
-            step = max(off, key=lambda i: abs(rate.effective[i] - wanted[i]))  # type: ignore[index]
-            yield (
-                member.member,
-                f"{place}, step {step}",
-                f"expected lr {wanted[step]:.4g}",
-                f"found {rate.effective[step]:.4g}"
-                + (f", the rate of step {times * step}" if times else ""),
-                f"The schedule goes {times} times as fast as the training." if times else alone,
-                "steps" if times else "rate",
-            )
-    if weight_decay is not None and rate.decay and rate.effective_decay is not None:
-        found = rate.effective_decay
+            yield _of_schedule(member, rate, lr, max(off, key=lambda i: abs(pairs[i][0] - lr[i])))
+    bare = not any(other.decay for other in member.rates)  # biases and norms often have none
+    if weight_decay is not None and (rate.decay or bare):
+        found = rate.effective_decay or 0.0
         if not close(found, weight_decay):
             expected = f"expected weight decay {weight_decay:.4g}"
             yield member.member, place, expected, f"found {found:.4g}", alone, "rate"
+
+
+def _of_schedule(member: MemberScale, rate: Rate, wanted: Sequence[float], step: int) -> _Row:
+    effective = rate.effective or ()
+    found = f"found {effective[step]:.4g}"
+    meaning, remedy = "No single model with this schedule trains like that.", "rate"
+    times = _times(effective, wanted)
+    if times:
+        found += f", the rate of step {times * step}"
+        meaning, remedy = f"The schedule goes {times} times as fast as the training.", "steps"
+    elif rate.absolute and not _in_proportion(effective, wanted):
+        by = (wanted[step] - effective[step]) * rate.built / rate.at(rate.built, member.multiple)
+        found += f", set {abs(by):.4g} too {'low' if by > 0 else 'high'}"
+        meaning = "The schedule holds absolute rates, which did not grow with the learning rate."
+        remedy = "absolute"
+    place = f"group {rate.group}, step {step}"
+    return member.member, place, f"expected lr {wanted[step]:.4g}", found, meaning, remedy
+
+
+def _in_proportion(one: Sequence[float], two: Sequence[float]) -> bool:
+    return all(close(a * two[0], b * one[0]) for a, b in zip(one, two, strict=True))
+
+
+def _claimed(lr: Rates | None, steps: int) -> float | tuple[float, ...] | None:
+    """A number, or the rate at each step."""
+    if lr is None or isinstance(lr, (int, float)):
+        return None if lr is None else float(lr)
+    if callable(lr):
+        scheduler = lr([torch.nn.Parameter(torch.ones(1))])
+        optimizer = getattr(scheduler, "optimizer", None)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                f"lr=... returned an object of type {type(scheduler).__name__}. It takes a list of "
+                "parameters, builds the single model's optimizer, and returns its scheduler."
+            )
+        # Built with its scheduler, it has the first step's rate; the scheduler goes on from there.
+        return tuple(rates_of([optimizer], lambda _: scheduler, steps)[0])
+    wanted = tuple(float(x) for x in lr)
+    if len(wanted) != steps:
+        raise ValueError(
+            f"lr= has {len(wanted)} rates, and {steps} steps were measured: give as many to "
+            "measure_loss_scale(steps=...)."
+        )
+    return wanted
 
 
 def _times(found: Sequence[float], wanted: Sequence[float]) -> int:
@@ -151,23 +193,6 @@ def _times(found: Sequence[float], wanted: Sequence[float]) -> int:
         if len(seen) > 2 and all(close(found[t], wanted[k * t]) for t in seen):
             return k
     return 0
-
-
-def _absolutes(scale: LossScale, member: MemberScale, rate: Rate) -> Iterator[_Row]:
-    """A rate that is given as one number stands for a schedule that is proportional to it."""
-    count = len(scale.members)
-    scaled = rate.kind == "proportional" and not near(member.multiple, 1.0)
-    if scaled and any(rate.absolute):
-        step = max(range(len(rate.absolute)), key=lambda i: abs(rate.absolute[i]))
-        off = rate.absolute[step]
-        yield (
-            member.member,
-            f"group {rate.group}, step {step}",
-            f"expected {rate.scheduled[step] - off / count:.4g} of a schedule that scales",
-            f"off by {off:.4g} at {count} times the rate",
-            "Some rates of the schedule are absolute: they do not follow the learning rate.",
-            "absolute",
-        )
 
 
 def _warmups(member: MemberScale, rate: Rate, warmup: float) -> Iterator[_Row]:
@@ -197,7 +222,7 @@ def _rates_told(lr: Any, weight_decay: float | None, warmup: float | None) -> st
     told = []
     if lr is not None:
         one = isinstance(lr, (int, float))
-        told.append(f"lr {lr:.4g}" if one else f"a schedule of {len(lr)} rates")
+        told.append(f"lr {lr:.4g}" if one else "its own schedule")
     if weight_decay is not None:
         told.append(f"weight decay {weight_decay:.4g}")
     if warmup is not None:

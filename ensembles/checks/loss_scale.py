@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ensembles.message import aligned, broken, counted, listed
+from ensembles.message import SHOWN_ROWS, aligned, broken, counted, listed
 from ensembles.probes.rates import Rate, fraction, groups_of, near
 from ensembles.probes.scales import Clip, MemberLoss, scales_of
 from ensembles.probes.training import Loss
@@ -90,10 +90,11 @@ class LossScale:
             each = (
                 "its gradient alone"
                 if self.objective == "sum"
-                else (f"{fraction(multiples[0])} of its gradient alone")
+                else f"{fraction(multiples[0])} of its gradient alone"
             )
             return f"the loss is the {self.objective}: each gets {each}{exact}"
-        told = f"the loss gives {listed([fraction(m) for m in multiples])} of their gradients alone"
+        shares = [fraction(m) if m is None else f"{m:.4g}" for m in multiples]
+        told = f"the loss gives {listed(shares)} of their gradients alone"
         known = [m for m in multiples if m is not None]
         return told + (f", {sum(known):.4g} in all{exact}" if len(known) == len(multiples) else "")
 
@@ -101,11 +102,12 @@ class LossScale:
         lines = [f"{counted(self.members, 'member')}, {self.told}"]
         rows = list(_table(self))
         if len(rows) > 1:
-            lines += [f"  {line}" for line in aligned(rows)]
-        rates = [rate for member in self.members for rate in member.rates]
-        worst = max(rates, key=lambda rate: max(map(abs, rate.absolute)), default=None)
-        if worst is not None and any(worst.absolute):
-            lines.append(f"  schedule   {_absolute(worst, len(self.members))}")
+            lines += [f"  {line}" for line in aligned(rows[: SHOWN_ROWS + 1])]
+            if len(rows) > SHOWN_ROWS + 1:
+                lines.append(f"  ... {len(rows) - SHOWN_ROWS - 1} more")
+        absolute = [rate for m in self.members for rate in m.rates if rate.absolute]
+        if absolute:
+            lines.append(f"  schedule   {_absolute(absolute[0])}")
         clipped = [member.member for member in self.members if member.clipped]
         if clipped:
             lines.append(f"  clipping   couples members {listed(clipped)}")
@@ -173,7 +175,8 @@ def measure_loss_scale(
     scales = scales_of(model, batch, loss, outputs=outputs, member_loss=member_loss, clip=clip)
     groups = []
     if optimizer is not None:
-        groups = groups_of(model, optimizer, scheduler, steps, times=len(scales))
+        multiples = {scale.multiple for scale in scales.values()}
+        groups = groups_of(model, optimizer, scheduler, steps, multiples=multiples)
     return LossScale(
         tuple(
             MemberScale(
@@ -351,11 +354,13 @@ def _meaning(member: MemberScale, expected: float) -> str:
         return "Such a gradient is no multiple of the member's own: something else is added to it."
     if not member.multiple:
         return "The member is not trained at all."
+    if not expected:
+        return "The member is trained, and is claimed not to be."
     kinds = {rate.kind for rate in member.rates}
     if kinds == {"invariant"}:
         return (
-            f"{member.rates[0].optimizer} does not see the scale of a gradient but for eps, so "
-            "that lr is as set; weight decay through the gradient is not."
+            f"{member.rates[0].optimizer} does not see the scale of a gradient but for eps: lr "
+            "acts as it is set, and only weight decay that goes through the gradient changes."
         )
     by = fraction(member.multiple / expected)
     return (
@@ -373,6 +378,7 @@ def _table(scale: LossScale) -> Iterator[tuple[str, ...]]:
         return
     steps = _steps(len(rates[0].scheduled))
     constant = all(len(set(rate.scheduled)) == 1 for rate in rates)
+    weighted = scale.objective == "weighted"
     several = len({rate.group for rate in rates}) > 1
     heads = (
         ["effective lr"]
@@ -398,7 +404,7 @@ def _table(scale: LossScale) -> Iterator[tuple[str, ...]]:
             )
             yield (
                 member.member,
-                fraction(member.multiple),
+                _number(member.multiple) if weighted else fraction(member.multiple),
                 *([rate.group] if several else []),
                 rate.optimizer,
                 f"{rate.built:.4g}",
@@ -413,11 +419,12 @@ def _steps(count: int) -> list[int]:
     return sorted({round(i * (count - 1) / most) for i in range(SHOWN_STEPS)})
 
 
-def _absolute(rate: Rate, count: int) -> str:
-    step = max(range(len(rate.absolute)), key=lambda i: abs(rate.absolute[i]))
+def _absolute(rate: Rate) -> str:
+    step, by = rate.absolute or (0, 0.0)
+    way = "low" if by < 0 else "high"
     return (
-        f"holds absolute rates: at {count} times the learning rate, step {step} is off by "
-        f"{rate.absolute[step]:.4g}"
+        f"holds absolute rates: unless they were scaled too, lr is {abs(by):.4g} too {way} at "
+        f"step {step}"
     )
 
 

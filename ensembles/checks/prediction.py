@@ -193,9 +193,11 @@ def assert_prediction_reduced(
     claim = expected[0].told(prediction.members, prediction.weights)
     meaning, remedy = _explanation(prediction)
     rows = [("prediction", f"expected {claim}", f"found {_shown(prediction)}")]
-    if prediction.gives == "unnormalised" and reduction != "logits":
-        low, high = prediction.sums
-        rows.append(("rows", "expected to sum to 1", f"found sums from {low:.3g} to {high:.3g}"))
+    fits = prediction.shape == prediction.expected
+    if fits and prediction.gives == "unnormalised" and reduction != "logits":
+        low, high = (f"{total:.3g}" for total in prediction.sums)
+        sums = f"sums from {low} to {high}" if low != high else f"sums of {low}"
+        rows.append(("rows", "expected to sum to 1", f"found {sums}"))
     raise AssertionError(
         broken(
             f"the prediction of members {listed(prediction.members)} is claimed to be {claim}, "
@@ -246,7 +248,7 @@ def assert_metric_of_prediction(prediction: PredictionReduction, metric: str) ->
     if claim in prediction.metrics:
         return
     found = " or ".join(prediction.metrics) or "no known metric of these predictions and labels"
-    confined = "takes probabilities for logits" in found
+    confined = "probabilities taken for logits" in found
     classes = prediction.classes
     low, high = _confined(classes)
     raise AssertionError(
@@ -256,7 +258,7 @@ def assert_metric_of_prediction(prediction: PredictionReduction, metric: str) ->
             total=f"{counted(prediction.members, 'member')}; the prediction is {prediction.told}",
             meaning=(
                 f"Such a loss stays between {low:.5f} and {high:.5f} for {classes} classes, "
-                "however good the prediction is, and its gradient nearly vanishes."
+                "however good the prediction is."
                 if confined
                 else "What is reported says nothing about the ensemble."
             ),
@@ -333,7 +335,7 @@ _EXPLANATIONS = {
         "claim 'geometric'.",
     ),
     "twice": (
-        "Softmax of probabilities is nearly uniform: accuracy stays, confidence and loss do not.",
+        "Softmax of probabilities is nearly uniform: accuracy hardly changes, the loss does.",
         "Usual cause: members that end in softmax, and a softmax in the ensemble too. Leave one.",
     ),
     "alone": (
@@ -348,6 +350,11 @@ _EXPLANATIONS = {
     "not a distribution": (
         "It is no distribution over classes, so that losses and calibration mean nothing.",
         "Usual cause: a softmax or a division that is missing. Normalise after the reduction.",
+    ),
+    "shape": (
+        "It is not one prediction for each row.",
+        "Usual cause: no reduction, one over another axis, or a last batch that was dropped. "
+        "Reduce over the members, and keep all rows and classes.",
     ),
     "weights": (
         "Members count for more or less than they are claimed to.",
@@ -370,10 +377,12 @@ def _explanation(prediction: PredictionReduction) -> tuple[str, str]:
         key = "twice"
     elif words.endswith(" alone"):
         key = "alone"
-    elif prediction.gives == "unnormalised":
-        key = "not a distribution"
     elif "weights" in words:
         key = "weights"
+    elif prediction.shape != prediction.expected:
+        key = "shape"
+    elif prediction.gives == "unnormalised":
+        key = "not a distribution"
     elif first.reduction.endswith("geometric"):
         key = "geometric"
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -92,8 +93,8 @@ class Rate:
         decay: The weight decay that is set.
         effective: The rates at which the member alone trains the same; None if there are none.
         effective_decay: The weight decay at which it does.
-        absolute: How far each scheduled rate is from proportional, when the built rate is M times
-            as high and the schedule is built anew; zeros where the schedule scales.
+        alone: The rates of the schedule when it is built at the effective rate, as it would be
+            for the member alone: others than `effective` where it holds absolute rates.
     """
 
     group: str
@@ -104,7 +105,24 @@ class Rate:
     decay: float
     effective: tuple[float, ...] | None
     effective_decay: float | None
-    absolute: tuple[float, ...]
+    alone: tuple[float, ...] | None
+
+    @property
+    def absolute(self) -> tuple[int, float] | None:
+        """The step at which absolute rates do most, and by how much the set rate is off there.
+
+        None where the schedule is proportional to the rate that it is built with.
+        """
+        if self.effective is None or self.alone is None:
+            return None
+        pairs = list(enumerate(zip(self.effective, self.alone, strict=True)))
+        off = [(step, a - b) for step, (a, b) in pairs if not close(a, b)]
+        if not off:
+            return None
+        step, by = max(off, key=lambda found: abs(found[1]))
+        return step, by * self.scheduled[step] / self.effective[step] if self.effective[
+            step
+        ] else by
 
     def at(self, lr: float, multiple: float | None) -> float:
         """What a learning rate acts as in this group, for this multiple of the gradient."""
@@ -186,7 +204,8 @@ class Group:
     built: float
     decay: float
     scheduled: tuple[float, ...]
-    absolute: tuple[float, ...]
+    rebuilt: Mapping[float, tuple[float, ...]]
+    """Multiple of the built rate to the schedule that is then built with it."""
     parameters: frozenset[int]
 
     def holds(self, parameters: Sequence[Tensor]) -> bool:
@@ -197,7 +216,8 @@ class Group:
         """The rates of a member whose gradient is this multiple of its gradient alone."""
         s, response = multiple, self.response
         rates = [] if s is None else [response.lr(lr, s) for lr in self.scheduled]
-        known = [rate for rate in rates if rate is not None]
+        known = tuple(rate for rate in rates if rate is not None)
+        alone = self.rebuilt[s] if s and response.kind == "proportional" else known
         return Rate(
             self.name,
             response.name,
@@ -205,9 +225,9 @@ class Group:
             self.built,
             self.scheduled,
             self.decay,
-            tuple(known) if known else None,
+            known or None,
             None if s is None else response.decay(self.decay, s),
-            self.absolute,
+            alone or None,
         )
 
 
@@ -217,7 +237,7 @@ def groups_of(
     scheduler: Callable[[Any], Any] | None,
     steps: int,
     *,
-    times: int,
+    multiples: Iterable[float | None],
 ) -> list[Group]:
     """Every group of the optimizers of a model, with its schedule, and what scaling makes of both.
 
@@ -226,31 +246,32 @@ def groups_of(
         optimizer: A function of the model: its optimizer, or a list of them.
         scheduler: As in `rates_of`.
         steps: How many training steps to look at.
-        times: By how much the learning rate is raised, to see whether the schedule follows.
+        multiples: The schedule is built for these multiples of the built rate too.
 
     Raises:
         ValueError: If optimizer or scheduler do not fit.
 
     Example:
-        >>> sgd = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sgd = lambda model: torch.optim.SGD(model.parameters(), lr=0.4)
         >>> cosine = lambda sgd: torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 4, eta_min=0.01)
-        >>> (group,) = groups_of(nn.Linear(2, 2), sgd, cosine, 5, times=4)
-        >>> round(group.absolute[-1], 6)
-        0.03
+        >>> (group,) = groups_of(nn.Linear(2, 2), sgd, cosine, 5, multiples=[0.25])
+        >>> rate = group.rate(0.25)
+        >>> round(rate.effective[-1], 6), round(rate.alone[-1], 6)
+        (0.0025, 0.01)
     """
     modules = list(named_modules_of(model).values())
     with preserved([*modules, *hidden_modules(modules)]):
         built = optimizers_of(optimizer, model)
-        lrs = [float(group["lr"]) for one in built for group in one.param_groups]
-        rates = rates_of(built, scheduler, steps)
-        if scheduler is not None:
+        with _kept(built):
+            rates = rates_of(built, scheduler, steps)
+        scaled: dict[float, list[list[float]]] = {}
+        for multiple in {m for m in multiples if m}:
             again = optimizers_of(optimizer, model)
-            for one in again:
-                for group in one.param_groups:
-                    group["lr"] = group["lr"] * times
-            scaled = rates_of(again, scheduler, steps)
-        else:
-            scaled = [[times * lr for lr in series] for series in rates]
+            with _kept(again):
+                for one in again:
+                    for group in one.param_groups:
+                        group["lr"] = float(group["lr"]) * multiple
+                scaled[multiple] = rates_of(again, scheduler, steps)
         named = [
             (f"{i}.{j}" if len(built) > 1 else str(j), one, group)
             for i, one in enumerate(built)
@@ -260,18 +281,38 @@ def groups_of(
             Group(
                 name,
                 response_of(one, group),
-                lr,
+                float(group["lr"]),
                 float(group.get("weight_decay") or 0.0),
-                tuple(series),
-                tuple(_off(times * a, b) for a, b in zip(series, high, strict=True)),
+                tuple(rates[i]),
+                {multiple: tuple(series[i]) for multiple, series in scaled.items()},
                 frozenset(id(p) for p in group["params"]),
             )
-            for (name, one, group), lr, series, high in zip(named, lrs, rates, scaled, strict=True)
+            for i, (name, one, group) in enumerate(named)
         ]
 
 
-def _off(proportional: float, found: float) -> float:
-    return 0.0 if close(proportional, found) else proportional - found
+@contextmanager
+def _kept(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """Restores options and attributes: a function of the model may give an optimizer in use."""
+    before = [(one, dict(vars(one)), [dict(g) for g in one.param_groups]) for one in optimizers]
+    tensors = [
+        (value, value.clone())
+        for one in optimizers
+        for group in one.param_groups
+        for key, value in group.items()
+        if key != "params" and isinstance(value, Tensor)
+    ]
+    try:
+        yield
+    finally:
+        for one, attributes, groups in before:
+            vars(one).clear()
+            vars(one).update(attributes)
+            for group, options in zip(one.param_groups, groups, strict=True):
+                group.clear()
+                group.update(options)
+        for tensor, value in tensors:
+            tensor.copy_(value)
 
 
 def _advances(

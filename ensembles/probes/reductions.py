@@ -401,12 +401,10 @@ def metrics_of(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
         "accuracy in per cent": 100 * right,
         "error in per cent": 100 - 100 * right,
         "brier, mean over classes": brier / p.shape[-1],
-        "cross-entropy that takes probabilities for logits": float(
+        "cross-entropy, with probabilities taken for logits,": float(
             (p.exp().sum(-1).log() - of_label).mean()
         ),
-        "negative log-likelihood that takes probabilities for their logarithms": float(
-            -of_label.mean()
-        ),
+        "nll, with probabilities taken for their logarithms,": float(-of_label.mean()),
     }
 
 

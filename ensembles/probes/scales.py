@@ -117,12 +117,14 @@ def scales_of(
             multiple, exact = None, False
             if single is not None:
                 pairs = [(total[i], alone[name][i]) for i in own]
-                if not own:
+                multiple, exact = _multiple(pairs, name) if own else (None, False)
+                # Or a penalty on the weights is added, which has no multiple and couples nothing.
+                if multiple is None:
                     apart = _output_gradients(
                         partial(_of_one, single[name], name), {name: values[name]}
                     )
                     pairs = list(zip(together[name], apart[name], strict=True))
-                multiple, exact = _multiple(pairs, name)
+                    multiple, exact = _multiple(pairs, name)
             held = tuple(parameters[i] for i in own)
             clipped = None if clip is None else _clipped(clip, model, parameters, total, own, name)
             scales[name] = Scale(multiple, exact, coupled[name], clipped, held)
