@@ -45,9 +45,15 @@ _HOMES = {
         "assert_prediction_reduced",
         "measure_prediction_reduction",
     ),
+    "ensembles.checks.hygiene": (
+        "assert_snapshot_detached",
+        "assert_state_clean",
+        "measure_state_hygiene",
+    ),
     "ensembles.checks.loading": ("assert_loader_deterministic", "measure_loader_determinism"),
     "ensembles.checks.ownership": ("assert_ownership", "measure_ownership_map"),
     "ensembles.checks.graph": ("assert_graph_equal", "measure_autograd_graph"),
+    "ensembles.checks.round_trips": ("assert_round_trips_kept", "measure_round_trips"),
     "ensembles.checks.sharing": (
         "assert_members_share",
         "assert_parameters_distinct",

@@ -26,9 +26,11 @@ from ensembles.checks import (
     diversity,
     effective_rates,
     graph,
+    hygiene,
     loss_scale,
     ownership,
     prediction,
+    round_trips,
     sharing,
 )
 from ensembles.subject import Model, Subject, is_one_module, member_outputs, named_members
@@ -305,6 +307,45 @@ def _run_batch(subject: Subject, model: Model, claim: Any) -> object:
     return measured
 
 
+def _run_round_trips(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    options = dict(claim) if isinstance(claim, Mapping) else {"conversions": claim}
+    factory = options.pop("factory", None)
+    names = options.pop("conversions", "all")
+    listing = isinstance(names, Sequence) and not isinstance(names, str)
+    if options or not (names == "all" or (listing and names)):
+        words = [
+            "all",
+            "a list of conversions",
+            '{"conversions": ..., "factory": "module:factory"}',
+        ]
+        raise _unknown_claim("round_trips", claim, words)
+    measured = round_trips.measure_round_trips(
+        subject.make, _batch(subject), conversions=names, factory=factory
+    )
+    round_trips.assert_round_trips_kept(measured, names)
+    return measured
+
+
+def _run_hygiene(subject: Subject, model: Model, claim: Any) -> object:
+    __tracebackhide__ = True
+    options = dict(claim) if isinstance(claim, Mapping) else {}
+    updates = options.pop("updates", 1)
+    known = claim == "clean" or (isinstance(claim, Mapping) and claim and not options)
+    if not known or isinstance(updates, bool) or not isinstance(updates, int) or updates < 0:
+        words = ["clean", '{"updates": how often norms update in a step}']
+        raise _unknown_claim("hygiene", claim, words)
+    measured = hygiene.measure_state_hygiene(
+        model,
+        _batch(subject),
+        outputs=subject.outputs,
+        optimizer=subject.optimizer,
+        loss=subject.loss,
+    )
+    hygiene.assert_state_clean(measured, updates=updates)
+    return measured
+
+
 def _unknown_claim(check: str, claim: Any, words: Sequence[str]) -> ValueError:
     return ValueError(f"{check!r} cannot be claimed to be {claim!r}. It is {', '.join(words)}.")
 
@@ -357,5 +398,11 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check("data", "members see the samples that they are claimed to see", _run_data),
         Check("batch", "row i of the output depends on row i of the input only", _run_batch),
+        Check(
+            "round_trips",
+            "copies, files, casts and wrappers keep ties, function and what is trained",
+            _run_round_trips,
+        ),
+        Check("hygiene", "state is registered, and moves only when it should", _run_hygiene),
     )
 }

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from ensembles.checks.diversity import MemberDiversity
     from ensembles.checks.effective_rates import Rates
     from ensembles.checks.graph import AutogradGraph
+    from ensembles.checks.hygiene import StateHygiene
     from ensembles.checks.loss_scale import Claim, LossScale
     from ensembles.checks.ownership import OwnershipMap, Statement
     from ensembles.checks.prediction import PredictionReduction
+    from ensembles.checks.round_trips import RoundTrips
     from ensembles.checks.sharing import ParameterSharing
     from ensembles.checks.trajectory import TrainingTrajectory
     from ensembles.subject import Members, Model, Outputs
@@ -45,9 +47,11 @@ __all__ = [
     "DeterminismFixture",
     "DiversityFixture",
     "GraphFixture",
+    "HygieneFixture",
     "LossScaleFixture",
     "OwnershipFixture",
     "PredictionFixture",
+    "RoundTripFixture",
     "SharingFixture",
     "TrajectoryFixture",
     "autograd_graph",
@@ -61,7 +65,9 @@ __all__ = [
     "ownership_map",
     "parameter_sharing",
     "prediction_reduction",
+    "round_trip",
     "seeded_determinism",
+    "state_hygiene",
     "training_trajectory",
 ]
 
@@ -1246,3 +1252,129 @@ def batch_independence() -> BatchFixture:
           (12 of 12 pairs of different rows; first seen in encoder.attention (MultiheadAttention))
     """
     return BatchFixture()
+
+
+class RoundTripFixture:
+    """What `round_trip` gives to a test."""
+
+    def measure(
+        self,
+        make: Callable[[], Model],
+        batch: Any,
+        *,
+        conversions: Sequence[str] | str = "all",
+        factory: str | None = None,
+    ) -> RoundTrips:
+        """What is left of a model after every conversion: `measure_round_trips`."""
+        from ensembles.checks.round_trips import measure_round_trips
+
+        return measure_round_trips(make, batch, conversions=conversions, factory=factory)
+
+    def assert_kept(
+        self,
+        make: Callable[[], Model],
+        batch: Any,
+        conversions: Sequence[str] | str = "all",
+        *,
+        factory: str | None = None,
+    ) -> None:
+        """Checks that conversions keep ties, function, registered parameters and the optimizer.
+
+        Of "all", those that PyTorch itself breaks are let pass.
+        """
+        __tracebackhide__ = True
+        from ensembles.checks.round_trips import assert_round_trips_kept
+
+        measured = self.measure(make, batch, conversions=conversions, factory=factory)
+        assert_round_trips_kept(measured, conversions)
+
+
+@pytest.fixture
+def round_trip() -> RoundTripFixture:
+    """Promises that what is copied, saved, loaded, cast or wrapped is still the model that it was.
+
+    Catches ties that come apart, masks that no state_dict holds, copies that compute with the
+    weights of their original, and an optimizer that is left with parameters of before.
+
+    Example::
+
+        def test_checkpoints_keep_the_model(round_trip):
+            round_trip.assert_kept(resnet18, torch.randn(2, 3, 32, 32), ["state_dict", "deepcopy"])
+
+    Prints on failure::
+
+        the model is claimed to survive state_dict, deepcopy, and does not
+
+          state_dict   function: outputs differ by 4e-01 of the greatest (at most 1e-06)
+          ...
+    """
+    return RoundTripFixture()
+
+
+class HygieneFixture:
+    """What `state_hygiene` gives to a test."""
+
+    def measure(
+        self,
+        model: Model,
+        batch: Any,
+        *,
+        outputs: Outputs | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+        loss: Callable[[dict[str, Any]], Tensor] | None = None,
+    ) -> StateHygiene:
+        """What a model keeps, and what moves: `measure_state_hygiene`."""
+        from ensembles.checks.hygiene import measure_state_hygiene
+
+        return measure_state_hygiene(model, batch, outputs=outputs, optimizer=optimizer, loss=loss)
+
+    def assert_clean(
+        self,
+        model: Model,
+        batch: Any,
+        *,
+        updates: int = 1,
+        outputs: Outputs | None = None,
+        optimizer: Callable[[Any], Any] | None = None,
+        loss: Callable[[dict[str, Any]], Tensor] | None = None,
+    ) -> None:
+        """Checks that state is registered, and moves only when it should.
+
+        `updates` is how often norms update their statistics in one training step.
+        """
+        __tracebackhide__ = True
+        from ensembles.checks.hygiene import assert_state_clean
+
+        measured = self.measure(model, batch, outputs=outputs, optimizer=optimizer, loss=loss)
+        assert_state_clean(measured, updates=updates)
+
+    def assert_detached(self, snapshot: Any, model: Model) -> None:
+        """Checks that a snapshot of weights is a copy, and not the live weights."""
+        __tracebackhide__ = True
+        from ensembles.checks.hygiene import assert_snapshot_detached
+
+        assert_snapshot_detached(snapshot, model)
+
+
+@pytest.fixture
+def state_hygiene() -> HygieneFixture:
+    """Promises that state is where PyTorch finds it, and moves only when it is claimed to.
+
+    Catches modules and masks that nothing registers, eval() that does not reach every member,
+    dropout in eval mode, norms that update several times a step or though they are frozen, weights
+    that drift in steps that do not use them, and snapshots that alias live weights.
+
+    Example::
+
+        def test_evaluation_changes_nothing(state_hygiene):
+            state_hygiene.assert_clean(resnet18(), torch.randn(4, 3, 32, 32))
+
+    Prints on failure::
+
+        the model is claimed to keep its state in order, and does not
+
+          model.mask                hidden tensor:    shape (64, 64), a plain attribute
+          outputs under two seeds   random in eval:   differ by 3e-01: dropout
+          ...
+    """
+    return HygieneFixture()

@@ -25,7 +25,9 @@ from ensembles.fixtures import (  # noqa: F401  (pytest finds fixtures by name i
     ownership_map,
     parameter_sharing,
     prediction_reduction,
+    round_trip,
     seeded_determinism,
+    state_hygiene,
     training_trajectory,
 )
 

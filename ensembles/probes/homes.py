@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ensembles.probes.training import leaves_of
 from ensembles.subject import Model, named_modules_of
 
-__all__ = ["homes_of"]
+__all__ = ["homes_of", "things_below"]
 
 MOST_OBJECTS = 100_000
 """Objects looked into for a name: a data set that hangs on a model is not walked to its end."""
@@ -42,9 +42,11 @@ def homes_of(model: Model, wanted: Mapping[int, Tensor]) -> dict[int, str]:
         return {}
     exact: dict[int, str] = {}
     made_from: dict[int, str] = {}
-    for path, how, tensor in _tensors_below(model):
+    for path, how, tensor in things_below(model):
+        if not isinstance(tensor, Tensor):
+            continue
         if id(tensor) in wanted:
-            exact.setdefault(id(tensor), f"{path} ({how})")
+            exact.setdefault(id(tensor), f"{path} ({how or 'a plain attribute'})")
         elif tensor.grad_fn is not None and not tensor.is_leaf:
             leaves = [id(leaf) for leaf in leaves_of([tensor])]
             # An attribute that was computed from one lost Parameter, not a cached activation.
@@ -55,10 +57,19 @@ def homes_of(model: Model, wanted: Mapping[int, Tensor]) -> dict[int, str]:
     return {**made_from, **exact}
 
 
-def _tensors_below(model: Model) -> Iterator[tuple[str, str, Tensor]]:
-    """Tensors in attributes, containers and closures below the model: path, kind of place, tensor.
+def things_below(model: Model) -> Iterator[tuple[str, str, Any]]:
+    """All that is in attributes, containers and closures below the model.
 
-    Breadth first, so that the shortest path names a tensor.
+    Breadth first, so that the shortest path names a thing.
+
+    Yields:
+        Path, kind of place ("" for attributes), and the thing.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> net.others = [nn.ReLU()]
+        >>> [path for path, _, thing in things_below(net) if isinstance(thing, nn.ReLU)]
+        ['model.others[0]']
     """
     queue: deque[tuple[str, str, Any]] = deque(
         (name, "", module) for name, module in named_modules_of(model).items()
@@ -67,11 +78,12 @@ def _tensors_below(model: Model) -> Iterator[tuple[str, str, Tensor]]:
     while queue and len(seen) < MOST_OBJECTS:
         path, how, thing = queue.popleft()
         if isinstance(thing, Tensor):
-            yield path, how or "a plain attribute", thing
+            yield path, how, thing
             continue
         if id(thing) in seen:
             continue
         seen.add(id(thing))
+        yield path, how, thing
         queue.extend(_inside(path, how, thing))
 
 
