@@ -121,6 +121,8 @@ def _check_of(item: pytest.Item) -> Any:
 def _status(check: Any, report: pytest.TestReport, call: pytest.CallInfo[None]) -> str:
     if not check.claimed:
         return "not claimed" if report.skipped else "missing"
+    if report.skipped and not hasattr(report, "wasxfail"):  # by a mark of the user's
+        return "skipped"
     if report.passed:
         return "held"
     if hasattr(report, "wasxfail"):
@@ -193,7 +195,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         for row in mine:
             if row["status"] != "not claimed":
                 good = row["status"] in ("held", "fails as expected")
-                terminalreporter.write_line(f"  {lines[id(row)]}", green=good, red=not good)
+                bad = not good and row["status"] != "skipped"
+                terminalreporter.write_line(f"  {lines[id(row)]}", green=good, red=bad)
         silent = [row["check"] for row in mine if row["status"] == "not claimed"]
         if silent:
             terminalreporter.write_line(

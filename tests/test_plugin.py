@@ -272,3 +272,26 @@ def test_requiring_claims_where_none_are_collected_is_a_usage_error(pytester, ho
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     told = "ERROR: --ensembles-require asks for claims, and no test of a subject was collected."
     assert told in result.stdout.str() + result.stderr.str()
+
+
+def test_a_check_that_a_mark_skips_is_shown_as_skipped(pytester):
+    pytester.makepyfile(
+        CLAIMS
+        + """
+    import pytest
+
+    @pytest.mark.skip(reason="no data here")
+    @parametrize_with_checks([apart])
+    def test_claims(subject, check):
+        check(subject)
+"""
+    )
+    assert said_of(pytester.runpytest())[:2] == ["apart", "  sharing   skipped"]
+
+
+def test_pytest_folds_what_is_not_claimed(pytester):
+    pytester.makepyfile(EVERY_STATUS)
+    result = pytester.runpytest("-rs")
+    folded = [line for line in result.outlines if line.startswith("SKIPPED")]
+    assert len(folded) == 2  # a line for each test function, whatever the number of checks
+    assert all(line.endswith(": not claimed") for line in folded)
