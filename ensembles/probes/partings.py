@@ -88,7 +88,9 @@ def partings(
             share = _distance(a, b, greatest[_group(b)])
             if share <= tolerance:
                 continue
-            told, ratio = f"by {share:.0e} of the greatest {kind}", math.nan
+            told, ratio = "another value", math.nan
+            if math.isfinite(share):
+                told = f"by {share:.0e} of the greatest {kind}"
         else:
             told, ratio = _told(a, b, other), a.norm / b.norm if b.norm else math.nan
         place = ".".join(part for part in (member, name) if part)
