@@ -211,7 +211,7 @@ def _rows(independence: BatchIndependence) -> list[tuple[str, str, str]]:
             f"input row {reach.row} reaches output "
             f"{'row' if len(reach.reached) == 1 else 'rows'} "
             f"{listed([str(row) for row in reach.reached])}",
-            f"change {reach.change:.2g} of the output" if reach.change else "by its gradient",
+            f"by {reach.change:.2g} of the largest" if reach.change else "by its gradient",
         )
         for reach in independence.reaches
     ]

@@ -74,7 +74,7 @@ class MemberDiversity:
     def __str__(self) -> str:
         same = {likeness.name for likeness in self.alike}
         told = {
-            "compared": f"outputs of {_pairs(self.twins)} pairs are the same",
+            "compared": f"outputs the same in {counted(range(_pairs(self.twins)), 'pair')}",
             "none given": "outputs not looked at",
             "constant": "outputs the same for all rows, and not compared",
         }[self.outputs]
@@ -115,7 +115,7 @@ def measure_member_diversity(
     Example:
         >>> print(measure_member_diversity(
         ...     lambda: [nn.Linear(4, 2) for _ in range(3)], torch.randn(5, 4)))
-        3 members, 0 of 2 drawn parameters alike, outputs of 0 pairs are the same
+        3 members, 0 of 2 drawn parameters alike, outputs the same in 0 pairs
     """
     built = built_from(model)
     checked_numbers(built.model)
@@ -233,7 +233,8 @@ def _alike(diversity: MemberDiversity, found: Sequence[Likeness]) -> str:
     rows += [
         ("outputs", f"equal to rounding in members {listed(group)}") for group in diversity.twins
     ]
-    if reordered and len(reordered) == len(found) and diversity.twins:
+    every = whole | {likeness.name for likeness in reordered} >= set(diversity.drawn)
+    if reordered and every and diversity.twins:
         meaning = "They are permuted twins: the weights differ, and the function is the same."
         remedy = "Usual cause: hidden units of a copy that were permuted. Draw each member anew."
     elif not found:
@@ -264,7 +265,11 @@ def _alike(diversity: MemberDiversity, found: Sequence[Likeness]) -> str:
         rows,
         total=f"{len({likeness.name for likeness in found})} of "
         f"{counted(diversity.drawn, 'drawn parameter')}"
-        + (f", outputs of {_pairs(diversity.twins)} pairs" if diversity.twins else ""),
+        + (
+            f", outputs of {counted(range(_pairs(diversity.twins)), 'pair')}"
+            if diversity.twins
+            else ""
+        ),
         meaning=meaning,
         remedy=remedy,
     )

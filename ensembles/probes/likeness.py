@@ -201,8 +201,9 @@ class Separate:
                 if elements is None:
                     continue
                 # Without a second construction the tensor itself says how many values it takes.
-                both = other is not None and other.shape == parameter.shape
-                told = (parameter, other) if both and other is not None else (parameter,)
+                told = [parameter]
+                if other is not None and other.shape == parameter.shape:
+                    told += [] if torch.equal(parameter, other) else [other]
                 if _bits(*told) >= ENOUGH_BITS:
                     holders[name, parameter.shape][member] = (parameter.detach().cpu(), elements)
         for (name, shape), held in holders.items():
@@ -224,8 +225,16 @@ class Separate:
                     continue  # few values agree by chance, and in any order
                 if share > SOME:
                     yield Likeness(name, (one, two), f"equal in {share:.0%}")
-                elif x.numel() > 1 and torch.equal(x.flatten().sort()[0], y.flatten().sort()[0]):
+                elif x.numel() > 1 and _reordered(x, y):
                     yield Likeness(name, (one, two), "equal but for the order")
+
+
+def _reordered(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; sorted only where the extremes agree."""
+    extremes = (one.aminmax(), two.aminmax())
+    return extremes[0] == extremes[1] and torch.equal(
+        one.flatten().sort()[0], two.flatten().sort()[0]
+    )
 
 
 class Packed:
