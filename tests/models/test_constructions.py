@@ -122,7 +122,7 @@ class TestEquality:
         size=st.sampled_from([8, 12, 16]),
         seed=st.integers(0, 99),
     )
-    @settings(max_examples=8, deadline=None, phases=PHASES)
+    @settings(max_examples=6, deadline=None, phases=PHASES)
     def test_networks_of_basic_blocks_are_equal(self, selection, stem, activation, size, seed):
         width, members = selection
         pair = make_both(width=width, stem=stem, activation=activation, seed=seed)
@@ -225,7 +225,7 @@ def derived_operations(depth, width, *, backward):
 
 class TestCost:
     @pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
-    @pytest.mark.parametrize(("depth", "width"), [(18, 1), (18, 2), (18, 3), (18, 4), (50, 2)])
+    @pytest.mark.parametrize(("depth", "width"), [(18, 2), (18, 3), (18, 4), (50, 2)])
     def test_parent_and_all_subnets_cost_at_most_two_parents(self, depth, width, backward):
         stem, rest, classifier = derived_operations(depth, width, backward=backward)
         network = make(depth=depth, width=width)
