@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ensembles.faults import cost, members, sharing, training
+from ensembles.faults import cost, members, rows, sharing, starts, training
 from ensembles.faults.fault import Fault
 from ensembles.message import aligned
 from ensembles.subject import Subject
@@ -16,7 +16,14 @@ __all__ = ["FAULTS", "KillMatrix", "Run", "kill_matrix"]
 FAULTS: Mapping[str, Fault] = MappingProxyType(
     {
         fault.name: fault
-        for fault in (*members.FAULTS, *training.FAULTS, *sharing.FAULTS, *cost.FAULTS)
+        for fault in (
+            *members.FAULTS,
+            *starts.FAULTS,
+            *rows.FAULTS,
+            *training.FAULTS,
+            *sharing.FAULTS,
+            *cost.FAULTS,
+        )
     }
 )
 """Every fault of the catalogue, by name and in the order of its sections."""

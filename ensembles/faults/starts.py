@@ -1,0 +1,163 @@
+"""Faults of members' start and data: they are alike where they are claimed to differ."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.data import RandomSampler
+
+from ensembles.faults.architectures import WIDTH, Architecture, Network
+from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.members import separate
+from ensembles.subject import Subject
+
+__all__ = ["FAULTS"]
+
+SAMPLES = 100
+
+
+def _diverse(
+    architecture: Architecture, place: Place, plant: Callable[[list[Network]], Any]
+) -> Subject:
+    subject = separate(architecture, place, plant)
+    return replace(subject, claims={**subject.claims, "diversity": "independent"})
+
+
+@fault("members", "diversity")
+def copied_members(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A member is a deep copy of another: equal at the start, and for ever on equal data."""
+
+    def plant(members: list[Network]) -> None:
+        if broken:
+            members[place.member] = copy.deepcopy(members[place.other])
+
+    return _diverse(architecture, place, plant)
+
+
+@fault("members", "diversity")
+def one_state_dict(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Two members were loaded from the state_dict of one initialised network."""
+
+    def plant(members: list[Network]) -> None:
+        state = (members[place.other] if broken else architecture.network()).state_dict()
+        members[place.member].load_state_dict(state)
+
+    return _diverse(architecture, place, plant)
+
+
+@fault("members", "diversity")
+def partly_reset(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A copy was drawn anew in every layer but one block."""
+
+    def plant(members: list[Network]) -> None:
+        block = copy.deepcopy(members[place.other].blocks[place.layer])
+        again = block if broken else architecture.block(layer=place.layer)
+        members[place.member].blocks[place.layer] = again
+
+    return _diverse(architecture, place, plant)
+
+
+@fault("members", "diversity")
+def same_seed(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """The constructor seeds, so that every member draws the same weights."""
+
+    def plant(members: list[Network]) -> None:
+        for i, _ in enumerate(members):
+            if broken:
+                torch.manual_seed(0)
+            members[i] = architecture.network()
+
+    return _diverse(architecture, place, plant)
+
+
+@fault("members", "diversity")
+def permuted_twin(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A member has another's hidden units in another order: other weights, the same function."""
+    # Halves change places, so that the channels of an attention head stay together.
+    order = torch.arange(WIDTH).roll(WIDTH // 2)
+
+    def plant(members: list[Network]) -> None:
+        source = members[place.other] if broken else architecture.network()
+        state = copy.deepcopy(source.state_dict())
+        for name, tensor in state.items():
+            for axis in range(min(tensor.ndim, 2)):
+                if state[name].shape[axis] == WIDTH:
+                    state[name] = state[name].index_select(axis, order)
+        members[place.member].load_state_dict(state)
+
+    return _diverse(architecture, place, plant)
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def _trained_on(
+    architecture: Architecture, place: Place, data: Callable[[int], Iterable[Any]], claim: str
+) -> Subject:
+    subject = separate(architecture, place, lambda members: None)
+    # The model is healthy: only what does not look at training is claimed besides.
+    return replace(subject, data=data, claims={"sharing": "independent", "data": claim})
+
+
+@fault("members", "data")
+def same_bootstrap(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Members are claimed bagged, and all get the same sample indices."""
+
+    def data(member: int) -> Iterable[Any]:
+        generator = torch.Generator().manual_seed(0 if broken else member)
+        return RandomSampler(
+            range(SAMPLES), replacement=True, num_samples=SAMPLES, generator=generator
+        )
+
+    return _trained_on(architecture, place, data, "bagged")
+
+
+@fault("members", "data")
+def bootstrap_without_replacement(
+    architecture: Architecture, place: Place, broken: bool
+) -> Subject:
+    """Members are claimed bagged, and see every sample once, in an order of their own."""
+
+    def data(member: int) -> Iterable[Any]:
+        return RandomSampler(range(SAMPLES), replacement=not broken, num_samples=SAMPLES)
+
+    return replace(_trained_on(architecture, place, data, "bagged"), data_size=SAMPLES)
+
+
+@fault("members", "data")
+def unpaired_loaders(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Members are claimed to see the same batches, and every loader shuffles by itself."""
+
+    def data(member: int) -> Iterable[Any]:
+        generator = None if broken else torch.Generator().manual_seed(0)
+        return RandomSampler(range(SAMPLES), generator=generator)
+
+    return _trained_on(architecture, place, data, "paired")
+
+
+@fault("members", "data")
+def one_order(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Members are claimed to see orders of their own, and one generator seed shuffles for all."""
+
+    def data(member: int) -> Iterable[Any]:
+        generator = torch.Generator().manual_seed(0 if broken else member)
+        return RandomSampler(range(SAMPLES), generator=generator)
+
+    return _trained_on(architecture, place, data, "shuffled")
+
+
+FAULTS: tuple[Fault, ...] = (
+    copied_members,
+    one_state_dict,
+    partly_reset,
+    same_seed,
+    permuted_twin,
+    same_bootstrap,
+    bootstrap_without_replacement,
+    unpaired_loaders,
+    one_order,
+)
