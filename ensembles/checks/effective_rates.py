@@ -116,7 +116,7 @@ def _findings(
             "scales its update with the gradient nor ignores the scale, or its gradient "
             f"({fraction(member.multiple)} of its gradient alone) is no training alone."
         )
-    place, alone = f"group {rate.group}", "No single model at these rates trains like that."
+    place, alone = f"group {rate.group}", "They train as a single model at other rates does."
     if isinstance(lr, float):
         built = rate.at(rate.built, member.multiple)
         if not close(built, lr):
@@ -145,7 +145,7 @@ def _findings(
 def _of_schedule(member: MemberScale, rate: Rate, wanted: Sequence[float], step: int) -> _Row:
     effective = rate.effective or ()
     found = f"found {effective[step]:.4g}"
-    meaning, remedy = "No single model with this schedule trains like that.", "rate"
+    meaning, remedy = "They train as a single model at other rates does.", "rate"
     times = _times(effective, wanted)
     if times:
         found += f", the rate of step {times * step}"
@@ -222,7 +222,7 @@ def _rates_told(lr: Any, weight_decay: float | None, warmup: float | None) -> st
     told = []
     if lr is not None:
         one = isinstance(lr, (int, float))
-        told.append(f"lr {lr:.4g}" if one else "its own schedule")
+        told.append(f"lr {lr:.4g}" if one else "the rates of its own schedule")
     if weight_decay is not None:
         told.append(f"weight decay {weight_decay:.4g}")
     if warmup is not None:

@@ -247,9 +247,9 @@ def _assert_multiples(scale: LossScale, claim: Claim) -> None:
     __tracebackhide__ = True
     expected = _expected(scale, claim)
     coupled = [member for member in scale.members if member.coupled]
-    words = (
-        f"the {claim} of their losses" if isinstance(claim, str) else "multiples of their losses"
-    )
+    words = f"the {claim} of their losses"
+    if not isinstance(claim, str):
+        words = f"{listed([_number(x) for x in expected.values()])} of their losses"
     if coupled:
         raise AssertionError(
             broken(
@@ -273,15 +273,16 @@ def _assert_multiples(scale: LossScale, claim: Claim) -> None:
     wrong = [m for m in scale.members if not near(m.multiple, expected[m.member])]
     if not wrong:
         return
-    found = {"sum": "their sum", "mean": "their mean"}.get(scale.objective, "something else")
+    found = {"sum": "their sum", "mean": "their mean"}.get(scale.objective, "other multiples")
+    told = fraction if isinstance(claim, str) else _number
     raise AssertionError(
         broken(
             f"members {listed(scale.names)} are claimed to train on {words}, and train on {found}",
             [
                 (
                     member.member,
-                    f"expected {fraction(expected[member.member])}",
-                    f"found {fraction(member.multiple)}",
+                    f"expected {told(expected[member.member])}",
+                    f"found {told(member.multiple)}",
                     _consequence(member),
                 )
                 for member in wrong

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
+from itertools import combinations, cycle
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class Look:
         given: The prediction as given.
         metric: What evaluate returned.
         labels: What evaluate was given, of shape (row,).
+        reached: What predict called of the modules whose outputs are changed.
     """
 
     emitted: Tensor
@@ -85,6 +86,7 @@ class Look:
     given: Tensor
     metric: float
     labels: Tensor
+    reached: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
@@ -131,19 +133,27 @@ class Bench:
 
     def look(self) -> tuple[list[Look], list[Found]]:
         """Looks until one reduction is left, and returns what was seen and found."""
+        rows, classes = math.prod(self.classless), self.shape[self.axis]
+        # Each row has classes - 1 numbers of its own, and the members' weights are unknown.
+        least = max(FEW_DRAWS, math.ceil(2 * (len(self.names) + 2) / (rows * (classes - 1))))
         looks: list[Look] = []
         found: list[Found] = []
-        for draw in range(DRAWS):
+        for draw in range(max(DRAWS, least)):
             with self._changed(draw) as used:
-                seen = self._look(draw, used)
-            if not used:  # what predict calls is out of reach: real outputs have to do
-                looks = [self._look(0)]
-                return looks, self._found(looks)
-            looks.append(seen)
-            found = self._found(looks)
-            one_by_one = seen.given.is_floating_point() and self.evaluate is None
-            if not found or (one_by_one and len(looks) >= FEW_DRAWS and len(found) == 1):
+                looks.append(self._look(draw, used))
+            if not looks[-1].reached:
                 break
+            if len(looks) < least:
+                continue
+            found = self._found(looks)
+            one_by_one = looks[-1].given.is_floating_point() and self.evaluate is None
+            if not found or (one_by_one and len(found) == 1):
+                break
+        if not found and {*looks[-1].reached} != {*self._hooked_names()}:
+            # Predict calls copies, or one module for all: real outputs have to do.
+            real = [self._look(0, [])]
+            found = self._found(real)
+            looks = real if found or not looks[-1].reached else looks
         return looks, found
 
     def _found(self, looks: Sequence[Look]) -> list[Found]:
@@ -151,7 +161,8 @@ class Bench:
             return []
         tolerance = max(self.tolerance, tolerance_of(looks[0].given, torch.zeros(1).double()))
         emitted = Emitted(torch.cat([look.emitted for look in looks], 1), self.kind)
-        _check_apart(emitted, self.names, tolerance)
+        _check_members_apart(emitted, self.names, tolerance)
+        _check_rows_apart(Emitted(looks[0].emitted, self.kind), tolerance)
         prediction = torch.cat([look.prediction for look in looks])
         found = reductions_of(prediction, emitted, tolerance, claimed=self.weights)
         first = looks[0]
@@ -161,28 +172,21 @@ class Bench:
 
     # --- one look
 
-    def _look(self, draw: int, used: list[str] | None = None) -> Look:
+    def _look(self, draw: int, used: list[str]) -> Look:
         emitted = torch.stack([self._rows(y) for y in self._member_outputs().values()])
-        if used is not None:
-            used.clear()
+        used.clear()
         given = self._given()
-        reached = list(used or [])
-        rows = self._prediction_rows(given)
+        reached = tuple(used)
         metric, labels = math.nan, torch.zeros(0)
         if self.evaluate is not None:
             generator = torch.Generator().manual_seed(draw)
             labels = _labels(Emitted(emitted, self.kind), generator)
             metric = self._evaluated(labels)
-        if used is not None:
-            used[:] = reached
-        return Look(emitted, rows, given, metric, labels)
+        return Look(emitted, self._prediction_rows(given), given, metric, labels, reached)
 
     def _member_outputs(self) -> dict[str, Tensor]:
-        model, outputs = self.model, self.outputs
-        if is_one_module(model) and outputs is None and self.members is not None:
-            model = named_members(model, self.members)
         with _rewound():
-            found = member_outputs(model, fresh(self.batch), outputs=outputs)
+            found = self._called()
         for name, tensors in found.items():
             if len(tensors) != 1:
                 raise ValueError(
@@ -190,6 +194,16 @@ class Bench:
                     "one. Give outputs=a function that returns each member's logits only."
                 )
         return {name: tensors[0].detach() for name, tensors in found.items()}
+
+    def _called(self) -> dict[str, tuple[Tensor, ...]]:
+        """What the model's call yields; where it yields the prediction, what each member does."""
+        if is_one_module(self.model) and self.outputs is None and self.members is not None:
+            modules = named_members(self.model, self.members)
+            found = member_outputs(self.model, fresh(self.batch))
+            if len(found) == len(modules):
+                return found
+            return member_outputs(modules, fresh(self.batch))
+        return member_outputs(self.model, fresh(self.batch), outputs=self.outputs)
 
     def _given(self) -> Tensor:
         try:
@@ -250,18 +264,24 @@ class Bench:
 
     # --- changed outputs
 
+    def _hooked_modules(self) -> dict[str, nn.Module]:
+        """The member modules, or the one module that yields all members' outputs."""
+        if is_one_module(self.model) and self.members is None:
+            return {"model": self.model}
+        modules = named_members(self.model, self.members)
+        # In the order of the outputs: what they are called inside does not matter.
+        return dict(zip(self.names, modules.values(), strict=False))
+
+    def _hooked_names(self) -> list[str]:
+        return list(self._hooked_modules())
+
     @contextmanager
     def _changed(self, draw: int) -> Iterator[list[str]]:
-        """Hooks on the member modules, or on the one module that yields all members' outputs."""
         used: list[str] = []
-        several = not is_one_module(self.model) or self.members is not None
-        modules = named_members(self.model, self.members) if several else {}
+        change = self._member if self._hooked_names() != ["model"] else self._all
         with ExitStack() as stack:
-            for position, module in enumerate(modules.values()):
-                name = self.names[min(position, len(self.names) - 1)]
-                stack.enter_context(_hooked(module, partial(self._member, name, draw, used)))
-            if is_one_module(self.model) and not several:
-                stack.enter_context(_hooked(self.model, partial(self._all, draw, used)))
+            for name, module in self._hooked_modules().items():
+                stack.enter_context(_hooked(module, partial(change, name, draw, used)))
             yield used
 
     def _member(self, name: str, draw: int, used: list[str], value: Any) -> Any:
@@ -270,20 +290,19 @@ class Bench:
             lambda x: self._changed_tensor(x, self.axis, self.spread[name], name, draw), value
         )
 
-    def _all(self, draw: int, used: list[str], value: Any) -> Any:
-        used.append("model")
+    def _all(self, name: str, draw: int, used: list[str], value: Any) -> Any:
+        used.append(name)
         leaves, structure = pytree.tree_flatten(value)
         if isinstance(value, Tensor):
             every = _Spread.joint(list(self.spread.values()))
-            return self._changed_tensor(value, self._stacked_axis(value), every, "0", draw)
+            return self._changed_tensor(
+                value, self._stacked_axis(value), every, self.names[0], draw
+            )
         changed = [
-            self._changed_tensor(x, self.axis, self.spread[name], name, draw)
-            for name, x in zip(self._leaf_names(leaves), leaves, strict=True)
+            self._changed_tensor(x, self.axis, self.spread[member], member, draw)
+            for member, x in zip(cycle(self.names), leaves, strict=False)
         ]
         return pytree.tree_unflatten(changed, structure)
-
-    def _leaf_names(self, leaves: Sequence[Any]) -> list[str]:
-        return [self.names[i % len(self.names)] for i in range(len(leaves))]
 
     def _stacked_axis(self, value: Tensor) -> int:
         """Where classes are in a tensor of all members: their distance in memory says it."""
@@ -358,7 +377,10 @@ class _Spread:
 
 @contextmanager
 def _hooked(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda _, __, value: change(value))
+    # Copies of a module take its hooks along, and are not that member.
+    handle = module.register_forward_hook(
+        lambda called, _, value: change(value) if called is module else value
+    )
     try:
         yield
     finally:
@@ -409,8 +431,8 @@ def _checked_outputs(plain: Mapping[str, Tensor], axis: int) -> tuple[int, ...]:
     return shape
 
 
-def _check_apart(emitted: Emitted, names: Sequence[str], tolerance: float) -> None:
-    """Refuses members, or rows, that are so equal that any pairing of them looks right."""
+def _check_members_apart(emitted: Emitted, names: Sequence[str], tolerance: float) -> None:
+    """Refuses members that are so equal that all means of them are."""
     p = emitted.probabilities
     for i, j in combinations(range(len(p)), 2):
         if float((p[i] - p[j]).abs().max()) < 10 * tolerance:
@@ -420,13 +442,18 @@ def _check_apart(emitted: Emitted, names: Sequence[str], tolerance: float) -> No
                 "copy; the sharing check says which. Else give other inputs."
             )
     _, rows, classes = p.shape
-    if float((p - p[:, :1]).abs().max()) < 10 * tolerance:
-        raise ValueError(
-            "members predict the same for all rows of this batch, so that rows cannot be told "
-            "apart. Give a batch of at least two rows that differ."
-        )
     if rows * (classes - 1) <= len(names):
         raise ValueError(
             f"{rows} rows of {classes} classes cannot tell reductions of {len(names)} members "
             "apart: give more rows."
+        )
+
+
+def _check_rows_apart(emitted: Emitted, tolerance: float) -> None:
+    """Refuses rows that are so equal that any pairing of them looks right."""
+    p = emitted.probabilities
+    if float((p - p[:, :1]).abs().max()) < 10 * tolerance:
+        raise ValueError(
+            "members predict the same for all rows of this batch, so that rows cannot be told "
+            "apart. Give a batch of at least two rows that differ."
         )

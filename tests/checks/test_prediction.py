@@ -179,6 +179,40 @@ def test_members_inside_one_module_are_found():
     assert_prediction_reduced(measured)
 
 
+class Heads(nn.Module):
+    """Members are heads of one trunk: they cannot be called on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Flatten(), nn.Linear(18, 6), nn.ReLU())
+        self.heads = nn.ModuleList(nn.Linear(6, 4) for _ in range(3))
+
+    def forward(self, x):
+        features = self.trunk(x)
+        return [head(features) for head in self.heads]
+
+
+@pytest.mark.parametrize("members", [None, lambda model: model.heads])
+def test_heads_of_one_trunk_are_members(members):
+    measured = measure_prediction_reduction(
+        Heads(), batch(), lambda m, x: torch.stack(m(x)).softmax(-1).mean(0), members=members
+    )
+    assert_prediction_reduced(measured)
+
+
+def test_one_module_called_with_the_weights_of_each_member_is_looked_at_in_real_outputs():
+    def predict(members, x):
+        stacks = [dict(member.named_parameters()) for member in members]
+        calls = [torch.func.functional_call(members[0], weights, x) for weights in stacks]
+        return torch.stack(calls).softmax(-1).mean(0)
+
+    assert_reduced(predict, members=scaled(30))
+
+
+def test_many_members_and_few_rows_are_told_apart():
+    assert_reduced(arithmetic, members=several(lambda: mlp(2), 12), x=batch(3))
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_members_stacked_in_one_output_are_looked_at_in_the_output(axis):
     measured = measure_prediction_reduction(
