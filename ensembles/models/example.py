@@ -27,7 +27,11 @@ def wide_resnet18_with_subnets(*, width: int = 2, base_channels: int = 64) -> Su
     return Subject(
         name="wide_resnet18_with_subnets",
         make=lambda: subnet_resnet18(
-            width=width, base_channels=base_channels, stem="cifar", num_classes=10
+            width=width,
+            base_channels=base_channels,
+            stem="cifar",
+            num_classes=10,
+            construction="sum_of_subnets",
         ),
         batch=lambda: torch.randn(2, 3, 32, 32),
         members=_members,
