@@ -10,10 +10,12 @@ number. Zeros, ones and what a file gives are by design: members may have them i
 as their outputs differ. Outputs are compared in float64 where the model can be converted, within
 a relative 1e-9; otherwise within 64 units in the last place.
 
-Limits: members inside the tensors of one module (packed, stacked) are compared by their outputs,
-and by equal slices along any axis that divides by their number. Tensors that carry fewer than 20
-random bits, such as a few signs, may agree by chance and are not compared. Outputs that are the
-same for all rows, as behind a head that starts at zero, say nothing of the members.
+Limits: a block that every member draws from one private generator of a fixed seed looks like one
+that a file gives: the measurement counts such as given. Members inside the tensors of one module
+(packed, stacked) are compared by their outputs, and by equal slices along any axis that divides by
+their number. Tensors that carry fewer than 20 random bits, such as a few signs, may agree by chance
+and are not compared. Outputs that are the same for all rows, as behind a head that starts at zero,
+say nothing of the members.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ class MemberDiversity:
         members: The members' names.
         drawn: Names of the parameters that are drawn and were compared; of packed members, those
             that hold a slice for each.
+        given: Names of parameters that are no constants, and the same in several members and in
+            every construction, as if from a file.
         alike: Drawn parameters that members have in common.
         twins: Groups of members whose outputs are the same.
         outputs: "compared"; "none given" without a batch; or "constant", the same for all rows.
@@ -64,6 +68,7 @@ class MemberDiversity:
 
     members: tuple[str, ...]
     drawn: tuple[str, ...]
+    given: tuple[str, ...]
     alike: tuple[Likeness, ...]
     twins: tuple[tuple[str, ...], ...]
     outputs: str
@@ -81,6 +86,7 @@ class MemberDiversity:
         head = (
             f"{counted(self.members, 'member')}, {len(same)} of "
             f"{counted(self.drawn, 'drawn parameter')} alike, {told}"
+            + (f", {len(self.given)} given and in common" if self.given else "")
         )
         lines = aligned([(likeness.name, str(likeness)) for likeness in self.alike])
         lines += [f"one function: members {listed(group)}" for group in self.twins]
@@ -145,6 +151,7 @@ def measure_member_diversity(
     return MemberDiversity(
         members=tuple(names),
         drawn=tuple(likenesses.drawn),
+        given=likenesses.given,
         alike=alike,
         twins=tuple(same_outputs(varied)),
         outputs="none given" if not found else "compared" if varied else "constant",

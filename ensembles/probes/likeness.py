@@ -174,6 +174,7 @@ class Separate:
 
     Attributes:
         drawn: Names of the parameters that are drawn in at least two members.
+        given: Names of those that are the same in several members, in every construction.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -189,7 +190,8 @@ class Separate:
         seeded: bool,
     ) -> None:
         self.drawn: dict[str, None] = {}
-        self._holders: dict[tuple[str, torch.Size], dict[str, tuple[Tensor, Tensor]]] = {}
+        self._holders: dict[Any, dict[str, tuple[Tensor, Tensor]]] = {}
+        loaded: defaultdict[Any, list[str]] = defaultdict(list)
         holders: Any = defaultdict(dict)
         for member, module in modules.items():
             others = {} if again is None else dict(_parameters(again[member]))
@@ -199,21 +201,27 @@ class Separate:
                 other = others.get(name)
                 elements = _drawn_elements(parameter, other, seeded)
                 if elements is None:
+                    if not _is_constant(parameter):
+                        loaded[name, digest(parameter)].append(member)
                     continue
                 # Without a second construction the tensor itself says how many values it takes.
                 told = [parameter]
                 if other is not None and other.shape == parameter.shape:
                     told += [] if torch.equal(parameter, other) else [other]
                 if _bits(*told) >= ENOUGH_BITS:
-                    holders[name, parameter.shape][member] = (parameter.detach().cpu(), elements)
-        for (name, shape), held in holders.items():
+                    kind = (name, parameter.shape, parameter.dtype)
+                    holders[kind][member] = (parameter.detach().cpu(), elements)
+        for kind, held in holders.items():
             if len(held) > 1:
-                self.drawn[name] = None
-                self._holders[name, shape] = held
+                self.drawn[kind[0]] = None
+                self._holders[kind] = held
+        self.given = tuple(
+            dict.fromkeys(name for (name, _), among in loaded.items() if len(among) > 1)
+        )
 
     def found(self, names: Sequence[str]) -> Iterator[Likeness]:
         """Whatever members have in common."""
-        for (name, _), held in self._holders.items():
+        for (name, *_), held in self._holders.items():
             groups = _groups({m: digest(tensor) for m, (tensor, _) in held.items()})
             yield from (Likeness(name, group, "equal") for group in groups if len(group) > 1)
             firsts = [group[0] for group in groups]
@@ -242,6 +250,7 @@ class Packed:
 
     Attributes:
         drawn: Names of the parameters that have such slices.
+        given: Nothing: what several constructions have in common is not told apart by member.
 
     Example:
         >>> list(Packed(built_from(nn.Linear(2, 8)), 2).found(["a", "b"]))
@@ -250,7 +259,7 @@ class Packed:
 
     def __init__(self, built: Built, members: int) -> None:
         self.drawn: dict[str, None] = {}
-        self._members = members
+        self.given: tuple[str, ...] = ()
         self._slices: list[tuple[str, tuple[Tensor, ...]]] = []
         (module,) = named_modules_of(built.model).values()
         again = {} if built.again is None else dict(_parameters(_only(built.again)))

@@ -159,7 +159,7 @@ class _Bench:
         self.restore: Callable[[], None] = lambda: None
         sizes = [x.shape[axis] for x in self._tensors() if x.ndim > axis]
         if not sizes:
-            raise ValueError(f"the batch has no tensor with rows along axis {axis}.")
+            raise ValueError(f"the batch has no dense tensor with rows along axis {axis}.")
         self.rows = sizes[0]
         if self.rows < 2:
             raise ValueError(
@@ -172,10 +172,16 @@ class _Bench:
         self.precision = torch.finfo(torch.float32).eps
 
     def _tensors(self) -> list[Tensor]:
-        return [x for x in pytree.tree_leaves(self.batch) if isinstance(x, Tensor)]
+        leaves = pytree.tree_leaves(self.batch)
+        return [x for x in leaves if isinstance(x, Tensor) and x.layout == torch.strided]
 
     def has_rows(self, x: Any) -> bool:
-        return isinstance(x, Tensor) and x.ndim > self.axis and self.rows == x.shape[self.axis]
+        return (
+            isinstance(x, Tensor)
+            and x.layout == torch.strided
+            and x.ndim > self.axis
+            and self.rows == x.shape[self.axis]
+        )
 
     def chosen(self, rows: int) -> list[int]:
         """At most `LOOKED_AT` rows, evenly spread."""

@@ -247,13 +247,14 @@ def test_the_fixture_asserts_rows(batch_independence):
     ("model", "batch", "told"),
     [
         (nn.Linear(4, 2), torch.randn(1, 4), "the batch has 1 row along axis 0"),
-        (nn.Linear(4, 2), torch.tensor(1.0), "no tensor with rows along axis 0"),
+        (nn.Linear(4, 2), torch.tensor(1.0), "no dense tensor with rows along axis 0"),
+        (nn.Linear(4, 2), torch.eye(4).to_sparse(), "no dense tensor with rows along axis 0"),
         (nn.Embedding(9, 2), torch.zeros(3, dtype=torch.long), "row 0 of the batch equals all"),
         (Call(lambda x: x.sum()), torch.randn(3, 4), "there is no row for each of them"),
         (Call(lambda x: x.repeat(2, 1)), torch.randn(3, 4), "there is no row for each of them"),
         (Call(lambda x: x / 0), torch.randn(3, 4), "the outputs hold NaN or infinity"),
     ],
-    ids=["one_row", "no_axis", "equal_rows", "scalar", "repeated", "not_finite"],
+    ids=["one_row", "no_axis", "sparse", "equal_rows", "scalar", "repeated", "not_finite"],
 )
 def test_what_cannot_be_looked_at_is_an_error(model, batch, told):
     with pytest.raises(ValueError, match=told):

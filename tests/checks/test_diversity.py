@@ -79,6 +79,15 @@ def test_what_a_file_gives_may_be_in_common():
 
     measured = measure_member_diversity(make, BATCH)
     assert measured.drawn == ("1.weight", "1.bias")
+    assert measured.given == (
+        "0.0.weight",
+        "0.0.bias",
+        "0.3.weight",
+        "0.3.bias",
+        "0.5.weight",
+        "0.5.bias",
+    )
+    assert str(measured).endswith(", 6 given and in common")
     assert_members_diverse(measured)
 
 
