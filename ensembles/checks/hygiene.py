@@ -405,7 +405,8 @@ def _modes(given: Mapping[str, nn.Module]) -> list[Disorder]:
 
 def _topmost(module: nn.Module, mode: bool, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Modules that are not in this mode, each without those inside it."""
-    if module.training is not mode:
+    # A list of modules is never called, and an own train() need not set its mode.
+    if module.training is not mode and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         yield name, module
         return
     for child, inner in module.named_children():

@@ -212,7 +212,7 @@ def assert_round_trips_kept(trips: RoundTrips, conversions: Sequence[str] | str 
     cells = list(dict.fromkeys(cell for _, found in failed for cell in found))
     by_model = [cell for cell in cells if any(cell in one.broken() for one, _ in failed)]
     remedies = [
-        *(f"{o.conversion}: {_BY_PYTORCH[o.conversion]}" for o, _ in failed if o.broken(EXPECTED)),
+        *(_BY_PYTORCH[o.conversion] for o, _ in failed if o.broken(EXPECTED)),
         *(_REMEDIES[cell] for cell in RoundTrip.CELLS if cell in by_model),
     ]
     raise AssertionError(
@@ -240,8 +240,9 @@ _BY_PYTORCH = {
     "tie again (b.weight = a.weight), load, and fill what state_dict does not hold.",
     "weight_norm": "parametrize replaces the Parameter on one module only. Share the module "
     "itself, or parametrize first and then tie the originals on both sides.",
-    "functional_call": "with tie_weights=True it leaves the given tensors in a module that is "
-    "registered under several names. Call it with tie_weights=False, or on a deepcopy.",
+    "functional_call": "functional_call, with tie_weights=True, leaves the given tensors in a "
+    "module that is registered under several names. Call it with tie_weights=False, or on a "
+    "deepcopy.",
     "vmap": "functional_call, with tie_weights=True, leaves the given tensors in a module that is "
     "registered under several names. Call it with tie_weights=False, or on a deepcopy.",
     "export": "export makes Parameters of its own. Train the model, and export it afterwards.",

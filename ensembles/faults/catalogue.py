@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ensembles.faults import cost, members, rows, sharing, starts, training
+from ensembles.faults import cost, members, rows, sharing, starts, state, training
 from ensembles.faults.fault import Fault
 from ensembles.message import aligned
 from ensembles.subject import Subject
@@ -23,6 +23,7 @@ FAULTS: Mapping[str, Fault] = MappingProxyType(
             *training.FAULTS,
             *sharing.FAULTS,
             *cost.FAULTS,
+            *state.FAULTS,
         )
     }
 )

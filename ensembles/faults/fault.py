@@ -62,7 +62,7 @@ class Fault:
 
     Attributes:
         name: What the catalogue calls it.
-        section: Its part of the catalogue: "members", "training", "sharing" or "cost".
+        section: Its part of the catalogue: "members", "training", "sharing", "cost" or "state".
         summary: One sentence.
         caught_by: The checks that must catch it, in every architecture.
         build: Makes the subject from the architecture, the place, and whether it is broken.

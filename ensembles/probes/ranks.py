@@ -72,15 +72,19 @@ def trips_in_processes(
         raise ValueError(f"{factory!r} names no factory: write package.module:factory.")
     if not (distributed.is_available() and distributed.is_gloo_available()):
         return {name: Trip(reason="this PyTorch has no gloo") for name in names}
-    found = {}
-    for name in names:
-        first, *others = _seen_by_ranks(factory, batch, name, seed)
-        # What differs between the processes differs from the model in one of them at least.
-        found[name] = next((seen for seen in others if seen != first), first)
-    return found
+    if not names:
+        return {}
+    first, *others = _seen_by_ranks(factory, batch, names, seed)
+    # What differs between the processes differs from the model in one of them at least.
+    return {
+        name: next((seen[name] for seen in others if seen[name] != first[name]), first[name])
+        for name in names
+    }
 
 
-def _seen_by_ranks(factory: str, batch: Any, name: str, seed: int) -> list[Trip]:
+def _seen_by_ranks(
+    factory: str, batch: Any, names: Sequence[str], seed: int
+) -> list[dict[str, Trip]]:
     with tempfile.TemporaryDirectory() as folder:
         torch.save(batch, Path(folder, "batch.pt"))
         environment = {
@@ -94,7 +98,7 @@ def _seen_by_ranks(factory: str, batch: Any, name: str, seed: int) -> list[Trip]
                 [
                     sys.executable,
                     "-c",
-                    f"{command}({folder!r}, {factory!r}, {name!r}, {rank}, {seed})",
+                    f"{command}({folder!r}, {factory!r}, {list(names)!r}, {rank}, {seed})",
                 ],
                 env=environment,
                 stdout=subprocess.DEVNULL,
@@ -106,7 +110,7 @@ def _seen_by_ranks(factory: str, batch: Any, name: str, seed: int) -> list[Trip]
         try:
             errors = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
         except subprocess.TimeoutExpired as error:
-            raise ValueError(f"{name} of {factory} took more than {TIMEOUT} s.") from error
+            raise ValueError(f"{factory} took more than {TIMEOUT} s.") from error
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -115,18 +119,22 @@ def _seen_by_ranks(factory: str, batch: Any, name: str, seed: int) -> list[Trip]
         for process, said in zip(processes, errors, strict=True):
             if process.returncode:
                 lines = said.strip().splitlines() or [f"exit status {process.returncode}"]
-                raise ValueError(f"{name} of {factory} failed in a process of its own: {lines[-1]}")
+                raise ValueError(f"{factory} failed in a process of its own: {lines[-1]}")
         return [
-            _trip_of(json.loads(Path(folder, f"{rank}.json").read_text())) for rank in range(RANKS)
+            {
+                name: _trip_of(plain)
+                for name, plain in json.loads(Path(folder, f"{rank}.json").read_text()).items()
+            }
+            for rank in range(RANKS)
         ]
 
 
-def trip_in_rank(folder: str, factory: str, name: str, rank: int, seed: int) -> None:
+def trip_in_rank(folder: str, factory: str, names: Sequence[str], rank: int, seed: int) -> None:
     """What each process does; it leaves what it saw in the folder.
 
     Example::
 
-        trip_in_rank("/tmp/rank", "torch.nn:Identity", "ddp", 0, 1729)
+        trip_in_rank("/tmp/rank", "torch.nn:Identity", ["ddp"], 0, 1729)
     """
     module, _, attribute = factory.partition(":")
     made: Any = import_module(module)
@@ -139,10 +147,12 @@ def trip_in_rank(folder: str, factory: str, name: str, rank: int, seed: int) -> 
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS
     )
     try:
-        seen = trip(made, batch, DISTRIBUTED[name], seed=seed)
+        seen = {name: trip(made, batch, DISTRIBUTED[name], seed=seed) for name in names}
     finally:
         distributed.destroy_process_group()
-    Path(folder, f"{rank}.json").write_text(json.dumps(asdict(seen)))
+    Path(folder, f"{rank}.json").write_text(
+        json.dumps({name: asdict(one) for name, one in seen.items()})
+    )
 
 
 def _trip_of(plain: Mapping[str, Any]) -> Trip:

@@ -31,7 +31,8 @@ class Usage(TorchFunctionMode):
     Attributes:
         modules: Every module that was called, by id.
         mixed: The ids of watched tensors that an operation took together with another tensor, as
-            only tensors on one device can be. Indexing and moving are none.
+            only tensors on one device can be. Indexing and moving are none, and what was
+            moved before is not listed.
         random: The names of functions that drew random numbers, in order.
 
     Example:
@@ -46,6 +47,7 @@ class Usage(TorchFunctionMode):
         super().__init__()
         self.watched = watched
         self.modules: dict[int, nn.Module] = {}
+        self.sent: set[int] = set()
         self.mixed: dict[int, None] = {}
         self.random: dict[str, None] = {}
 
@@ -68,9 +70,11 @@ class Usage(TorchFunctionMode):
         given = kwargs or {}
         name = str(getattr(func, "__name__", ""))
         tensors = [x for x in pytree.tree_leaves((args, given)) if isinstance(x, Tensor)]
+        if name in ("to", "type_as", "cuda", "cpu") and _names_a_device(name, args, given):
+            self.sent.add(id(args[0]))  # where it is there already, `to` returns it itself
         if len({id(x) for x in tensors}) > 1 and name not in ("__getitem__", "__setitem__", "to"):
             for x in tensors:
-                if id(x) in self.watched and x.ndim:
+                if id(x) in self.watched and x.ndim and id(x) not in self.sent:
                     self.mixed[id(x)] = None
         if name in RANDOM:
             state = torch.get_rng_state()
@@ -79,3 +83,12 @@ class Usage(TorchFunctionMode):
                 self.random[name] = None
             return result
         return func(*args, **given)
+
+
+def _names_a_device(name: str, args: Any, given: Mapping[str, Any]) -> bool:
+    """Whether a call of `to` and its like may move the tensor, and not only cast it."""
+    return (
+        name != "to"
+        or "device" in given
+        or any(isinstance(x, (torch.device, str, int, Tensor)) for x in args[1:2])
+    )

@@ -11,7 +11,7 @@ from ensembles.faults.catalogue import FAULTS, kill_matrix
 from ensembles.faults.fault import Place
 from ensembles.subject import member_outputs, named_modules_of
 
-SECTIONS = ("members", "training", "sharing", "cost")
+SECTIONS = ("members", "training", "sharing", "cost", "state")
 
 
 @st.composite

@@ -1,0 +1,277 @@
+"""Faults of state: kept where nothing finds it, lost on the way, or moving when it should not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ensembles.faults.architectures import (
+    CLASSES,
+    WIDTH,
+    Architecture,
+    Ensemble,
+    Network,
+    cross_entropy,
+)
+from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.members import separate, together
+from ensembles.subject import Subject
+
+__all__ = ["FAULTS"]
+
+CLEAN: Mapping[str, Any] = {"sharing": "independent", "hygiene": "clean"}
+KEPT = ["deepcopy", "state_dict", "double"]
+SURVIVES: Mapping[str, Any] = {"sharing": "independent", "round_trips": KEPT}
+
+
+def _with_head(
+    architecture: Architecture,
+    place: Place,
+    head: Callable[[], nn.Module],
+    claims: Mapping[str, Any] = CLEAN,
+) -> Subject:
+    def plant(members: list[Network]) -> None:
+        members[place.member].head = head()  # type: ignore[assignment]
+
+    return replace(separate(architecture, place, plant), claims=claims)
+
+
+class _Masked(nn.Linear):
+    """A head with a mask over its weight."""
+
+    mask: Tensor
+
+    def __init__(self, keep: Callable[[_Masked, Tensor], None]) -> None:
+        super().__init__(WIDTH, CLASSES)
+        mask = torch.zeros(CLASSES, WIDTH)
+        mask.view(-1)[torch.randperm(mask.numel())[: mask.numel() // 2]] = 1.0
+        keep(self, mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+@fault("state", "hygiene")
+def mask_not_buffer(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A mask is a plain attribute: it stays where it is when the model moves, and is not saved."""
+
+    def keep(head: _Masked, mask: Tensor) -> None:
+        head.__dict__["mask"] = mask
+        if not broken:
+            del head.__dict__["mask"]
+            head.register_buffer("mask", mask)
+
+    return _with_head(architecture, place, lambda: _Masked(keep))
+
+
+@fault("state", "round_trips")
+def unsaved_mask(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A drawn mask is a buffer that state_dict leaves out: a loaded model has another one."""
+
+    def keep(head: _Masked, mask: Tensor) -> None:
+        head.register_buffer("mask", mask, persistent=not broken)
+
+    return _with_head(architecture, place, lambda: _Masked(keep), SURVIVES)
+
+
+@fault("state", "round_trips")
+def copy_reads_original(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A head was patched with a function that closes over its weight: copies compute with it."""
+
+    def head() -> nn.Module:
+        patched = nn.Linear(WIDTH, CLASSES)
+        weight, bias = patched.weight, patched.bias
+        if broken:
+            patched.forward = lambda x: F.linear(x, weight, bias)  # type: ignore[method-assign, assignment]
+        return patched
+
+    return _with_head(architecture, place, head, SURVIVES)
+
+
+class _Twice(nn.Module):
+    """Two layers before a linear head."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.last = first, second, nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.second(F.gelu(self.first(x))))
+        return logits
+
+
+@fault("state", "round_trips")
+def tied_by_two_names(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A weight is tied under two names, and to_empty after meta construction makes it two."""
+
+    def head() -> nn.Module:
+        first = nn.Linear(WIDTH, WIDTH, bias=False)
+        second = nn.Linear(WIDTH, WIDTH, bias=False) if broken else first
+        second.weight = first.weight
+        return _Twice(first, second)
+
+    claims = {"sharing": "independent", "round_trips": ["deepcopy", "to_empty"]}
+    return _with_head(architecture, place, head, claims)
+
+
+@fault("state", "round_trips")
+def names_that_change(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Layers are named by a counter: a load with strict=False skips them all, and says nothing."""
+    numbers = count()
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.name = f"layer{next(numbers) if broken else 0}"
+            self.add_module(self.name, nn.Linear(WIDTH, CLASSES))
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = getattr(self, self.name)(x)
+            return logits
+
+    claims = {"sharing": "independent", "round_trips": ["deepcopy", "strict=False"]}
+    return _with_head(architecture, place, Named, claims)
+
+
+@fault("state", "hygiene")
+def norm_in_a_list(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A norm without weights sits in a Python list: it is not saved, and eval() misses it."""
+
+    class Normed(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(WIDTH, CLASSES)
+            norms = [nn.BatchNorm1d(WIDTH, affine=False)]
+            self.norms: Any = norms if broken else nn.ModuleList(norms)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.norms[0](x))
+
+    return _with_head(architecture, place, Normed)
+
+
+@fault("state", "hygiene")
+def eval_misses_a_member(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """The ensemble has a train() of its own, which leaves out one member."""
+
+    class Own(Ensemble):
+        def train(self, mode: bool = True) -> Own:
+            self.training = mode
+            for position, member in enumerate(self.members):
+                if not (broken and position == place.member):
+                    member.train(mode)
+            return self
+
+    return replace(together(architecture, place, Own), claims=CLEAN)
+
+
+@fault("state", "hygiene")
+def dropout_in_eval(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """`F.dropout(x, p)` without `training=` drops out in eval mode too."""
+
+    class Dropping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.dropout(x, 0.5, training=broken or self.training))
+
+    return _with_head(architecture, place, lambda: Dropping(WIDTH, CLASSES))
+
+
+@fault("state", "hygiene")
+def statistics_move_in_eval(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A running mean is updated in eval mode too."""
+
+    class Centred(nn.Linear):
+        mean: Tensor
+
+        def __init__(self) -> None:
+            super().__init__(WIDTH, CLASSES)
+            self.register_buffer("mean", torch.zeros(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if broken or self.training:
+                self.mean.lerp_(x.detach().mean(0), 0.1)
+            return super().forward(x - self.mean)
+
+    return _with_head(architecture, place, Centred)
+
+
+@fault("state", "hygiene")
+def frozen_but_moving(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A norm is frozen by requires_grad_(False), and its statistics still move."""
+
+    class Norm(nn.BatchNorm1d):
+        def train(self, mode: bool = True) -> Norm:
+            return super().train(mode and broken)
+
+    def head() -> nn.Module:
+        norm = Norm(WIDTH).requires_grad_(False)
+        return nn.Sequential(norm, nn.Linear(WIDTH, CLASSES))
+
+    return _with_head(architecture, place, head)
+
+
+@fault("state", "hygiene")
+def norm_updated_twice(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Two streams of a step go through one norm, whose statistics move twice."""
+
+    class Streams(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(WIDTH, CLASSES)
+            norm = nn.BatchNorm1d(WIDTH, affine=False)
+            other = norm if broken else nn.BatchNorm1d(WIDTH, affine=False)
+            self.norms = nn.ModuleList([norm, other])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.norms[0](x) + self.norms[1](2 * x.sigmoid()))
+
+    return _with_head(architecture, place, Streams)
+
+
+@fault("state", "hygiene")
+def drifting_unused(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A member's loss is multiplied by 0 where it is to be left out: its weights still decay."""
+
+    def loss(outputs: Mapping[str, Tensor]) -> Tensor:
+        factors = {name: float(name != str(place.member)) for name in outputs}
+        used = outputs if broken else [name for name, factor in factors.items() if factor]
+        return torch.stack([factors[name] * cross_entropy(outputs[name]) for name in used]).sum()
+
+    def decaying(members: list[Network]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(nn.ModuleList(members).parameters(), lr=0.1, weight_decay=0.1)
+
+    healthy = separate(architecture, place, lambda members: None)
+    return replace(healthy, loss=loss, optimizer=decaying, claims=CLEAN)
+
+
+@fault("state", "hygiene")
+def snapshot_by_reference(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """The best weights so far are kept as state_dict(), which holds the live ones."""
+
+    def plant(members: list[Network]) -> None:
+        state = members[place.member].state_dict()
+        members[place.member].best = state if broken else copy.deepcopy(state)  # type: ignore[assignment]
+
+    return replace(separate(architecture, place, plant), claims=CLEAN)
+
+
+FAULTS: tuple[Fault, ...] = (
+    mask_not_buffer,
+    unsaved_mask,
+    copy_reads_original,
+    tied_by_two_names,
+    names_that_change,
+    norm_in_a_list,
+    eval_misses_a_member,
+    dropout_in_eval,
+    statistics_move_in_eval,
+    frozen_but_moving,
+    norm_updated_twice,
+    drifting_unused,
+    snapshot_by_reference,
+)

@@ -1,0 +1,300 @@
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+from ensembles.checks.hygiene import (
+    assert_snapshot_detached,
+    assert_state_clean,
+    measure_state_hygiene,
+)
+from ensembles.models import Ensemble, NStreams, subnet_resnet18
+from ensembles.subject import whole
+
+ROWS = torch.linspace(-1, 1, 5 * 4).sin().view(5, 4)
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32)
+
+
+@pytest.fixture(autouse=True)
+def _same_weights_in_every_run():
+    torch.manual_seed(0)
+
+
+def net(*more: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), *more, nn.Linear(4, 2))
+
+
+def decaying(model) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+
+
+class Calling(nn.Module):
+    """A layer and something else, which a function computes with."""
+
+    def __init__(self, function, **attributes) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(4, 4), function
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.function(self, self.layer(x))
+
+
+def message(model, batch=ROWS, *, updates=1, **more) -> str:
+    measured = measure_state_hygiene(model, batch, **more)
+    with pytest.raises(AssertionError) as broken:
+        assert_state_clean(measured, updates=updates)
+    return str(broken.value)
+
+
+# --- in order -------------------------------------------------------------------------------------
+
+
+class Teacher(nn.Module):
+    """A student, and a frozen teacher that follows it in train mode; its norm sees every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = net()
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+                for old, new in pairs:
+                    old.lerp_(new + 0.01, 0.1)
+        return self.student(x), self.teacher(x)
+
+
+class FrozenNorm(nn.BatchNorm1d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class DroppedPath(nn.Module):
+    """In train mode a path is multiplied by 0 now and then, and its gradient is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        keep = torch.bernoulli(torch.tensor(0.5)) if self.training else 0.5
+        return self.one(x) + keep * self.two(x)
+
+
+class ZeroInitialised(nn.Module):
+    """The gradient of the first factor is zero at the start, and it decays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+HEALTHY = {
+    "batchnorm": net,
+    "dropout": lambda: net(nn.Dropout(0.5)),
+    "teacher": Teacher,
+    "frozen norm": lambda: net(FrozenNorm(4).requires_grad_(False)),
+    "dropped path": DroppedPath,
+    "zero initialised": ZeroInitialised,
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+    "activation in a dict": lambda: Calling(lambda m, x: m.acts["r"](x), acts={"r": nn.ReLU()}),
+    "mask that forward moves": lambda: Calling(
+        lambda m, x: x * m.mask.to(x.device), mask=torch.ones(4)
+    ),
+    "index": lambda: Calling(lambda m, x: x[:, m.order], order=torch.tensor([1, 0, 3, 2])),
+    "copied best weights": lambda: Calling(lambda m, x: x, best={"w": torch.ones(4)}),
+    "members": lambda: [net(), net()],
+    "ensemble": lambda: Ensemble.of(net, 3),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_model_is_clean(name):
+    torch.manual_seed(0)
+    model = HEALTHY[name]()
+    loss = (
+        (lambda y: sum(F.mse_loss(v, torch.ones_like(v)) for v in y.values()))
+        if (name != "members")
+        else None
+    )
+    optimizer = None if name == "members" else decaying
+    assert_state_clean(measure_state_hygiene(model, ROWS, optimizer=optimizer, loss=loss))
+
+
+def test_a_recurrent_network_and_a_transformer_are_clean():
+    sequence = torch.randn(5, 2, 4)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    for model in (nn.LSTM(4, 4, 2, dropout=0.5), nn.TransformerEncoder(layer, 1)):
+        assert_state_clean(measure_state_hygiene(model, sequence, outputs=whole))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "googlenet"])
+def test_torchvision_classifiers_are_clean(name):
+    more = {"init_weights": False} if name == "googlenet" else {}
+    model = torchvision.models.get_model(name, num_classes=3, **more)
+    found = measure_state_hygiene(model, IMAGES, outputs=whole, optimizer=decaying)
+    assert_state_clean(found)
+    assert {count for _, count in found.updates} == {1}
+
+
+def test_our_subnets_are_clean():
+    model = subnet_resnet18(width=2, base_channels=2, stem="cifar", num_classes=3)
+    assert_state_clean(measure_state_hygiene(model, IMAGES))
+
+
+@pytest.mark.parametrize("streams", [2, 4])
+def test_streams_update_every_norm_once_each(streams):
+    found = measure_state_hygiene(NStreams(net(), streams), ROWS)
+    assert found.updates == (("network.1", streams),)
+    assert_state_clean(found, updates=streams)
+
+
+# --- not in order ---------------------------------------------------------------------------------
+
+
+def test_a_mask_that_is_an_attribute_is_broken(golden):
+    model = Calling(lambda m, x: x * m.mask, mask=torch.ones(4))
+    golden(message(model), "messages/hygiene_mask.txt")
+
+
+def test_a_hidden_module_is_broken(golden):
+    model = Calling(lambda m, x: m.parts[0](x), parts=[nn.BatchNorm1d(4, affine=False)])
+    golden(message(model), "messages/hygiene_hidden_module.txt")
+
+
+def test_a_mode_that_stops_on_its_way_is_broken(golden):
+    class Deaf(nn.Sequential):
+        def train(self, mode=True):
+            self.training = mode
+            return self
+
+    golden(message(nn.Sequential(Deaf(nn.Dropout(0.5)))), "messages/hygiene_mode.txt")
+
+
+def test_a_train_that_returns_nothing_and_an_eval_that_merges_twice_are_broken():
+    class Forgets(nn.Linear):
+        def train(self, mode=True):
+            super().train(mode)
+
+    class Merges(nn.Linear):
+        def train(self, mode=True):
+            if not mode:
+                self.weight.data.add_(1.0)
+            return super().train(mode)
+
+    assert "model.train()   mode:   returns NoneType, not itself" in message(Forgets(4, 2))
+    assert "a second eval() changes it" in message(Merges(4, 2))
+
+
+def test_dropout_in_eval_is_broken(golden):
+    model = Calling(lambda m, x: F.dropout(x, 0.5))
+    golden(message(model), "messages/hygiene_dropout.txt")
+
+
+def test_two_updates_of_a_norm_are_broken(golden):
+    golden(message(NStreams(net(), 2)), "messages/hygiene_updates.txt")
+
+
+def test_a_recomputed_norm_updates_twice():
+    class Recomputed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):
+            return checkpoint(self.net, x, use_reentrant=False)
+
+    assert measure_state_hygiene(Recomputed(), ROWS).updates == (("net.1", 2),)
+
+
+def test_a_frozen_norm_whose_statistics_move_is_broken(golden):
+    model = net()
+    model[1].requires_grad_(False)
+    golden(message(model), "messages/hygiene_frozen.txt")
+
+
+def test_a_gradient_of_before_the_freeze_is_broken():
+    model = nn.Linear(4, 2)
+    model(ROWS).sum().backward()
+    model.requires_grad_(False)
+    model.bias.requires_grad_(True)
+    assert "weight   frozen moves:   the optimizer steps its old gradient" in message(
+        model, optimizer=decaying
+    )
+
+
+def test_a_loss_times_zero_lets_weights_drift(golden):
+    text = message(
+        Ensemble([nn.Linear(4, 2), nn.Linear(4, 2)]),
+        optimizer=decaying,
+        loss=lambda y: y["0"].square().sum() + 0.0 * y["1"].square().sum(),
+    )
+    golden(text, "messages/hygiene_drifting.txt")
+
+
+# --- snapshots ------------------------------------------------------------------------------------
+
+
+def test_a_copied_snapshot_is_detached():
+    model = net()
+    assert_snapshot_detached(copy.deepcopy(model.state_dict()), model)
+    assert_snapshot_detached([copy.deepcopy(model), {"epoch": 3}], model)
+
+
+def test_a_snapshot_by_reference_is_broken(golden):
+    model = net()
+    with pytest.raises(AssertionError) as broken:
+        assert_snapshot_detached({"epoch": 3, "weights": model.state_dict()}, model)
+    golden(str(broken.value), "messages/hygiene_snapshot.txt")
+
+
+def test_a_snapshot_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="holds no tensors"):
+        assert_snapshot_detached({"epoch": 3}, net())
+
+
+# --- wrong use ------------------------------------------------------------------------------------
+
+
+def test_a_kind_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="'masks' is no kind of finding"):
+        measure_state_hygiene(net(), ROWS).places("masks")
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused():
+    with pytest.raises(ValueError, match=r"LBFGS\.step\(\) raised TypeError"):
+        measure_state_hygiene(net(), ROWS, optimizer=lambda m: torch.optim.LBFGS(m.parameters()))
+
+
+def test_looking_changes_nothing():
+    model = Calling(lambda m, x: m.parts[0](x), parts=[nn.BatchNorm1d(4)], norm=nn.BatchNorm1d(4))
+    model.norm.eval()
+    model.layer.weight.grad = torch.ones(4, 4)
+    before, generator = copy.deepcopy(model), torch.get_rng_state()
+    measure_state_hygiene(model, ROWS, optimizer=decaying)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.equal(model.layer.weight.grad, torch.ones(4, 4))
+    assert (model.training, model.norm.training, model.parts[0].training) == (True, False, True)
+    pairs = [(model, before), (model.parts[0], before.parts[0])]
+    for one, other in pairs:
+        state = other.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
+
+
+def test_the_fixture_does_the_same(state_hygiene):
+    state_hygiene.assert_clean(NStreams(net(), 3), ROWS, updates=3)
+    state_hygiene.assert_detached(copy.deepcopy(net()), net())
+    with pytest.raises(AssertionError, match="claimed 1"):
+        state_hygiene.assert_clean(NStreams(net(), 3), ROWS)

@@ -1,0 +1,250 @@
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from ensembles.checks.round_trips import assert_round_trips_kept, measure_round_trips
+from ensembles.models import Ensemble, NStreams, subnet_resnet18
+from ensembles.probes.conversions import CONVERSIONS
+
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).sin().view(2, 3, 8, 8)
+ROWS = torch.linspace(-1, 1, 5 * 8).sin().view(5, 8)
+PLAIN = [name for name in CONVERSIONS if name not in ("safetensors", "compile", "export")]
+
+
+class Tied(nn.Module):
+    """Two modules that register one weight, as a language model's embedding and head do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 8, bias=False)
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 8, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.embed(x)).relu())
+
+
+class Shared(Tied):
+    """One module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = self.embed
+
+
+class Masked(nn.Linear):
+    """A drawn mask that is a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 3)
+        self.mask = torch.rand(3, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+class Patched(nn.Linear):
+    """Computes with a weight that a closure holds."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 3)
+        weight = self.weight
+        self.compute = lambda x: F.linear(x, weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.compute(x)
+
+
+def member() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
+
+
+def by_name(trips):
+    return {one.conversion: one for one in trips.trips}
+
+
+# --- kept -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: subnet_resnet18(width=2, base_channels=2, stem="cifar", num_classes=3),
+        lambda: Ensemble.of(member, 3),
+        lambda: NStreams(member(), 2),
+        lambda: [member(), member()],
+        lambda: {"a": member(), "b": member()},
+    ],
+    ids=["subnets", "ensemble", "streams", "list", "dict"],
+)
+def test_our_models_survive_every_conversion_that_pytorch_does_not_break(make):
+    found = measure_round_trips(make, IMAGES, conversions=PLAIN)
+    assert_round_trips_kept(found)
+    seen = by_name(found)
+    for name in ("deepcopy", "pickle", "state_dict", "half", "double", "channels_last", "to_empty"):
+        assert seen[name].reason == ""
+        assert seen[name].function == seen[name].parameters == "kept", seen[name]
+        assert seen[name].ties in ("kept", "-")
+    assert by_name(found)["assign=True"].broken("broken by PyTorch") == ("optimizer",)
+
+
+def test_a_weight_under_two_names_is_tied_by_pytorchs_rules_only(golden):
+    names = [name for name in PLAIN if name != "quantize_dynamic"]  # not in every PyTorch
+    found = measure_round_trips(Tied, ROWS, conversions=names)
+    assert_round_trips_kept(found)
+    golden(str(found), "messages/round_trips_tied.txt")
+
+
+def test_a_module_under_two_names_stays_tied():
+    names = ["deepcopy", "pickle", "state_dict", "to_empty", "half"]
+    found = measure_round_trips(Shared, ROWS, conversions=names)
+    assert_round_trips_kept(found, names)
+    assert [one.ties for one in found.trips] == ["kept"] * 5
+
+
+def test_functional_call_leaves_its_tensors_in_a_module_under_two_names():
+    found = measure_round_trips(Shared, ROWS, conversions=["functional_call", "vmap"])
+    assert [one.function for one in found.trips] == ["broken by PyTorch"] * 2
+    assert_round_trips_kept(found)
+    with pytest.raises(AssertionError, match=r"Call it with\s+tie_weights=False"):
+        assert_round_trips_kept(found, ["functional_call"])
+
+
+def test_compiled_and_exported_models_are_the_model():
+    found = measure_round_trips(Tied, ROWS, conversions=["compile", "export"])
+    assert_round_trips_kept(found, ["compile", "export"])
+    assert [one.ties for one in found.trips] == ["kept", "kept"]
+
+
+def test_two_processes_keep_the_model(tmp_path, monkeypatch):
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this PyTorch has no gloo")
+    (tmp_path / "tied_factory.py").write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))\n"
+        "    net[2].weight = net[0].weight\n    return net\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    names, factory = ["ddp", "fsdp2"], "tied_factory:build"
+    found = measure_round_trips(Tied, ROWS, conversions=names, factory=factory)
+    ddp, fsdp2 = found.trips
+    assert (ddp.ties, ddp.function, ddp.parameters, ddp.optimizer) == ("kept",) * 4
+    assert (fsdp2.ties, fsdp2.function, fsdp2.parameters) == ("kept",) * 3
+    assert fsdp2.optimizer == "broken by PyTorch"
+    with pytest.raises(ValueError, match="'tied_factory' names no factory"):
+        measure_round_trips(Tied, ROWS, conversions=["ddp"], factory="tied_factory")
+
+
+# --- broken ---------------------------------------------------------------------------------------
+
+
+def test_a_mask_that_is_not_saved_breaks_files_and_not_copies(golden):
+    names = ["deepcopy", "pickle", "state_dict"]
+    found = measure_round_trips(Masked, ROWS, conversions=names)
+    assert [one.function for one in found.trips] == ["kept", "kept", "broken"]
+    with pytest.raises(AssertionError) as broken:
+        assert_round_trips_kept(found)
+    golden(str(broken.value), "messages/round_trips_mask.txt")
+
+
+def test_a_copy_that_computes_with_the_original_is_broken(golden):
+    with pytest.raises(AssertionError) as broken:
+        assert_round_trips_kept(measure_round_trips(Patched, ROWS, conversions=["deepcopy"]))
+    golden(str(broken.value), "messages/round_trips_closure.txt")
+
+
+def test_what_pytorch_breaks_is_broken_where_it_is_claimed(golden):
+    names = ["state_dict", "assign=True", "weight_norm"]
+    with pytest.raises(AssertionError) as broken:
+        assert_round_trips_kept(measure_round_trips(Tied, ROWS, conversions=names), names)
+    golden(str(broken.value), "messages/round_trips_by_pytorch.txt")
+
+
+def test_a_copy_that_is_the_model_itself_is_broken():
+    class Itself(nn.Linear):
+        def __deepcopy__(self, memo):
+            return self
+
+    found = measure_round_trips(lambda: Itself(8, 3), ROWS, conversions=["deepcopy"])
+    with pytest.raises(AssertionError, match="a change of the copy changes the original"):
+        assert_round_trips_kept(found)
+
+
+def test_a_freeze_that_a_copy_loses_is_broken():
+    class Thawing(nn.Linear):
+        def __deepcopy__(self, memo):
+            copied = nn.Linear(8, 3)
+            copied.load_state_dict(self.state_dict())
+            return copied
+
+    def frozen():
+        net = Thawing(8, 3)
+        net.bias.requires_grad_(False)
+        return net
+
+    found = measure_round_trips(frozen, ROWS, conversions=["deepcopy"])
+    assert found.trips[0].broken() == ("parameters",)
+
+
+def test_a_load_that_raises_is_a_broken_claim():
+    class Grown(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 3)
+            self.extra = nn.Linear(int(torch.randint(1, 1000, ())), 1)
+
+    found = measure_round_trips(lambda: Grown(), ROWS, conversions=["state_dict"])
+    with pytest.raises(AssertionError, match="function: raised RuntimeError"):
+        assert_round_trips_kept(found)
+
+
+# --- wrong use, and what was not looked at --------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("safetensors") is not None, reason="it is installed")
+def test_a_claim_that_could_not_be_looked_at_is_an_error():
+    found = measure_round_trips(Tied, ROWS, conversions=["deepcopy", "safetensors"])
+    assert_round_trips_kept(found)
+    with pytest.raises(ValueError, match="not looked at: safetensors \\(safetensors is not inst"):
+        assert_round_trips_kept(found, ["deepcopy", "safetensors"])
+
+
+def test_nothing_looked_at_is_an_error():
+    found = measure_round_trips(Tied, ROWS, conversions=["ddp"])
+    with pytest.raises(ValueError, match="it needs two processes: give factory="):
+        assert_round_trips_kept(found)
+
+
+@pytest.mark.parametrize("names", ["deepcopies", ["deepcopy", "pickled"], []])
+def test_a_conversion_that_does_not_exist_is_refused(names):
+    with pytest.raises(ValueError, match="There are deepcopy, pickle, state_dict"):
+        measure_round_trips(Tied, ROWS, conversions=names)
+
+
+def test_what_was_not_measured_is_refused():
+    with pytest.raises(ValueError, match="pickle was not measured"):
+        assert_round_trips_kept(measure_round_trips(Tied, ROWS, conversions="deepcopy"), ["pickle"])
+
+
+def test_a_model_instead_of_a_factory_is_refused():
+    with pytest.raises(ValueError, match="got an object of type Tied"):
+        measure_round_trips(Tied(), ROWS)
+    net = Tied()
+    with pytest.raises(ValueError, match="make returns the same module at each call"):
+        measure_round_trips(lambda: net, ROWS)
+
+
+def test_looking_leaves_the_generators_as_they_were():
+    before = torch.get_rng_state()
+    first = measure_round_trips(Tied, ROWS, conversions=["deepcopy", "state_dict", "half"])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first == measure_round_trips(Tied, ROWS, conversions=["deepcopy", "state_dict", "half"])
+
+
+def test_the_fixture_does_the_same(round_trip):
+    round_trip.assert_kept(Shared, ROWS, ["deepcopy", "state_dict"])
+    with pytest.raises(AssertionError, match="claimed to survive state_dict, and does not"):
+        round_trip.assert_kept(Masked, ROWS, ["state_dict"])
