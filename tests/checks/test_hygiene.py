@@ -106,6 +106,7 @@ HEALTHY = {
     "dropout": lambda: net(nn.Dropout(0.5)),
     "teacher": Teacher,
     "frozen norm": lambda: net(FrozenNorm(4).requires_grad_(False)),
+    "norm in eval, trained": lambda: net(FrozenNorm(4)),
     "dropped path": DroppedPath,
     "zero initialised": ZeroInitialised,
     "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
