@@ -359,6 +359,8 @@ def _owed_to_seed(
 
 
 def _is_drawn(tensor: Tensor) -> bool:
-    """Whether it may have been drawn: zeros, ones and other constants are by design."""
+    """Whether it may have been drawn: zeros, ones, and what has two values (eye) are by design."""
     values = tensor.detach().flatten()
-    return values.numel() > 1 and not bool((values == values[0]).all())
+    if not values.numel():
+        return False
+    return bool(((values != values.min()) & (values != values.max())).any())

@@ -246,9 +246,9 @@ def _train(model: Model, recipe: Recipe, run: Run) -> Iterator[Entry]:
             module.train()
         optimizers = optimizers_of(recipe.optimizer or _sgd, model)
         clock = _Clock(run.seed)
-        if run.alike:
-            for module in {id(m): m for m in holders.values()}.values():
-                stack.enter_context(_removed(module.register_forward_pre_hook(clock.rewind)))
+        if run.alike and is_one_module(model) and recipe.members is not None:
+            for member, module in holders.items():
+                stack.enter_context(_hooked(member, module, clock))
         log: list[Entry] = []
         if run.operations:
             stack.enter_context(_watched(model, clock, log))
@@ -256,9 +256,11 @@ def _train(model: Model, recipe: Recipe, run: Run) -> Iterator[Entry]:
             clock.step = step
             for p in {*_held(optimizers), *(p for m in modules for p in m.parameters())}:
                 p.grad = None
-            if run.alike:
-                clock.rewind()
-            outputs = member_outputs(model, fresh(recipe.batch), outputs=recipe.outputs)
+            outputs: dict[str, tuple[Tensor, ...]] = {}
+            for called in [model] if is_one_module(model) else _each_alone(model):
+                if run.alike:
+                    clock.rewind()
+                outputs |= member_outputs(called, fresh(recipe.batch), outputs=recipe.outputs)
             named = _paired(outputs, holders) if recipe.members or not is_one_module(model) else {}
             found = [
                 tensors.entry(step, "output", named.get(member, member), str(i), y)
@@ -341,6 +343,23 @@ class _Clock:
         seed_generators(self.seed + 1_000_003 * self.step)
 
 
+def _each_alone(model: Model) -> Iterator[Model]:
+    """Every member as an ensemble of one, under its own name."""
+    yield from ({name: module} for name, module in named_modules_of(model).items())
+
+
+@contextmanager
+def _hooked(member: str, module: nn.Module, clock: _Clock) -> Iterator[None]:
+    """Inside, the member draws the same random numbers at each call in a step."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"member {member} is a ScriptModule inside another module, and takes no hook, so that "
+            "its random numbers cannot be set. Give the members as a list."
+        )
+    with _removed(module.register_forward_pre_hook(clock.rewind)):
+        yield
+
+
 @contextmanager
 def _removed(handle: Any) -> Iterator[None]:
     try:
@@ -351,12 +370,16 @@ def _removed(handle: Any) -> Iterator[None]:
 
 @contextmanager
 def _watched(model: Model, clock: _Clock, log: list[Entry]) -> Iterator[None]:
-    """Records every module's output when it returns, and the gradient there when it arrives."""
+    """Records every module's output when it returns, and the gradient there when it arrives.
+
+    Scripted modules take no hooks, and what is compiled is one operation: it has no modules.
+    """
     names: dict[nn.Module, str] = {}
     for member, module in named_modules_of(model).items():
         for name, inner in module.named_modules():
-            if not isinstance(inner, torch.jit.ScriptModule):  # which takes no Python hooks
-                names.setdefault(inner, ".".join(filter(None, (member, name))))
+            path = ".".join(filter(None, (member, name)))
+            if not isinstance(inner, torch.jit.ScriptModule) and "_orig_mod" not in path:
+                names.setdefault(inner, path)
     calls: Counter[tuple[int, str]] = Counter()
 
     def write(name: str, tensor: Tensor) -> None:
@@ -424,7 +447,9 @@ class _Tensors:
             return Entry(step, kind, member, name, digest(value))
         values = value.detach()
         wide = (values if values.layout == torch.strided else values.to_dense()).cpu()
-        norm = float(wide.abs().double().square().sum().sqrt()) if wide.numel() else 0.0
+        number = wide if wide.is_floating_point() or wide.is_complex() else wide.double()
+        accumulated = torch.complex128 if number.is_complex() else torch.float64
+        norm = float(torch.linalg.vector_norm(number, dtype=accumulated))
         kept = wide.clone() if self.values else None
         return Entry(step, kind, member, name, digest(wide), norm, kept)
 

@@ -160,6 +160,18 @@ def test_members_may_be_given_in_any_form(kind):
     assert_alone(make, members=found)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripted_members_follow_in_a_list_and_are_an_error_inside_a_module():
+    def scripted() -> nn.Module:
+        return torch.jit.script(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(48, 3)))
+
+    assert_alone(lambda: [scripted(), scripted()])
+    with pytest.raises(ValueError, match="member 0 is a ScriptModule inside another module"):
+        assert_alone(
+            lambda: Ensemble([scripted(), scripted()]), members=lambda model: list(model.members)
+        )
+
+
 def test_the_default_loss_and_optimizer_follow_too():
     measured = measure_member_trajectories(lambda: [convnet(), convnet()], BATCH)
     assert_members_trained_alone(measured)

@@ -65,6 +65,23 @@ def test_zeros_and_ones_by_design_need_not_depend_on_the_seed():
     assert_bitwise(lambda: nn.BatchNorm2d(3))
 
 
+def test_an_identity_by_design_need_not_depend_on_the_seed():
+    def identity() -> nn.Module:
+        layer = nn.Linear(48, 48, bias=False)
+        nn.init.eye_(layer.weight)
+        return nn.Sequential(nn.Flatten(), layer)
+
+    assert_bitwise(identity)
+
+
+def test_what_is_compiled_is_looked_at_as_one_operation():
+    def compiled() -> nn.Module:
+        inner = nn.Sequential(nn.Linear(48, 3), nn.Dropout())
+        return nn.Sequential(nn.Flatten(), torch.compile(inner, backend="eager"))
+
+    assert_bitwise(compiled)
+
+
 def test_a_frozen_backbone_with_a_new_head_need_not_depend_on_the_seed_as_a_whole():
     def pretrained() -> nn.Module:
         backbone = nn.Linear(48, 3)
@@ -408,6 +425,8 @@ def test_seeds_and_flags_are_set_and_restored(monkeypatch, workspace):
     monkeypatch.delenv(CUBLAS, raising=False)
     if workspace is not None:
         monkeypatch.setenv(CUBLAS, workspace)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         before = switches(), generators()
