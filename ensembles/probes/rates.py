@@ -37,8 +37,8 @@ RATE = 1e-3
 """Learning rate of the experiment, because warm-up may start at a rate of zero."""
 
 
-NEAR = 1e-4
-"""Relative difference of multiples that are the same: far below one member more or less."""
+NEAR = 1e-3
+"""Relative difference of multiples that are the same: less than one member in a thousand makes."""
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class Found:
         "softmax twice": "mean of the softmax of probabilities (softmax twice)",
         "softmax of the mean": "softmax of the mean of the probabilities (softmax twice)",
         "softmax of the geometric": "softmax of the geometric mean (softmax twice)",
+        "uniform": "uniform distribution, whatever members predict (softmax over the members?)",
         "maximum": "maximum over the members",
         "maximum, normalised": "maximum over the members, normalised",
         "median": "median over the members",
@@ -231,13 +232,14 @@ def _by_value(
             mean = torch.einsum("m,mrc->rc", simple, basis)
             if fits(mean if of_mean is None else of_mean(mean)):
                 shown = rounded(simple.tolist())
-                # Of one member, all means are the same.
-                if of_mean is None or not _is_alone(shown):
+                # Of one member, all means are the same; and of none.
+                if any(shown) and (of_mean is None or not _is_alone(shown)):
                     yield Found(reduction, shown)
                 break
     top = p.max(0).values
     others = {
         "softmax of the geometric": emitted.logarithms.mean(0).softmax(-1).softmax(-1),
+        "uniform": torch.full_like(target, 1 / target.shape[-1]),
         "maximum": top,
         "maximum, normalised": top / top.sum(-1, keepdim=True),
         **({"median": p.median(0).values} if len(p) > 2 else {}),

@@ -117,14 +117,14 @@ def scales_of(
             multiple, exact = None, False
             if single is not None:
                 pairs = [(total[i], alone[name][i]) for i in own]
-                multiple, exact = _multiple(pairs, name) if own else (None, False)
+                multiple, exact = _multiple(pairs, name, values) if own else (None, False)
                 # Or a penalty on the weights is added, which has no multiple and couples nothing.
                 if multiple is None:
                     apart = _output_gradients(
                         partial(_of_one, single[name], name), {name: values[name]}
                     )
                     pairs = list(zip(together[name], apart[name], strict=True))
-                    multiple, exact = _multiple(pairs, name)
+                    multiple, exact = _multiple(pairs, name, values)
             held = tuple(parameters[i] for i in own)
             clipped = None if clip is None else _clipped(clip, model, parameters, total, own, name)
             scales[name] = Scale(multiple, exact, coupled[name], clipped, held)
@@ -242,7 +242,9 @@ def _of_one(loss: MemberLoss, name: str, outputs: dict[str, Any]) -> Tensor:
 
 
 def _multiple(
-    pairs: Sequence[tuple[Tensor | None, Tensor | None]], name: str
+    pairs: Sequence[tuple[Tensor | None, Tensor | None]],
+    name: str,
+    values: Mapping[str, tuple[Tensor, ...]],
 ) -> tuple[float | None, bool]:
     """The s with together = s * alone, and whether that is so bit by bit."""
     known = [(torch.zeros_like(b) if a is None else a, b) for a, b in pairs if b is not None]
@@ -256,17 +258,19 @@ def _multiple(
     if not one.any():
         return 0.0, True
     multiple = float(one @ two / (two @ two))
-    tolerance = max(SAME.get(a.dtype, 1e-4) for a, _ in known)
+    # Autocast computes in less precision than that of the parameters.
+    computed = [*values[name], *(a for a, _ in known)]
+    tolerance = max(SAME.get(tensor.dtype, 1e-4) for tensor in computed)
     if float((one - multiple * two).norm()) > tolerance * float(one.norm()):
         return None, False
-    simple = _simple(multiple)
+    simple = _simple(multiple, tolerance / 4)
     return simple, all(torch.equal(values_of(a), values_of(b) * simple) for a, b in known)
 
 
-def _simple(multiple: float) -> float:
+def _simple(multiple: float, tolerance: float) -> float:
     """The whole number, or one over it, that was meant."""
     for candidate in (float(round(multiple)), 1 / round(1 / multiple) if abs(multiple) < 1 else 0):
-        if candidate and math.isclose(multiple, candidate, rel_tol=1e-5):
+        if candidate and math.isclose(multiple, candidate, rel_tol=tolerance):
             return candidate
     return multiple
 

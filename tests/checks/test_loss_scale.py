@@ -300,6 +300,29 @@ def test_shared_weights_do_not_hide_the_scale():
     assert_loss_scaled(scale, "sum")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [2, 3])
+def test_precision_is_that_of_the_members(dtype, count):
+    members, x = several(count).to(dtype), batch().to(dtype)
+    assert_loss_scaled(measure_loss_scale(members, x, mean_of_losses), "mean")
+    with pytest.raises(AssertionError, match="and train on their mean"):
+        assert_loss_scaled(measure_loss_scale(members, x, mean_of_losses), "sum")
+
+
+class Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = mlp()
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.network(x)
+
+
+def test_autocast_computes_in_less_precision_than_parameters_have():
+    assert_loss_scaled(measured(mean_of_losses, count=3, make=Autocast), "mean")
+
+
 # --- joint --------------------------------------------------------------------------------------
 
 

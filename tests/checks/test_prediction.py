@@ -209,6 +209,27 @@ def test_one_module_called_with_the_weights_of_each_member_is_looked_at_in_real_
     assert_reduced(predict, members=scaled(30))
 
 
+def test_members_stacked_by_vmap_are_looked_at_in_real_outputs():
+    members = nn.ModuleList(scaled(30)).eval()
+    base = copy.deepcopy(members[0]).to("meta")
+
+    def predict(found, x):
+        stacks = torch.func.stack_module_state(found)
+
+        def call(parameters, buffers, inputs):
+            return torch.func.functional_call(base, (parameters, buffers), (inputs,))
+
+        return torch.vmap(call, (0, 0, None))(*stacks, x).softmax(-1).mean(0)
+
+    assert_reduced(predict, members=members)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated")
+def test_scripted_members_are_looked_at_in_real_outputs():
+    members = [torch.jit.script(member) for member in scaled(30)]
+    assert_reduced(arithmetic, members=members)
+
+
 def test_many_members_and_few_rows_are_told_apart():
     assert_reduced(arithmetic, members=several(lambda: mlp(2), 12), x=batch(3))
 
@@ -313,6 +334,9 @@ FAULTS = {
     "the softmax of the mean of the probabilities (softmax twice)": lambda m, x: arithmetic(
         m, x
     ).softmax(-1),
+    "the uniform distribution, whatever members predict": lambda m, x: (
+        stacked(m, x).softmax(0).mean(0) * 3 / 4
+    ),
     "the maximum over the members": lambda m, x: stacked(m, x).softmax(-1).amax(0),
     "the median over the members": lambda m, x: stacked(m, x).softmax(-1).median(0).values,
     "with rows in another order: 4, 3, 2, 1, 0": lambda m, x: arithmetic(m, x).flip(0),
