@@ -83,6 +83,14 @@ def test_one_loader_for_all_is_paired_by_content():
     assert_members_paired(measured)
 
 
+def test_loaders_are_read_from_the_present_seed():
+    measured = []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        measured.append(measure_member_data(lambda member: torch.randint(90, (90,)), 3))
+    assert measured[0] == measured[1]
+
+
 def test_loaders_that_shuffle_by_themselves_are_shuffled():
     assert_members_shuffled(measure_member_data(loader, 3))
     assert_members_shuffled(measure_member_data(order, 3))

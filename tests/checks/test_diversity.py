@@ -136,6 +136,25 @@ def test_random_signs_may_agree_by_chance():
     assert "signs   equal in members 0, 1" in message(pair, torch.randn(3, 64))
 
 
+def test_frozen_parameters_may_be_in_common():
+    prior = nn.Linear(3, 2).requires_grad_(False)
+    pair = [nn.Sequential(classifier(), copy.deepcopy(prior)) for _ in range(2)]
+    assert_members_diverse(measure_member_diversity(pair, BATCH))
+
+
+def test_outputs_are_compared_in_double_precision():
+    """A millionth is rounding in float32, and another function in float64."""
+    state = classifier().state_dict()
+
+    def make():
+        pair = [classifier(), classifier()]
+        for i, member in enumerate(pair):
+            member.load_state_dict({**state, "5.weight": state["5.weight"] * (1 + 1e-6 * i)})
+        return pair
+
+    assert measure_member_diversity(make, BATCH).twins == ()
+
+
 def test_shared_names_are_claimed_alike():
     trunk = nn.Linear(4, 4)
     pair = [nn.Sequential(trunk, nn.Linear(4, 2)) for _ in range(2)]
