@@ -6,7 +6,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ensembles.faults import cost, members, rows, sharing, starts, state, training
+from ensembles.faults import (
+    cost,
+    members,
+    predictions,
+    rates,
+    rows,
+    seeds,
+    sharing,
+    starts,
+    state,
+    training,
+)
 from ensembles.faults.fault import Fault
 from ensembles.message import aligned
 from ensembles.subject import Subject
@@ -19,8 +30,11 @@ FAULTS: Mapping[str, Fault] = MappingProxyType(
         for fault in (
             *members.FAULTS,
             *starts.FAULTS,
+            *seeds.FAULTS,
             *rows.FAULTS,
+            *predictions.FAULTS,
             *training.FAULTS,
+            *rates.FAULTS,
             *sharing.FAULTS,
             *cost.FAULTS,
             *state.FAULTS,
