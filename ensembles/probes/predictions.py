@@ -120,6 +120,10 @@ class Bench:
                 "is 1."
             )
         self.weights = weights
+        rows, classes = math.prod(self.classless), self.shape[axis]
+        # Each row has classes - 1 numbers of its own, and the members' weights are unknown.
+        self.least = max(FEW_DRAWS, math.ceil(2 * (len(plain) + 2) / (rows * (classes - 1))))
+        self.draws = max(DRAWS, self.least)
         self.tolerance = tolerance_of(*plain.values())
         kinds = {name: kind_of(self._rows(y), self.tolerance) for name, y in plain.items()}
         self.kind = kinds[self.names[0]]
@@ -129,21 +133,25 @@ class Bench:
                 f"members emit different things: {told}. Give outputs=a function that returns the "
                 "same kind for every member."
             )
+        # Drawn beforehand, because nothing can be drawn under vmap.
+        generator = torch.Generator().manual_seed(0)
+        self.phases = {
+            (draw, name): math.tau * torch.rand(self.shape[axis], generator=generator).double()
+            for draw in range(self.draws)
+            for name in self.names
+        }
         self.spread = {name: _Spread.of(self._logits(self._rows(y))) for name, y in plain.items()}
 
     def look(self) -> tuple[list[Look], list[Found]]:
         """Looks until one reduction is left, and returns what was seen and found."""
-        rows, classes = math.prod(self.classless), self.shape[self.axis]
-        # Each row has classes - 1 numbers of its own, and the members' weights are unknown.
-        least = max(FEW_DRAWS, math.ceil(2 * (len(self.names) + 2) / (rows * (classes - 1))))
         looks: list[Look] = []
         found: list[Found] = []
-        for draw in range(max(DRAWS, least)):
+        for draw in range(self.draws):
             with self._changed(draw) as used:
                 looks.append(self._look(draw, used))
             if not looks[-1].reached:
                 break
-            if len(looks) < least:
+            if len(looks) < self.least:
                 continue
             found = self._found(looks)
             one_by_one = looks[-1].given.is_floating_point() and self.evaluate is None
@@ -317,8 +325,7 @@ class Bench:
         fits = isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1
         if not fits or x.shape[axis] != self.shape[self.axis]:
             return x
-        generator = torch.Generator().manual_seed(1000 * draw + self.names.index(name))
-        phase = 6.3 * torch.rand(x.shape[axis], generator=generator, dtype=torch.float64)
+        phase = self.phases[draw, name]
         rows = self._logits(x.movedim(axis, -1).double().cpu())
         values = CONFIDENCE * (STRETCH * (rows - spread.mean) / spread.scale + phase).sin()
         if self.kind != "logits":
@@ -380,10 +387,7 @@ def _hooked(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
     if isinstance(module, torch.jit.ScriptModule):  # it refuses hooks: real outputs have to do
         yield
         return
-    # Copies of a module take its hooks along, and are not that member.
-    handle = module.register_forward_hook(
-        lambda called, _, value: change(value) if called is module else value
-    )
+    handle = module.register_forward_hook(lambda _, __, value: change(value))
     try:
         yield
     finally:
@@ -425,6 +429,8 @@ def _checked_outputs(plain: Mapping[str, Tensor], axis: int) -> tuple[int, ...]:
             f"members' outputs have shape {shape}, with no classes on axis {axis}. They are "
             "(sample, class, ...); give axis= where classes are elsewhere."
         )
+    if 0 in shape:
+        raise ValueError(f"members' outputs have shape {shape}: the batch has no rows.")
     for name, y in plain.items():
         if not y.isfinite().logical_or(y == -math.inf).all():
             raise ValueError(

@@ -472,6 +472,19 @@ def test_looking_changes_nothing():
         assert torch.equal(tensor, before[name])
 
 
+def test_the_model_is_looked_at_in_train_mode():
+    modes = []
+
+    class Remembers(nn.Linear):
+        def forward(self, x):
+            modes.append(self.training)
+            return super().forward(x.flatten(1))
+
+    members = several(2, lambda: Remembers(18, CLASSES)).eval()
+    measure_loss_scale(members, batch(), sum_of_losses)
+    assert modes == [True, True]
+
+
 # --- the fixture, and the gate ------------------------------------------------------------------
 
 

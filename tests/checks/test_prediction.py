@@ -224,6 +224,20 @@ def test_members_stacked_by_vmap_are_looked_at_in_real_outputs():
     assert_reduced(predict, members=members)
 
 
+def test_one_module_under_vmap_is_looked_at_in_real_outputs():
+    members = nn.ModuleList(scaled(30))
+
+    def predict(found, x):
+        parameters, buffers = torch.func.stack_module_state(list(found))
+
+        def call(*state):
+            return torch.func.functional_call(found[0], state, (x,))
+
+        return torch.vmap(call)(parameters, buffers).softmax(-1).mean(0)
+
+    assert_reduced(predict, members=members)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated")
 def test_scripted_members_are_looked_at_in_real_outputs():
     members = [torch.jit.script(member) for member in scaled(30)]
@@ -493,6 +507,11 @@ def test_rows_that_are_equal_are_an_error():
         assert_reduced(arithmetic, x=torch.ones(5, 2, 3, 3))
 
 
+def test_no_rows_are_an_error():
+    with pytest.raises(ValueError, match="the batch has no rows"):
+        assert_reduced(arithmetic, x=batch(0))
+
+
 def test_one_row_is_an_error():
     with pytest.raises(ValueError, match="rows cannot be told apart"):
         assert_reduced(arithmetic, x=batch(1))
@@ -588,6 +607,29 @@ def test_looking_changes_nothing():
     for member, saved in zip(members, before, strict=True):
         for name, tensor in member.state_dict().items():
             assert torch.equal(tensor, saved[name])
+
+
+def test_the_model_predicts_in_eval_mode():
+    modes = set()
+
+    def predict(members, x):
+        modes.update(m.training for member in members for m in member.modules())
+        return arithmetic(members, x)
+
+    assert_reduced(predict, members=several(conv))
+    assert modes == {False}
+
+
+def test_members_that_draw_random_numbers_in_eval_mode_draw_the_same():
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = mlp()
+
+        def forward(self, x):
+            return self.network(x + torch.randn_like(x))
+
+    assert_reduced(arithmetic, members=several(Noisy))
 
 
 def test_hooks_are_gone_after_an_error():

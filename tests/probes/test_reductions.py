@@ -148,6 +148,17 @@ def test_a_prediction_that_is_not_made_of_the_members_is_no_reduction(drawn):
         assert reorderings_of(prediction, emitted, 1e-9) == []
 
 
+def test_one_row_does_not_show_the_weights_of_many_members():
+    emitted = Emitted(torch.randn(5, 1, 4).double(), "logits")
+    assert reductions_of(emitted.probabilities.mean(0), emitted, 1e-9) == []
+
+
+def test_a_row_for_all_is_no_other_order_of_rows():
+    emitted = Emitted(torch.randn(3, 6, 4).double(), "logits")
+    first = emitted.probabilities.mean(0)[:1].expand(6, 4)
+    assert reorderings_of(first, emitted, 1e-9) == []
+
+
 def test_kinds_are_seen_from_sums():
     logits = torch.randn(5, 4)
     assert kind_of(logits, 1e-4) == "logits"
