@@ -18,6 +18,12 @@ def cost_of(model, *shape, **options):
     return measure_compute_cost(model, torch.randn(*shape), **options)
 
 
+before_2_7 = pytest.mark.skipif(
+    torch.__version__ < "2.7",
+    reason="torch 2.6 has no formula for fused attention, and keeps other copies of weights",
+)
+
+
 class Masked(nn.Module):
     """A layer of which a mask leaves the first inputs and outputs, at the price of all."""
 
@@ -179,6 +185,7 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(x * self.scale, x, x, is_causal=self.causal)
 
 
+@before_2_7
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_attention_is_two_products(device):
     # 2 samples, 3 heads, 5 queries and 5 keys of 4 numbers: scores, and their product with values.
@@ -193,6 +200,7 @@ def test_attention_is_two_products(device):
     assert cost.wasted == (None if device == "meta" else 0)
 
 
+@before_2_7
 def test_what_a_causal_mask_hides_is_waste():
     cost = cost_of(Attention(True), 2, 3, 5, 4, training=False)
     # 10 of 25 probabilities are zero, and meet 4 numbers of a value each.
@@ -327,6 +335,7 @@ STEM = 2 * (2 * 64 * 9 * 3 * 4)
 HEAD = 2 * (2 * 32 * 10)
 
 
+@before_2_7
 def test_a_zero_padded_subnet_wastes_three_quarters_of_every_conv():
     cost = measure_compute_cost(subnets("zero_padded"), only_one())
     # The stem writes twice the channels, every other conv reads and writes twice as many; the

@@ -114,6 +114,7 @@ def test_functional_call_leaves_its_tensors_in_a_module_under_two_names():
         assert_round_trips_kept(found, ["functional_call"])
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 unties weights in its export")
 def test_compiled_and_exported_models_are_the_model():
     found = measure_round_trips(Tied, ROWS, conversions=["compile", "export"])
     assert_round_trips_kept(found, ["compile", "export"])
