@@ -364,7 +364,8 @@ class _Bench:
                 for gradient in gradients:
                     if gradient is None:
                         continue
-                    rows = gradient.to_dense().movedim(self.axis, 0).flatten(1)
+                    rows = gradient.to_dense().movedim(self.axis, 0)
+                    rows = rows.reshape(len(rows), -1)
                     for row in (rows != 0).any(1).nonzero().flatten().tolist():
                         if self.own_row(member, row) != i:
                             pairs.add((member, row, i))
@@ -491,7 +492,7 @@ def _differing(one: Sequence[Tensor], two: Sequence[Tensor]) -> dict[int, float]
                 f"{counted(range(x.shape[0]), 'row')} is replaced, so that rows cannot be "
                 "compared. Give rows of one length."
             )
-        x, y = (t.detach().double().flatten(1) for t in (x, y))
+        x, y = (t.detach().double().reshape(len(t), -1) for t in (x, y))
         size = float(x.nan_to_num().abs().max()) if x.numel() else 0.0
         unlike = ~((x == y) | (x.isnan() & y.isnan()))
         for row in unlike.any(1).nonzero().flatten().tolist():

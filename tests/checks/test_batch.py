@@ -290,3 +290,9 @@ def test_looking_changes_nothing():
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in member.modules())
         for name, tensor in member.state_dict().items():
             assert torch.equal(tensor, saved[name])
+
+
+def test_one_number_for_each_row_is_a_row():
+    assert reached(Call(lambda x: 2 * x), torch.randn(3)) == set()
+    mixed = reached(Call(lambda x: x.softmax(0)), torch.randn(3))
+    assert mixed == {(i, j) for i in range(3) for j in range(3) if i != j}
