@@ -3,7 +3,7 @@
 What a subject claims is `Subject.claims`, check name to claim. A factory that returns bare
 modules claims by default:
 
-- a list or dict of at least two modules: `DEFAULT_ENSEMBLE_CLAIMS`;
+- a list or dict of modules, of which there must be two: `DEFAULT_ENSEMBLE_CLAIMS`;
 - one module: `DEFAULT_MODULE_CLAIMS`, whatever it returns, because nothing says that its outputs
   are members. Say so with a `Subject` and its `outputs`.
 """

@@ -320,7 +320,7 @@ def resolve(path: str) -> Subject:
 
 
 def _claiming_defaults(make: Callable[[], Model], model: Model, name: str) -> Subject:
-    several = not is_one_module(model) and len(named_modules_of(model)) > 1
+    several = not is_one_module(model)  # a list of one has lost members: an error, not a network
     return Subject(
         make=make,
         name=name or type(model).__name__,

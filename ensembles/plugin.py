@@ -202,6 +202,20 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(
                 f"  {len(silent)} not claimed: {', '.join(silent)}", yellow=True
             )
+    if not terminalreporter.config.getoption("--ensembles-subject") and _suite_ran(
+        terminalreporter
+    ):
+        terminalreporter.write_line(
+            "no --ensembles-subject was given: the suite looked at its worked example", yellow=True
+        )
+
+
+def _suite_ran(terminalreporter: Any) -> bool:
+    return any(
+        "suite.py::test_claim[" in getattr(report, "nodeid", "")
+        for reports in terminalreporter.stats.values()
+        for report in reports
+    )
 
 
 def _rows(terminalreporter: Any) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ def of(results, check: str):
         (nn.ModuleList([LEFT, RIGHT]), DEFAULT_ENSEMBLE_CLAIMS),
         (pair, DEFAULT_ENSEMBLE_CLAIMS),
         (LEFT, DEFAULT_MODULE_CLAIMS),
-        ([LEFT], DEFAULT_MODULE_CLAIMS),
+        ([LEFT], DEFAULT_ENSEMBLE_CLAIMS),
         (nn.Sequential(LEFT, RIGHT), DEFAULT_MODULE_CLAIMS),
         (lambda: LEFT, DEFAULT_MODULE_CLAIMS),
         (Subject(make=pair), {}),
@@ -354,3 +354,9 @@ def test_members_that_do_not_exist_are_an_error(check):
         "outputs=... raised AttributeError: 'Tensor' object has no attribute 'heads' for what the "
         "model returned, a tensor of dtype torch.float32 and shape "
     )
+
+
+def test_a_list_that_has_lost_its_other_members_is_an_error():
+    found = of(check_ensemble([LEFT]), "sharing")
+    assert found.status == "error"
+    assert "only one was given (0)" in found.message

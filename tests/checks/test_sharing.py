@@ -212,3 +212,13 @@ def test_looking_changes_nothing():
     for member, saved in zip(members, before, strict=True):
         for name, tensor in member.state_dict().items():
             assert torch.equal(tensor, saved[name])
+
+
+def test_published_networks_are_compared_on_meta():
+    vgg11_bn = pytest.importorskip("torchvision").models.vgg11_bn
+    with torch.device("meta"):
+        members = [vgg11_bn() for _ in range(3)]
+    assert_members_share(measure_parameter_sharing(members))
+    members[2].classifier = members[0].classifier
+    with pytest.raises(AssertionError, match=r"classifier\.0\.weight +one tensor in members 0, 2"):
+        assert_members_share(measure_parameter_sharing(members))

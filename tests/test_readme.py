@@ -1,0 +1,40 @@
+"""The README's examples run as they stand there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+EXAMPLES = [
+    block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "def test_" in block
+]
+
+
+@pytest.fixture(autouse=True)
+def without_hypothesis(monkeypatch):
+    """Its plugin loads the whole of hypothesis anew in every inner run."""
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:randomly")
+
+
+def test_the_first_example_fails_with_the_message_beside_it(pytester):
+    pytester.makepyfile(test_model=EXAMPLES[0])
+    result = pytester.runpytest()
+    assert result.parseoutcomes() == {"failed": 1}
+    said = " ".join(" ".join(line.removeprefix("E") for line in result.outlines).split())
+    shown = re.findall(r"```\n(members 0.*?)```", README, re.DOTALL)[0]
+    for line in filter(None, shown.splitlines()):
+        assert " ".join(line.split()) in said
+
+
+@pytest.mark.parametrize(("number", "passing"), [(1, 3), (2, 5)])
+def test_the_other_examples_pass(pytester, number, passing):
+    pytest.importorskip("sklearn")
+    pytester.makepyfile(EXAMPLES[number])
+    outcomes = pytester.runpytest().parseoutcomes()
+    assert outcomes["passed"] == passing
+    assert outcomes.keys() <= {"passed", "skipped"}
+
+
+def test_every_example_is_looked_at():
+    assert len(EXAMPLES) == 3
