@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 
+import ensembles.suite  # noqa: F401  (before pytester forgets what inner runs import)
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn.datasets")
+
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 EXAMPLES = [
     block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "def test_" in block
@@ -29,7 +34,6 @@ def test_the_first_example_fails_with_the_message_beside_it(pytester):
 
 @pytest.mark.parametrize(("number", "passing"), [(1, 3), (2, 5)])
 def test_the_other_examples_pass(pytester, number, passing):
-    pytest.importorskip("sklearn")
     pytester.makepyfile(EXAMPLES[number])
     outcomes = pytester.runpytest().parseoutcomes()
     assert outcomes["passed"] == passing
