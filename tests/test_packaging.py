@@ -117,3 +117,9 @@ def test_the_readme_has_the_command_of_the_main_job():
         "&& .venv/bin/pytest -k sharing"
     )
     assert command in (ROOT / "README.md").read_text().splitlines()
+
+
+def test_the_whole_project_collects_under_every_strictness():
+    command = [sys.executable, "-m", "pytest", "--strict", "--collect-only", "-q"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]

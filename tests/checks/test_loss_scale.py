@@ -385,6 +385,7 @@ def test_a_clipping_norm_that_this_batch_does_not_reach_couples_all_the_same():
 @pytest.mark.parametrize(
     "clip",
     [clip_each, lambda model: clip_grad_value_(model.parameters(), 1e-3), lambda model: None],
+    ids=["norm_of_each", "value", "nothing"],
 )
 def test_clipping_that_couples_nothing_holds(clip):
     assert_loss_scaled(measured(sum_of_losses, clip=clip), "sum")
