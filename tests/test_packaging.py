@@ -71,7 +71,10 @@ def test_the_wheel_holds_the_package_its_types_and_nothing_else(wheel):
     sources = {str(p.relative_to(ROOT)) for p in package if p.suffix != ".pyc"}
     assert {name for name in names if not name.startswith(about)} == sources
     assert {"ensembles/py.typed", f"{about}/licenses/LICENSE"} <= names
-    assert entry_point == "[pytest11]\nensembles = ensembles.plugin\n"
+    assert entry_point == (
+        "[console_scripts]\nensembles = ensembles.experiments.command_line:main\n\n"
+        "[pytest11]\nensembles = ensembles.plugin\n"
+    )
 
 
 def test_the_installed_gate_passes_a_healthy_subject(clean_pytest, tmp_path):
