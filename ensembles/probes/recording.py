@@ -19,7 +19,14 @@ from torch.utils import _pytree as pytree
 
 from ensembles.message import counted, listed
 from ensembles.probes.state import generators_kept, preserved, seed_generators
-from ensembles.probes.training import Loss, fresh, hidden_modules, loss_of, optimizers_of
+from ensembles.probes.training import (
+    Loss,
+    fresh,
+    hidden_modules,
+    loss_of,
+    optimizers_of,
+    plain_sgd,
+)
 from ensembles.subject import (
     Members,
     Model,
@@ -56,8 +63,8 @@ KINDS = (
 )
 """What is recorded, in the order in which a step computes it."""
 
-LEARNING_RATE, MOMENTUM = 0.01, 0.9
-"""Of the default optimizer: small enough for random targets, with a state that can differ."""
+MOMENTUM = 0.9
+"""Of the default optimizer, so that it has a state that can differ."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +251,7 @@ def _train(model: Model, recipe: Recipe, run: Run) -> Iterator[Entry]:
             return
         for module in modules:
             module.train()
-        optimizers = optimizers_of(recipe.optimizer or _sgd, model)
+        optimizers = optimizers_of(recipe.optimizer or _with_momentum, model)
         clock = _Clock(run.seed)
         if run.alike and is_one_module(model) and recipe.members is not None:
             for member, module in holders.items():
@@ -302,19 +309,8 @@ def _step(optimizer: Optimizer) -> None:
         ) from error
 
 
-def _sgd(model: Any) -> Optimizer:
-    parameters = {
-        id(p): p
-        for module in named_modules_of(model).values()
-        for p in module.parameters()
-        if p.requires_grad
-    }
-    if not parameters:
-        raise ValueError(
-            "the model registers no trainable parameters, so that no step can be taken. Usual "
-            "cause: members in a Python list instead of nn.ModuleList, or everything is frozen."
-        )
-    return torch.optim.SGD(list(parameters.values()), lr=LEARNING_RATE, momentum=MOMENTUM)
+def _with_momentum(model: Model) -> Optimizer:
+    return plain_sgd(model, momentum=MOMENTUM)
 
 
 def _distance(outputs: Mapping[str, Any]) -> Tensor:

@@ -38,7 +38,7 @@ Loss = Callable[[dict[str, Any]], Tensor]
 """The training loss: a function of the dict of member outputs, to a scalar tensor."""
 
 LEARNING_RATE = 0.01
-"""Of `plain_sgd`. With gradients of at most 1: far above rounding, and no explosion."""
+"""Of `plain_sgd`. With gradients of about 1: far above rounding, and no explosion."""
 
 # --- the model and what it is called with -------------------------------------------------------
 
@@ -297,8 +297,12 @@ def optimizers_of(optimizer: Any, model: Model) -> tuple[Optimizer, ...]:
     return tuple(found)
 
 
-def plain_sgd(model: Model) -> Optimizer:
+def plain_sgd(model: Model, *, momentum: float = 0.0) -> Optimizer:
     """The optimizer of a model that came without one: SGD on all trainable parameters.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+        momentum: As for `torch.optim.SGD`.
 
     Raises:
         ValueError: If there are none.
@@ -318,7 +322,7 @@ def plain_sgd(model: Model) -> Optimizer:
             "the model registers no trainable parameters, so that no step can be taken. Usual "
             "cause: members in a Python list instead of nn.ModuleList, or everything is frozen."
         )
-    return torch.optim.SGD(list(parameters.values()), lr=LEARNING_RATE)
+    return torch.optim.SGD(list(parameters.values()), lr=LEARNING_RATE, momentum=momentum)
 
 
 def _called(function: Any) -> str:

@@ -1,0 +1,315 @@
+"""What moves in a model when it is called in eval mode, and when it is trained for a few steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ensembles.message import listed
+from ensembles.message import seed as present_seed
+from ensembles.probes.averages import Averages
+from ensembles.probes.disorders import Disorder, memory_of
+from ensembles.probes.homes import things_below
+from ensembles.probes.masks import masked_elements
+from ensembles.probes.registers import Registered, registered
+from ensembles.probes.state import Snapshot, seed_generators
+from ensembles.probes.steps import distance
+from ensembles.probes.training import (
+    Loss,
+    fresh,
+    gradients_of,
+    loss_of,
+    optimizers_of,
+    plain_sgd,
+    projected_gradients,
+    values_of,
+)
+from ensembles.probes.usage import Usage
+from ensembles.subject import Model, Outputs, member_outputs, named_modules_of
+
+__all__ = ["Trained", "moved_in_eval", "moved_in_training"]
+
+STEPS = 3
+"""A loss that is drawn leaves a member out in one of a few steps; momentum needs a step before."""
+
+# --- in eval mode -------------------------------------------------------------------------------
+
+
+def moved_in_eval(
+    model: Model,
+    batch: Any,
+    outputs: Outputs | None,
+    hidden: list[tuple[str, nn.Module]],
+    everything: list[nn.Module],
+    start: Snapshot,
+) -> tuple[set[int], list[Disorder]]:
+    """The modules that a call in eval mode uses, by id, and what it moves or draws.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+        batch: What the model is called with.
+        outputs: Splits what one module returns into member outputs.
+        hidden: Modules that nothing registers, with their places.
+        everything: All modules, those too.
+        start: The state that every call begins from.
+
+    Example:
+        >>> net = nn.Dropout(0.5)
+        >>> used, found = moved_in_eval(net, torch.ones(2, 3), None, [], [net], Snapshot(net))
+        >>> id(net) in used, found
+        (True, [])
+    """
+    held = {id(t) for m in everything for t in (*m.parameters(), *m.buffers())}
+    places: dict[int, tuple[str, str, Tensor]] = {}
+    for path, how, thing in things_below(model):
+        if isinstance(thing, Tensor) and id(thing) not in held:
+            places.setdefault(id(thing), (path, how, thing))
+    named = [(e.names[0], e.tensor) for e in registered(model)]
+    named += [(f"{place}.{n}", b) for place, m in hidden for n, b in m.named_buffers()]
+
+    def called(seed: int) -> list[Tensor]:
+        start.restore()
+        for module in named_modules_of(model).values():
+            module.eval()
+        seed_generators(seed)
+        yielded = member_outputs(model, fresh(batch), outputs=outputs)
+        return [y.detach().clone() for ys in yielded.values() for y in ys]
+
+    found = []
+    seed = present_seed.get()
+    with Usage({key: tensor for key, (_, _, tensor) in places.items()}) as usage:
+        before = {name: tensor.detach().clone() for name, tensor in named}
+        called(seed)
+    for name, tensor in named:
+        by = distance(before[name], tensor)
+        if by:
+            found.append(Disorder("moves in eval", name, f"by {by:.0e} in one call"))
+    for key in usage.mixed:
+        path, how, tensor = places[key]
+        what = f"shape {tuple(tensor.shape)}, {how or 'a plain attribute'}"
+        found.append(Disorder("hidden tensor", path, what))
+    # Without the recorder, in whose presence PyTorch takes no fused kernels.
+    first, again, other = called(seed), called(seed), called(seed + 1)
+    unlike = [_most(first, again), _most(first, other)]
+    if any(unlike):
+        drawn = f": {listed(list(usage.random), 3)}" if usage.random else ""
+        which = "outputs of two calls" if unlike[0] else "outputs under two seeds"
+        found.append(Disorder("random in eval", which, f"differ by {max(unlike):.0e}{drawn}"))
+    return set(usage.modules), found
+
+
+def _most(one: list[Tensor], other: list[Tensor]) -> float:
+    if len(one) != len(other):
+        return math.inf
+    return max((distance(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
+
+
+# --- in training --------------------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    """What a few training steps showed.
+
+    Attributes:
+        steps: How many.
+        updates: How often each norm with a counter updated its statistics in the first.
+        findings: What moved without reason.
+    """
+
+    steps: int
+    updates: Mapping[str, int]
+    findings: Sequence[Disorder]
+
+
+def moved_in_training(
+    model: Model,
+    batch: Any,
+    outputs: Outputs | None,
+    everything: list[nn.Module],
+    *,
+    used: set[int],
+    optimizer: Callable[[Any], Any] | None = None,
+    loss: Loss | None = None,
+) -> Trained:
+    """Trains for a few steps, and looks after each at what has moved; the model is left moved.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+        batch: What the model is called with.
+        outputs: Splits what one module returns into member outputs.
+        everything: All modules, also those that nothing registers.
+        used: The ids of modules that a call in eval mode uses.
+        optimizer: Builds the optimizer, or a list of them; by default plain SGD.
+        loss: The training loss; by default a fixed random projection of all outputs.
+
+    Raises:
+        ValueError: If the model cannot be trained like this.
+
+    Example:
+        >>> net = nn.BatchNorm1d(3)
+        >>> moved_in_training(net, torch.randn(4, 3), None, [net], used={id(net)}).updates
+        {'model': 1}
+    """
+    entries = registered(model)
+    trainable = {e.names[0]: e.tensor for e in entries if e.tensor.requires_grad}
+    steps = STEPS if trainable else 1
+    optimizers: tuple[Optimizer, ...] = ()
+    if optimizer is not None or trainable:
+        optimizers = optimizers_of(optimizer or plain_sgd, model)
+    averages = Averages(model, used)
+    masked = _masked_in_eval(model, batch, outputs, entries)
+    updates: dict[str, int] = {}
+    found: list[Disorder] = []
+    for step in range(steps):
+        at_start = Snapshot(everything)
+        before = _values(entries)
+        yielded = _train_call(model, batch, outputs, step)
+        by_forward = dict(_changed(entries, before))
+        flat = [y for ys in yielded.values() for y in ys]
+        if masked:
+            now = masked_elements(flat)
+            masked = {k: mask & now[k] for k, mask in masked.items() if k in now}
+        if loss is None:
+            gradients = projected_gradients(flat, list(trainable.values()))
+        else:
+            value = loss_of(loss, yielded)
+            gradients = gradients_of([value], [torch.ones_like(value)], list(trainable.values()))
+        if step == 0:
+            updates = _updates(entries, before)
+            found += _frozen_statistics(model, set(by_forward))
+        between = _values(entries)
+        for parameter, gradient in zip(trainable.values(), gradients, strict=True):
+            parameter.grad = gradient
+        for each in optimizers:
+            _step(each)
+        moved = dict(_changed(entries, between))
+        found += _frozen_parameters(entries, moved, optimizers)
+        found += _behind_masks(entries, between, masked)
+        averages.moved({n for n, g in zip(trainable, gradients, strict=True) if g is not None})
+        zero = [
+            name
+            for name, gradient in zip(trainable, gradients, strict=True)
+            if name in moved and gradient is not None and not values_of(gradient).any()
+        ]
+        if zero and loss is not None:
+            after = Snapshot(everything)
+            at_start.restore()
+            yielded = _train_call(model, batch, outputs, step)
+            flat = [y for ys in yielded.values() for y in ys]
+            reach = projected_gradients(flat, [trainable[name] for name in zero])
+            after.restore()
+            found += [
+                Disorder("drifting", name, f"gradient zero in step {step + 1}, and it moves")
+                for name, gradient in zip(zero, reach, strict=True)
+                if gradient is not None and values_of(gradient).any()
+            ]
+    found += averages.findings()
+    first_of_each = {(one.kind, one.place): one for one in reversed(found)}
+    return Trained(steps, updates, list(first_of_each.values()))
+
+
+def _train_call(
+    model: Model, batch: Any, outputs: Outputs | None, step: int
+) -> dict[str, tuple[Tensor, ...]]:
+    for module in named_modules_of(model).values():
+        module.train()
+    seed_generators(present_seed.get() + step)
+    return member_outputs(model, fresh(batch), outputs=outputs)
+
+
+def _step(optimizer: Optimizer) -> None:
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise ValueError(
+            f"{type(optimizer).__name__}.step() raised {type(error).__name__}: {error} Give "
+            "optimizer=a function that builds one whose step() needs no arguments."
+        ) from error
+
+
+def _values(entries: Sequence[Registered]) -> dict[str, Tensor]:
+    return {e.names[0]: e.tensor.detach().clone() for e in entries}
+
+
+def _changed(
+    entries: Sequence[Registered], before: Mapping[str, Tensor]
+) -> Iterator[tuple[str, float]]:
+    for entry in entries:
+        by = distance(before[entry.names[0]], entry.tensor)
+        if by:
+            yield entry.names[0], by
+
+
+def _updates(entries: Sequence[Registered], before: Mapping[str, Tensor]) -> dict[str, int]:
+    """Of norms that count: by the name of the norm."""
+    return {
+        name.removesuffix("num_batches_tracked").removesuffix(".") or "model": int(
+            entry.tensor - before[name]
+        )
+        for entry in entries
+        if (name := entry.names[0]).rpartition(".")[2] == "num_batches_tracked"
+    }
+
+
+# --- frozen, masked -----------------------------------------------------------------------------
+
+
+def _frozen_statistics(model: Model, moved: set[str]) -> Iterator[Disorder]:
+    """Buffers that a call moved in modules whose own parameters are all frozen and at rest."""
+    first = {id(e.tensor): e.names[0] for e in registered(model)}
+    for module in named_modules_of(model).values():
+        for inner in module.modules():
+            own = list(inner.parameters(recurse=False))
+            if not own or any(p.requires_grad or first[id(p)] in moved for p in own):
+                continue
+            for _, buffer in inner.named_buffers(recurse=False):
+                name = first[id(buffer)]
+                if name in moved and not name.endswith("num_batches_tracked"):
+                    yield Disorder("frozen moves", name, "its module is frozen, a call moves it")
+
+
+def _frozen_parameters(
+    entries: Sequence[Registered], moved: Mapping[str, float], optimizers: Sequence[Optimizer]
+) -> Iterator[Disorder]:
+    """Frozen parameters that an optimizer moves, and not a hook that averages into them."""
+    held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    stepped = {memory_of(p) for p in held}
+    for e in entries:
+        by = moved.get(e.names[0])
+        frozen = e.kind == "parameter" and not e.tensor.requires_grad
+        if by and frozen and memory_of(e.tensor) in stepped:
+            yield Disorder("frozen moves", e.names[0], f"a step moves it by {by:.0e}")
+
+
+def _masked_in_eval(
+    model: Model, batch: Any, outputs: Outputs | None, entries: Sequence[Registered]
+) -> dict[int, Tensor]:
+    """Where masks hide elements in eval mode too: what drops weights at random does not."""
+    if not any(e.tensor.requires_grad and e.tensor.ndim for e in entries):
+        return {}
+    start = Snapshot(model)
+    for module in named_modules_of(model).values():
+        module.eval()
+    yielded = member_outputs(model, fresh(batch), outputs=outputs)
+    found = masked_elements(y for ys in yielded.values() for y in ys)
+    start.restore()
+    return found
+
+
+def _behind_masks(
+    entries: Sequence[Registered], before: Mapping[str, Tensor], masked: Mapping[int, Tensor]
+) -> Iterator[Disorder]:
+    for entry in entries:
+        mask = masked.get(id(entry.tensor))
+        if mask is None:
+            continue
+        then, now = before[entry.names[0]][mask], entry.tensor.detach()[mask]
+        by = distance(then, now)
+        if by:
+            detail = f"{int((then != now).sum())} of {mask.numel()} elements, by {by:.0e}"
+            yield Disorder("masked moves", entry.names[0], detail)
