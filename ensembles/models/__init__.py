@@ -1,7 +1,20 @@
 """Wide ResNets with their subnets, and ensembles: the suite's default subject."""
 
+from ensembles.models.heads import GroupedLinear
 from ensembles.models.layers import BlockConv2d, ChannelSwitcher, SubnetConv2d, SubnetGrid
 from ensembles.models.members import Ensemble, NStreams
+from ensembles.models.objectives import (
+    OBJECTIVES,
+    Interpolated,
+    Joint,
+    Mean,
+    MeanField,
+    Objective,
+    Stochastic,
+    Sum,
+    member_losses,
+)
+from ensembles.models.predictions import Reduction, log_probabilities, predict
 from ensembles.models.resnet import ResidualBlock, ResNet, resnet18, resnet34, resnet50
 from ensembles.models.routing import (
     Block,
@@ -24,23 +37,36 @@ from ensembles.models.subnets import (
 )
 
 __all__ = [
+    "OBJECTIVES",
     "Block",
     "BlockConv2d",
     "ChannelSwitcher",
     "Ensemble",
+    "GroupedLinear",
+    "Interpolated",
+    "Joint",
+    "Mean",
+    "MeanField",
     "NStreams",
+    "Objective",
     "ParentResNet",
+    "Reduction",
     "ResNet",
     "ResidualBlock",
     "ResidualRoute",
     "ResidualShape",
     "Route",
+    "Stochastic",
     "Subnet",
     "SubnetConv2d",
     "SubnetGrid",
     "SubnetResNet",
     "SubnetResidualBlock",
+    "Sum",
     "all_subnets",
+    "log_probabilities",
+    "member_losses",
+    "predict",
     "residual_route",
     "resnet18",
     "resnet34",
