@@ -15,6 +15,7 @@ from ensembles.models.objectives import (
     member_losses,
 )
 from ensembles.models.predictions import Reduction, log_probabilities, predict
+from ensembles.models.rates import EquivalentHyperparameters, equivalent_hyperparameters
 from ensembles.models.resnet import ResidualBlock, ResNet, resnet18, resnet34, resnet50
 from ensembles.models.routing import (
     Block,
@@ -42,6 +43,7 @@ __all__ = [
     "BlockConv2d",
     "ChannelSwitcher",
     "Ensemble",
+    "EquivalentHyperparameters",
     "GroupedLinear",
     "Interpolated",
     "Joint",
@@ -64,6 +66,7 @@ __all__ = [
     "SubnetResidualBlock",
     "Sum",
     "all_subnets",
+    "equivalent_hyperparameters",
     "log_probabilities",
     "member_losses",
     "predict",
