@@ -2,7 +2,8 @@
 
 Catches parameters that the optimizer never got or got twice, optimizers of a model that has
 changed since, members in a Python list, tensors that forward uses and nothing registers, branches
-that are cut from the loss, and freezes that froze nothing.
+that are cut from the loss, pairs of factors that are both zero, rates of zero, and freezes that
+froze nothing.
 
 Healthy networks stay silent: a gradient that is zero or missing at the present values is a
 finding only where the parameter reaches no output by structure either, in train or in eval mode.
@@ -56,7 +57,10 @@ class Finding:
         "unregistered",
         "without gradient",
         "zero gradient",
+        "stuck at zero",
+        "rate zero",
         "false freeze",
+        "undone freeze",
     )
 
 
@@ -185,6 +189,7 @@ def measure_optimizer_coverage(
         *_foreign(foreign, slots, homes),
         *_unregistered(flow.lost, slots, homes),
         *_cut(flow),
+        *_at_rate_zero(optimizers, trainable),
         *false_freezes,
     ]
     return OptimizerCoverage(
@@ -236,7 +241,10 @@ _MEANINGS = {
     "unregistered": "What is unregistered is absent from parameters(), to() and state_dict().",
     "without gradient": "What has no gradient is never trained.",
     "zero gradient": "What has gradient zero whatever its values is only decayed, never trained.",
+    "stuck at zero": "Of two factors that are both zero, neither ever gets a gradient.",
+    "rate zero": "What is stepped at rate 0 keeps its initial values.",
     "false freeze": "What seems frozen is trained.",
+    "undone freeze": "What was frozen is trained after all.",
 }
 
 _REMEDIES = {
@@ -253,8 +261,13 @@ _REMEDIES = {
     "out. Mend it, or freeze it.",
     "zero gradient": "Zero gradient: a mask, or a block that reads channels which are always "
     "zero. Mend the route, or freeze it.",
+    "stuck at zero": "Stuck at zero: draw one of the two factors, as LoRA draws A and zeroes B.",
+    "rate zero": "Rate zero: freeze it instead, or build the schedule that raises its rate in the "
+    "function that builds the optimizer.",
     "false freeze": "False freeze: modules have no attribute requires_grad. Call "
     "module.requires_grad_(False).",
+    "undone freeze": "Undone freeze: an own train() or forward calls requires_grad_(True) on more "
+    "than it means to. Leave what is frozen out of it.",
 }
 
 
@@ -294,6 +307,21 @@ def _missing(trainable: Mapping[int, Registered], slots: Slots) -> Iterator[Find
     for key, entry in trainable.items():
         if key not in slots:
             yield Finding("missing", entry.names[0], "in no group")
+
+
+def _at_rate_zero(
+    optimizers: Sequence[Optimizer], trainable: Mapping[int, Registered]
+) -> Iterator[Finding]:
+    """A warm-up that begins at zero keeps the rate that it goes up to as `initial_lr`."""
+    for number, optimizer in enumerate(optimizers):
+        for group, settings in enumerate(optimizer.param_groups):
+            rate, goal = settings.get("lr"), settings.get("initial_lr", 0)
+            if rate is None or float(rate) or float(goal):
+                continue
+            for tensor in settings["params"]:
+                if id(tensor) in trainable:
+                    place = f"lr 0 in optimizer {number}, group {group}"
+                    yield Finding("rate zero", trainable[id(tensor)].names[0], place)
 
 
 def _listed_twice(slots: Slots, parameters: Mapping[int, Registered]) -> Iterator[Finding]:
@@ -342,6 +370,10 @@ def _cut(flow: Flow) -> Iterator[Finding]:
         yield Finding("without gradient", name, "cut from every output, or unused")
     for name in flow.zero_gradient:
         yield Finding("zero gradient", name, "zero in every element")
+    for name in flow.stuck:
+        yield Finding("stuck at zero", name, "zero, and so is whatever multiplies it")
+    for name in flow.thawed:
+        yield Finding("undone freeze", name, "frozen, until train() or forward")
     for member in flow.unused_members:
         yield Finding("without gradient", f"output of member {member}", "the loss does not use it")
 

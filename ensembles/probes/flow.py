@@ -8,7 +8,7 @@ the weights and of what the model draws itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -56,6 +56,9 @@ class Flow:
         of_loss: Ids of the leaves of the loss. Its own weights are among them.
         without_gradient: Trainable parameters that are cut from every output, or unused.
         zero_gradient: Trainable parameters whose gradient is zero whatever the values are.
+        stuck: Trainable parameters that are zero and have no gradient, because whatever
+            multiplies them is zero and has none either.
+        thawed: Frozen parameters that train() or the call makes trainable.
         unused_members: Members whose output the loss does not use, whatever the predictions.
     """
 
@@ -63,6 +66,8 @@ class Flow:
     of_loss: frozenset[int] = frozenset()
     without_gradient: tuple[str, ...] = ()
     zero_gradient: tuple[str, ...] = ()
+    stuck: tuple[str, ...] = ()
+    thawed: tuple[str, ...] = ()
     unused_members: tuple[str, ...] = ()
 
 
@@ -89,18 +94,19 @@ def gradient_flow(
         >>> gradient_flow(net, torch.ones(3, 4)).without_gradient
         ('model.spare.weight', 'model.spare.bias')
     """
-    trainable = {
-        entry.names[0]: entry
-        for entry in registered(named_modules_of(model))
-        if entry.kind == "parameter" and entry.tensor.requires_grad
-    }
+    every_one = [e for e in registered(named_modules_of(model)) if e.kind == "parameter"]
+    trainable = {e.names[0]: e for e in every_one if e.tensor.requires_grad}
+    frozen = [e for e in every_one if not e.tensor.requires_grad]
     modules = list(named_modules_of(model).values())
+    # A model that freezes itself in eval mode was not claimed to be frozen.
+    in_training = all(module.training for module in modules)
     with preserved([*modules, *hidden_modules(modules)]):
         set_training(model, model)
         given = fresh(batch)
         with parameters_kept(model):
             found = member_outputs(model, given, outputs=outputs)
         _check_finite(found)
+        thawed = tuple(e.names[0] for e in frozen if in_training and e.tensor.requires_grad)
         every = [y for ys in found.values() for y in ys]
         values = {m: tuple(y.detach().clone() for y in ys) for m, ys in found.items()}
         known = {id(p) for module in modules for p in module.parameters()}
@@ -123,12 +129,16 @@ def gradient_flow(
         dead = [name for name, gradient in pairs if gradient is None or not _lives(gradient)]
         suspects = {name: trainable[name] for name in dead}
         live = any(y.requires_grad for y in every)
-        cut = _cut(_Call(model, batch, outputs, used), suspects, live=live)
+        call = _Call(model, batch, outputs, used)
+        cut = _cut(call, suspects, live=live)
+        stuck = _stuck(call, {n: entry for n, entry in suspects.items() if n not in cut})
     return Flow(
         lost=lost,
         of_loss=of_loss,
         without_gradient=tuple(n for n, gradient in pairs if n in cut and gradient is None),
         zero_gradient=tuple(n for n, gradient in pairs if n in cut and gradient is not None),
+        stuck=stuck,
+        thawed=thawed,
         unused_members=unused,
     )
 
@@ -187,7 +197,9 @@ class _Call(NamedTuple):
         return kept
 
 
-def _cut(call: _Call, suspects: Mapping[str, Registered], *, live: bool) -> set[str]:
+def _cut(
+    call: _Call, suspects: Mapping[str, Registered], *, live: bool, held: Collection[int] = ()
+) -> set[str]:
     """The suspects that nothing which the loss uses depends on by structure either."""
     left = dict(suspects)
     errors = []
@@ -196,7 +208,12 @@ def _cut(call: _Call, suspects: Mapping[str, Registered], *, live: bool) -> set[
             break
         try:
             with probing(
-                call.model, fresh(call.batch), outputs=call.outputs, training=True, draw=draw
+                call.model,
+                fresh(call.batch),
+                outputs=call.outputs,
+                training=True,
+                draw=draw,
+                held=held,
             ) as probe:
                 probe = replace(probe, outputs=call.kept(probe.outputs))
                 for member in probe.outputs:
@@ -209,9 +226,25 @@ def _cut(call: _Call, suspects: Mapping[str, Registered], *, live: bool) -> set[
     for draw in range(ROUTING_DRAWS):
         if not left:
             break
-        found = _reached_elsewhere(call, draw, left)
+        found = _reached_elsewhere(call, draw, left, held)
         left = {name: entry for name, entry in left.items() if name not in found}
     return set(left)
+
+
+def _stuck(call: _Call, dead: Mapping[str, Registered]) -> tuple[str, ...]:
+    """The parameters without a gradient that are zero, and stay so, whatever all others become.
+
+    Of two zero factors neither gets a gradient; of a zero and a drawn one the zero does, and the
+    other after it.
+    """
+    left = {n: entry for n, entry in dead.items() if not entry.tensor.detach().any()}
+    while left:
+        held = {id(entry.tensor) for entry in left.values()}
+        still = _cut(call, left, live=False, held=held)
+        if len(still) == len(left):
+            break
+        left = {name: entry for name, entry in left.items() if name in still}
+    return tuple(left)
 
 
 def _reached(entry: Registered, reached: Mapping[str, Tensor | None]) -> bool:
@@ -219,13 +252,16 @@ def _reached(entry: Registered, reached: Mapping[str, Tensor | None]) -> bool:
     return any(mask is not None and bool(mask.any()) for mask in masks)
 
 
-def _reached_elsewhere(call: _Call, draw: int, left: Mapping[str, Registered]) -> set[str]:
+def _reached_elsewhere(
+    call: _Call, draw: int, left: Mapping[str, Registered], held: Collection[int]
+) -> set[str]:
     """The suspects with a gradient for other weights: routers choose other experts there."""
     with preserved(call.model):
         torch.manual_seed(draw)
         with torch.no_grad():
             for entry in registered(call.model):
-                if entry.kind == "parameter" and entry.tensor.requires_grad:  # frozen: maybe a mask
+                movable = entry.tensor.requires_grad and id(entry.tensor) not in held
+                if entry.kind == "parameter" and movable:  # frozen: maybe a mask
                     entry.tensor.add_(_noise_like(entry.tensor))
         try:
             found = member_outputs(call.model, fresh(call.batch), outputs=call.outputs)

@@ -23,7 +23,7 @@ not drawn by dropout or `bernoulli` are taken as they fall.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -149,6 +149,7 @@ def probing(
     training: bool = False,
     values: Values = "generic",
     draw: int = 0,
+    held: Collection[int] = (),
 ) -> Iterator[Probe]:
     """One transparent forward pass; the model is as it was on exit.
 
@@ -159,6 +160,7 @@ def probing(
         training: As for `influence`.
         values: As for `influence`.
         draw: As for `influence`.
+        held: Ids of parameters that keep their present values.
 
     Yields:
         The `Probe`; it is valid inside the context only.
@@ -190,7 +192,7 @@ def probing(
                 _require_gradients(entry.tensor for entry in every)
                 inputs = pytree.tree_map(_own_copy, batch)
             else:
-                _set_values(modules, gain, signed=values == "signed")
+                _set_values(modules, gain, signed=values == "signed", held=held)
                 inputs = pytree.tree_map(_signed if values == "signed" else _generic, batch)
             seen = nullcontext() if values == "present" else transparent_forward()
             with parameters_kept(model), seen:
@@ -234,7 +236,9 @@ def _usable(tensors: Sequence[Tensor]) -> bool:
 # --- generic values -----------------------------------------------------------------------------
 
 
-def _set_values(modules: dict[str, nn.Module], gain: float, *, signed: bool) -> None:
+def _set_values(
+    modules: dict[str, nn.Module], gain: float, *, signed: bool, held: Collection[int]
+) -> None:
     every = list(dict.fromkeys(m for given in modules.values() for m in given.modules()))
     fans = {
         id(module.weight): module.weight.numel() // module.weight.shape[0]
@@ -245,7 +249,7 @@ def _set_values(modules: dict[str, nn.Module], gain: float, *, signed: bool) -> 
     }
     with torch.no_grad():
         for parameter in dict.fromkeys(p for m in modules.values() for p in m.parameters()):
-            if not parameter.requires_grad and not _is_generic(parameter):
+            if id(parameter) in held or not (parameter.requires_grad or _is_generic(parameter)):
                 continue
             parameter.requires_grad = True
             scale = gain * _scale(parameter, fans) if parameter.ndim > 1 else 1.0

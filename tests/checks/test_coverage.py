@@ -897,3 +897,150 @@ def test_what_the_optimizers_function_freezes_is_frozen():
     model = Net(lambda net, x: net.head(net.trunk(x)))
     assert measure_optimizer_coverage(model, of_head, batch_for(mlp)).findings == ()
     assert all(p.requires_grad for p in model.parameters())
+
+
+# --- what stays as it is ------------------------------------------------------------------------
+
+
+class Factors(nn.Module):
+    """A layer and a low-rank correction, whose factors are drawn or zero."""
+
+    def __init__(self, *zeros, gate=None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.a, self.b = nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=False)
+        self.gate = None if gate is None else nn.Parameter(torch.full((1,), gate))
+        for name in zeros:
+            nn.init.zeros_(getattr(self, name).weight)
+
+    def forward(self, x):
+        correction = self.b(self.a(x))
+        return self.layer(x) + (correction if self.gate is None else self.gate * correction)
+
+
+def test_two_factors_that_are_both_zero_are_broken(golden):
+    golden(message_of(Factors("a", "b"), batch=batch_for(mlp)), "messages/coverage_stuck.txt")
+
+
+@pytest.mark.parametrize(
+    ("model", "stuck"),
+    [
+        (lambda: Factors("a"), ()),
+        (lambda: Factors("b"), ()),
+        (lambda: Factors(gate=0.0), ()),
+        (lambda: Factors("b", gate=0.0), ("model.gate", "model.b.weight")),
+        (lambda: Factors("a", gate=0.0), ("model.gate", "model.a.weight")),
+        (lambda: Factors("a", "b", gate=1.0), ("model.a.weight", "model.b.weight")),
+        # The gate has a gradient only where both factors are not zero.
+        (lambda: [Factors("b"), Factors("a", "b")], ("1.a.weight", "1.b.weight")),
+    ],
+)
+def test_exactly_the_factors_without_a_way_out_are_stuck(model, stuck):
+    coverage = measure_optimizer_coverage(model(), batch=batch_for(mlp))
+    assert set(coverage.places("stuck at zero")) == set(stuck)
+    assert len(coverage.findings) == len(stuck)
+
+
+def test_a_network_of_zeros_is_stuck_but_for_its_last_bias():
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    found = measure_optimizer_coverage(net, batch=batch_for(mlp)).places("stuck at zero")
+    assert set(found) == {"model.0.weight", "model.0.bias", "model.2.weight"}
+    net[1] = nn.Sigmoid()  # one half at zero, so that the second layer gets a gradient
+    assert measure_optimizer_coverage(net, batch=batch_for(mlp)).findings == ()
+
+
+def test_query_and_key_of_zeros_are_stuck():
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+        def forward(self, x):
+            return torch.softmax(self.q(x) @ self.k(x).transpose(1, 2), -1) @ self.v(x)
+
+    net = Attends()
+    nn.init.zeros_(net.q.weight)
+    assert measure_optimizer_coverage(net, batch=torch.randn(2, 3, 8)).findings == ()
+    nn.init.zeros_(net.k.weight)
+    found = measure_optimizer_coverage(net, batch=torch.randn(2, 3, 8)).places("stuck at zero")
+    assert found == ("model.q.weight", "model.k.weight")
+
+
+def test_an_expert_that_starts_at_zero_and_gets_no_row_is_healthy():
+    class Routed(nn.Module):
+        """Low-rank experts behind hard routing; the batch sends all its rows to one of them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.route = nn.Linear(6, 2)
+            self.a = nn.ModuleList(nn.Linear(6, 2, bias=False) for _ in range(2))
+            self.b = nn.ModuleList(nn.Linear(2, 3, bias=False) for _ in range(2))
+            for layer in self.b:
+                nn.init.zeros_(layer.weight)
+
+        def forward(self, x):
+            scores = self.route(x).softmax(1)
+            best = scores.argmax(1)
+            out = x.new_zeros(len(x), 3)
+            for i, (a, b) in enumerate(zip(self.a, self.b, strict=True)):
+                rows = (best == i).nonzero()[:, 0]
+                out = out.index_add(0, rows, (b(a(x[rows])) + 1) * scores[rows, i : i + 1])
+            return out
+
+    net = Routed()
+    nn.init.constant_(net.route.bias, 0.0)
+    with torch.no_grad():
+        net.route.bias[0] = 2.0
+    assert measure_optimizer_coverage(net, batch=batch_for(mlp)).findings == ()
+
+
+def test_a_group_with_rate_zero_is_broken(golden):
+    model = mlp()
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}]
+    text = message_of(model, torch.optim.SGD(groups, lr=0.1), batch_for(mlp))
+    golden(text, "messages/coverage_rate_zero.txt")
+
+
+def test_a_warm_up_from_zero_and_a_frozen_group_with_rate_zero_are_complete():
+    model = mlp()
+    optimizer = sgd(model)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    assert optimizer.param_groups[0]["lr"] == 0.0
+    assert_optimizer_complete(measure_optimizer_coverage(model, optimizer))
+    model[0].requires_grad_(False)
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}]
+    assert_optimizer_complete(measure_optimizer_coverage(model, torch.optim.SGD(groups, lr=0.1)))
+
+
+@pytest.mark.parametrize("where", ["train", "forward"])
+def test_a_freeze_that_is_undone_is_broken(where):
+    class Thaws(nn.Sequential):
+        def train(self, mode=True):
+            if where == "train":
+                self.requires_grad_(mode)
+            return super().train(mode)
+
+        def forward(self, x):
+            if where == "forward":
+                self.requires_grad_(True)
+            return super().forward(x)
+
+    model = Thaws(*mlp())
+    model[0].requires_grad_(False)
+    text = message_of(model, batch=batch_for(mlp))
+    assert "model.0.weight   undone freeze:   frozen, until train() or forward" in text
+    assert not model[0].weight.requires_grad
+
+
+def test_a_model_that_freezes_itself_in_eval_mode_is_complete():
+    class Sleeps(nn.Sequential):
+        def train(self, mode=True):
+            self.requires_grad_(mode)
+            return super().train(mode)
+
+    # It was handed over as a file was loaded: in eval mode, and with everything frozen but a head.
+    model = Sleeps(*mlp()).eval()
+    model[2].requires_grad_(True)
+    assert_optimizer_complete(measure_optimizer_coverage(model, batch=batch_for(mlp)))
