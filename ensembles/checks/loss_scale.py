@@ -2,7 +2,8 @@
 
 Catches a mean where the sum of the members' losses is meant (under SGD exactly a training at lr/M
 with M times the weight decay), losses of the mean prediction, weights of members that are not as
-claimed, and clipping by one norm. `ensembles.checks.effective_rates` compares what follows.
+claimed, probabilities that a loss takes for logits, and clipping by one norm. What follows for
+rates is compared by `ensembles.checks.effective_rates`.
 
 "Sum or mean?" decides what a learning rate means. With s the multiple, a step of SGD is
 lr (s g + wd w) = (s lr) (g + (wd/s) w), so that s lr and wd/s are the rates of the member alone.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import e, log
 from typing import Any
 
 from ensembles.message import SHOWN_ROWS, aligned, broken, counted, listed
@@ -44,6 +46,7 @@ class MemberScale:
         coupled: The members whose predictions change it.
         clipped: Whether clipping makes it depend on other members' gradients; None without any.
         rates: One for each optimizer group that holds parameters of the member.
+        classes: How many probabilities the loss takes for logits; None where it does not.
     """
 
     member: str
@@ -52,6 +55,7 @@ class MemberScale:
     coupled: tuple[str, ...]
     clipped: bool | None
     rates: tuple[Rate, ...]
+    classes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,9 @@ class LossScale:
         clipped = [member.member for member in self.members if member.clipped]
         if clipped:
             lines.append(f"  clipping   couples members {listed(clipped)}")
+        confined = [member.member for member in self.members if member.classes]
+        if confined:
+            lines.append(f"  softmax    of the probabilities of members {listed(confined)}")
         return "\n".join(lines)
 
 
@@ -188,6 +195,7 @@ def measure_loss_scale(
                 tuple(
                     group.rate(scale.multiple) for group in groups if group.holds(scale.parameters)
                 ),
+                scale.classes,
             )
             for name, scale in scales.items()
         )
@@ -205,8 +213,8 @@ def assert_loss_scaled(scale: LossScale, claim: Claim = "sum", *, clipping: str 
 
     Raises:
         ValueError: If the claim is none of these, or does not fit the members.
-        AssertionError: If a multiple is another, or members are coupled where they are not
-            claimed to be.
+        AssertionError: If a multiple is another, members are coupled where they are not claimed
+            to be, or the loss takes probabilities for logits.
 
     Example:
         >>> labels = torch.tensor([0, 1, 1])
@@ -222,6 +230,7 @@ def assert_loss_scaled(scale: LossScale, claim: Claim = "sum", *, clipping: str 
         _assert_joint(scale)
     else:
         _assert_multiples(scale, claim)
+    _assert_not_confined(scale)
     clipped = [member for member in scale.members if member.clipped]
     if clipped and clipping == "member":
         raise AssertionError(
@@ -236,6 +245,35 @@ def assert_loss_scaled(scale: LossScale, claim: Claim = "sum", *, clipping: str 
                 meaning="A loud member silences the others: they are not trained as alone.",
                 remedy="Usual cause: clip_grad_norm_(model.parameters(), c). Clip each member's "
                 "parameters by themselves (with c/M for the mean), or claim clipping='joint'.",
+            )
+        )
+
+
+# --- probabilities taken for logits -------------------------------------------------------------
+
+
+def _assert_not_confined(scale: LossScale) -> None:
+    __tracebackhide__ = True
+    confined = [(member.member, member.classes) for member in scale.members if member.classes]
+    if confined:
+        raise AssertionError(
+            broken(
+                f"the loss is claimed to fit what members {listed([n for n, _ in confined])} "
+                "emit, which are probabilities, and takes them for logits",
+                [
+                    (
+                        name,
+                        f"cross-entropy stays between {log(e + classes - 1) - 1:.5f} and "
+                        f"{log(e + classes - 1):.5f}",
+                        f"for {classes} classes, however good the prediction is",
+                    )
+                    for name, classes in confined
+                ],
+                total=f"{len(confined)} of {counted(scale.members, 'member')}",
+                meaning="A softmax of a softmax is nearly uniform: gradients are small where the "
+                "prediction is wrong, and never vanish where it is right.",
+                remedy="Usual cause: softmax at the end of forward, and cross_entropy as the loss. "
+                "Return logits, or use nll_loss(p.log(), labels).",
             )
         )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ensembles.message import listed
+from ensembles.probes.confined import taken_for_logits
 from ensembles.probes.state import generators_kept, preserved, seed_generators
 from ensembles.probes.training import (
     Loss,
@@ -56,6 +57,7 @@ class Scale:
         clipped: Whether clipping changes it when other members' gradients are loud; None where
             there is no clipping.
         parameters: The parameters that the member has for itself.
+        classes: Of the probabilities that the loss takes for logits; None where it does not.
     """
 
     multiple: float | None
@@ -63,6 +65,7 @@ class Scale:
     coupled: tuple[str, ...]
     clipped: bool | None
     parameters: tuple[Tensor, ...]
+    classes: int | None = None
 
 
 def scales_of(
@@ -98,6 +101,8 @@ def scales_of(
         _check_members(values)
         together = _output_gradients(loss, values)
         _check_deterministic(loss, values, together)
+        axes = taken_for_logits(loss, values)
+        classes = {name: values[name][0].shape[axis] for name, axis in axes.items()}
         coupled = {name: _coupled(loss, values, together, name) for name in values}
         single = _member_losses(member_loss, values, together, any(coupled.values()))
         parameters = [p for module in everything for p in module.parameters() if p.requires_grad]
@@ -127,7 +132,7 @@ def scales_of(
                     multiple, exact = _multiple(pairs, name, values)
             held = tuple(parameters[i] for i in own)
             clipped = None if clip is None else _clipped(clip, model, parameters, total, own, name)
-            scales[name] = Scale(multiple, exact, coupled[name], clipped, held)
+            scales[name] = Scale(multiple, exact, coupled[name], clipped, held, classes.get(name))
         return scales
 
 

@@ -356,6 +356,98 @@ def test_weights_that_depend_on_all_losses_couple_members():
         assert_loss_scaled(measured(loss), "sum")
 
 
+# --- probabilities taken for logits -------------------------------------------------------------
+
+
+def probable(classes: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(18, classes), nn.Softmax(1))
+
+
+def smoothed(y):
+    return cross_entropy(y, LABELS, label_smoothing=0.1)
+
+
+def reweighted(y):
+    return cross_entropy(y, LABELS, weight=torch.arange(1.0, 5.0), reduction="sum")
+
+
+def distilled(y):
+    return cross_entropy(y, torch.eye(4)[LABELS] * 0.8 + 0.05)
+
+
+@pytest.mark.parametrize("loss", [own, smoothed, reweighted, distilled])
+@pytest.mark.parametrize("how", ["each", "their mean", "both"])
+def test_cross_entropy_of_probabilities_is_broken(loss, how):
+    def of_all(outputs):
+        each = sum(loss(y) for y in outputs.values())
+        of_mean = loss(torch.stack(list(outputs.values())).mean(0))
+        return {"each": each, "their mean": of_mean, "both": 0.3 * each + of_mean}[how]
+
+    scale = measured(of_all, make=probable, member_loss=loss)
+    assert [member.classes for member in scale.members] == [4] * 4
+    with pytest.raises(AssertionError, match="are probabilities, and takes them for logits"):
+        assert_loss_scaled(scale, "sum" if how == "each" else "joint")
+
+
+def test_the_message_of_probabilities_taken_for_logits(golden):
+    with pytest.raises(AssertionError) as broken:
+        assert_loss_scaled(measured(sum_of_losses, count=2, make=probable), "sum")
+    golden(str(broken.value), "messages/loss_scale_probabilities.txt")
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_probabilities_of_every_position_are_seen(axis):
+    class Positions(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x).softmax(1).movedim(1, axis)
+
+    labels = torch.arange(ROWS * 4).view(ROWS, 2, 2) % 4
+
+    def loss(y):
+        return cross_entropy(y.movedim(axis, 1), labels)
+
+    scale = measured(
+        lambda outputs: sum(loss(y) for y in outputs.values()),
+        make=lambda: Positions(2, 4, 2),
+        member_loss=loss,
+    )
+    assert [member.classes for member in scale.members] == [4] * 4
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda p: nll_loss(p.log(), LABELS % p.shape[1]),
+        lambda p: mse_loss(p, torch.eye(p.shape[1])[LABELS % p.shape[1]]),
+        lambda p: nn.functional.multi_margin_loss(p, LABELS % p.shape[1]),
+        lambda p: nn.functional.kl_div(
+            p.log(), torch.full_like(p, 1 / p.shape[1]), reduction="batchmean"
+        ),
+        lambda p: -((1 - p) ** 2 * p.log()).gather(1, LABELS[:, None] % p.shape[1]).mean(),
+        lambda p: -(1 - p).log().gather(1, LABELS[:, None] % p.shape[1]).mean(),
+        lambda p: cross_entropy(p.log(), LABELS % p.shape[1]),
+        lambda p: cross_entropy(p.logit(), LABELS % p.shape[1]),
+    ],
+    ids=["nll", "brier", "margin", "kl", "focal", "unlikelihood", "log first", "logit first"],
+)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_loss_that_takes_probabilities_as_such_is_healthy(loss, classes):
+    scale = measured(
+        lambda outputs: sum(loss(p) for p in outputs.values()),
+        make=lambda: probable(classes),
+        member_loss=loss,
+    )
+    assert [member.classes for member in scale.members] == [None] * 4
+    assert_loss_scaled(scale, "sum")
+
+
+def test_cross_entropy_of_log_probabilities_is_healthy():
+    def logarithmic() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(18, 4), nn.LogSoftmax(1))
+
+    assert_loss_scaled(measured(sum_of_losses, make=logarithmic), "sum")
+
+
 # --- clipping -----------------------------------------------------------------------------------
 
 
