@@ -292,7 +292,7 @@ def _interpolated(lam: float, members: int) -> _Weighted | str:
         # Up to rounding the mean of all members, though 1 / members may be no binary number.
         equal = (Fraction(1, members),) * members
         return _Weighted(equal, "interpolated", by_powers=members == 2)
-    share = Fraction(lam)
+    share = Fraction(float(lam))
     weights = (share, *((1 - share) / subnets,) * subnets)
     by_powers = share == 1 or (share == 0 and _is_power_of_2(subnets))
     return _Weighted(weights, "interpolated", by_powers)
@@ -324,7 +324,7 @@ def _is_power_of_2(number: int) -> bool:
 
 def _times(value: float, factor: Fraction) -> float:
     # Fractions are exact: one rounding at the end, none where the factor is a power of 2.
-    return float(Fraction(value) * factor)
+    return float(Fraction(float(value)) * factor)
 
 
 def _told(form: _Weighted) -> str:
