@@ -129,8 +129,14 @@ def evaluate(
         ValueError: If a class is missing, the network has another number of classes than the set,
             a name in ``reduced`` is unknown, ``batch_size`` is less than 1, or the network computes
             in less than float32.
+        TypeError: If the network is no module with ``member_names``.
         FloatingPointError: If a member's logits are no distribution, naming member and row.
     """
+    if not isinstance(network, nn.Module) or not hasattr(network, "member_names"):
+        raise TypeError(
+            f"network must be a torch.nn.Module with member_names, got a {type(network).__name__}: "
+            "SingleNetwork(module) makes one of any module"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not allow_missing_classes:
@@ -140,8 +146,9 @@ def evaluate(
     unknown = [name for name in chosen if name not in names]
     if unknown:
         raise ValueError(f"reduced names {unknown[0]!r}, and the members are {', '.join(names)}")
-    if hasattr(network, "normalisation"):
-        mean, std = network.normalisation
+    normalisation = getattr(network, "normalisation", None)
+    if normalisation is not None:
+        mean, std = normalisation
         images = replace(images, mean=mean, std=std)
     logits = _logits(network, images, batch_size, device)
     labels = images.labels.cpu()
@@ -161,8 +168,7 @@ def _logits(
     network: Network, images: ImageSet, batch_size: int, device: torch.device | str | None
 ) -> dict[str, Tensor]:
     """The logits of all samples by member, on the CPU."""
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"network must be a torch.nn.Module, got a {type(network).__name__}")
+    assert isinstance(network, nn.Module)  # which a protocol cannot say
     place, dtype = _place(network)
     rows: dict[str, list[Tensor]] = {name: [] for name in network.member_names}
     target = torch.device(device) if device is not None else place
