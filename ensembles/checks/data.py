@@ -2,7 +2,7 @@
 
 Catches "bagged" members that all get the same sample indices, bootstraps that are drawn without
 replacement or that overlap too much, members claimed paired whose loaders shuffle by themselves,
-and members claimed shuffled that read in one order.
+members claimed shuffled that read in one order, and loaders whose workers augment with one stream.
 
 A bootstrap draws n of N samples with replacement: N (1 - (1 - 1/N)^n) of them are distinct, for
 n = N a share of 1 - 1/e = 63.2 %, and two members have the square of that share in common (Efron
@@ -27,6 +27,7 @@ from ensembles.message import aligned, broken, counted, listed
 from ensembles.message import seed as present_seed
 from ensembles.probes.samples import samples_of
 from ensembles.probes.state import generators_kept, seed_generators
+from ensembles.probes.streams import can_be_asked, streams_of
 
 __all__ = [
     "DataPair",
@@ -73,6 +74,8 @@ class MemberData:
         pairs: What every two of them have in common.
         size: How many samples the data set has, where it was told.
         by_content: Whether samples are known by their content, not by an index.
+        repeated: (member, what, places): a random stream of the member's loader that several
+            workers, or a worker in several epochs, have in common.
     """
 
     members: tuple[str, ...]
@@ -81,6 +84,7 @@ class MemberData:
     pairs: tuple[DataPair, ...]
     size: int | None
     by_content: bool
+    repeated: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
 
     def __str__(self) -> str:
         same = sum(pair.parted is None for pair in self.pairs)
@@ -93,6 +97,9 @@ class MemberData:
         rows = [
             (f"member {name}", f"{seen} samples", f"{distinct / seen:.1%} distinct")
             for name, seen, distinct in zip(self.members, self.seen, self.distinct, strict=True)
+        ]
+        rows += [
+            (f"member {n}", what, f"one stream in {listed(p, 3)}") for n, what, p in self.repeated
         ]
         return "\n".join([head, *(f"  {line}" for line in aligned(rows))])
 
@@ -132,29 +139,36 @@ def measure_member_data(
     if len(names) < 2:
         raise ValueError(f"data are compared between members, and {len(names)} was given.")
     by_content = False
-    streams: dict[str, list[int | str]] = {}
+    read: dict[str, list[int | str]] = {}
+    repeated: list[tuple[str, str, tuple[str, ...]]] = []
     with generators_kept():
         seed_generators(present_seed.get())
         for name in names:
             keys = samples_of(data, name)
             by_content |= any(isinstance(key, str) for key in keys)
-            streams[str(name)] = keys
-    counts = {name: Counter(keys) for name, keys in streams.items()}
+            read[str(name)] = keys
+        for name in names if by_content else ():
+            loader = data(name)
+            if can_be_asked(loader) and loader.num_workers:
+                found = streams_of(loader).repeated
+                repeated += [(str(name), what, places) for what, places in found]
+    counts = {name: Counter(keys) for name, keys in read.items()}
     return MemberData(
-        members=tuple(streams),
-        seen=tuple(len(keys) for keys in streams.values()),
+        members=tuple(read),
+        seen=tuple(len(keys) for keys in read.values()),
         distinct=tuple(len(counted) for counted in counts.values()),
         pairs=tuple(
             DataPair(
                 (one, two),
                 len(counts[one].keys() & counts[two].keys()),
                 counts[one] == counts[two],
-                _parted(streams[one], streams[two]),
+                _parted(read[one], read[two]),
             )
-            for one, two in combinations(streams, 2)
+            for one, two in combinations(read, 2)
         ),
         size=size,
         by_content=by_content,
+        repeated=tuple(repeated),
     )
 
 
@@ -176,6 +190,7 @@ def assert_members_bagged(data: MemberData) -> None:
         ...     measure_member_data(lambda member: random.choices(range(100), k=100), 3))
     """
     __tracebackhide__ = True
+    _assert_streams_own(data)
     if min(data.seen) < ENOUGH:
         raise ValueError(
             f"a member sees {min(data.seen)} samples: whether they are a bootstrap cannot be told "
@@ -227,6 +242,7 @@ def assert_members_paired(data: MemberData) -> None:
         >>> assert_members_paired(measure_member_data(lambda member: [2, 0, 1], 3))
     """
     __tracebackhide__ = True
+    _assert_streams_own(data)
     apart = [pair for pair in data.pairs if pair.parted is not None]
     if apart:
         raise AssertionError(
@@ -265,6 +281,7 @@ def assert_members_shuffled(data: MemberData) -> None:
         ...     measure_member_data(lambda member: random.sample(range(100), 100), 3))
     """
     __tracebackhide__ = True
+    _assert_streams_own(data)
     if min(data.distinct) < ENOUGH:
         raise ValueError(
             f"a member sees {min(data.distinct)} distinct samples: orders of fewer than {ENOUGH} "
@@ -301,6 +318,29 @@ def assert_members_shuffled(data: MemberData) -> None:
                     else "Usual cause: drop_last, a subset or split for each member, or random "
                     "augmentation (then compare indices: give the samplers)."
                 ),
+            )
+        )
+
+
+# --- what workers draw --------------------------------------------------------------------------
+
+
+def _assert_streams_own(data: MemberData) -> None:
+    __tracebackhide__ = True
+    if data.repeated:
+        raise AssertionError(
+            broken(
+                "the workers of a member's loader are claimed to augment each in its own way, and "
+                "repeat each other",
+                [
+                    (f"member {name}", what, f"one stream in {listed(places, 3)}")
+                    for name, what, places in data.repeated
+                ],
+                total=f"{counted(data.repeated, 'repeated stream')}",
+                meaning="The same random numbers augment other samples over and over.",
+                remedy="Usual cause: a generator that is made with the data set: each worker "
+                "copies it, in each epoch anew. In worker_init_fn, seed it with "
+                "torch.initial_seed(), which is another in every worker and epoch.",
             )
         )
 

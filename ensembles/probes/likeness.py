@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ __all__ = [
     "Separate",
     "built_from",
     "double_outputs",
+    "holds_constants_only",
     "same_outputs",
     "vary",
 ]
@@ -45,6 +46,9 @@ ROUNDING = 64
 """The same in units in the last place, where the model stays in its own precision."""
 
 
+WOKEN = 0.5
+"""What a trainable matrix of zeros is set to, to see what it will multiply: any number would do."""
+
 LOOKED_AT = 4096
 """Elements of a tensor that are counted: enough to tell numbers from a few values."""
 
@@ -56,7 +60,7 @@ class Likeness:
     Attributes:
         name: The parameter's name in the members, or in the model.
         members: The members that are alike.
-        how: "equal", "equal in 50 %" of its elements, or "equal but for the order".
+        how: "one tensor", "equal", "equal in 50%" of its elements, or "equal but for the order".
     """
 
     name: str
@@ -75,7 +79,8 @@ class Built(NamedTuple):
 
     Attributes:
         model: The model.
-        again: A second one, built right after it; None where only a model was given.
+        again: A second one, built right after it; None where a model was given, or a function
+            that returns one which was built before.
         constant: Generators that both constructions leave in one state.
     """
 
@@ -100,7 +105,7 @@ def built_from(model: Model | Callable[[], Model]) -> Built:
     """The model as given, or built twice in a row where a function was given.
 
     Raises:
-        ValueError: If it is neither, or the function returns one object twice.
+        ValueError: If it is neither, or the function builds some of the parameters anew only.
 
     Example:
         >>> built_from(lambda: nn.Linear(2, 2)).repeated
@@ -129,10 +134,12 @@ def _built_twice(make: Callable[[], Model]) -> Built:
     one, two = built
     ours = {id(p) for module in named_modules_of(one).values() for p in module.parameters()}
     theirs = {id(p) for module in named_modules_of(two).values() for p in module.parameters()}
+    if ours and ours == theirs:  # built before: it is given, and its construction cannot be seen
+        return Built(one, None, ())
     if ours & theirs:
         raise ValueError(
-            "the function returned the same parameters at both calls, so that construction cannot "
-            "be looked at. Build the model inside it: lambda: [Net() for _ in range(4)]."
+            "the function returned some of the same parameters at both calls, so that construction "
+            "cannot be looked at. Build the model inside it: lambda: [Net() for _ in range(4)]."
         )
     before, after, later = states
     constant = [name for name, state in after.items() if before[name] != state == later[name]]
@@ -180,7 +187,7 @@ class Separate:
         >>> layer = nn.Linear(2, 2)
         >>> pair = Separate({"a": layer, "b": layer}, None, False)
         >>> [str(likeness) for likeness in pair.found(["a", "b"])]
-        ['equal in members a, b', 'equal in members a, b']
+        ['one tensor in members a, b', 'one tensor in members a, b']
     """
 
     def __init__(
@@ -191,6 +198,7 @@ class Separate:
     ) -> None:
         self.drawn: dict[str, None] = {}
         self._holders: dict[Any, dict[str, tuple[Tensor, Tensor]]] = {}
+        self._tensors: dict[tuple[str, str], int] = {}
         loaded: defaultdict[Any, list[str]] = defaultdict(list)
         holders: Any = defaultdict(dict)
         for member, module in modules.items():
@@ -211,6 +219,7 @@ class Separate:
                 if _bits(*told) >= ENOUGH_BITS:
                     kind = (name, parameter.shape, parameter.dtype)
                     holders[kind][member] = (parameter.detach().cpu(), elements)
+                    self._tensors[name, member] = id(parameter)
         for kind, held in holders.items():
             if len(held) > 1:
                 self.drawn[kind[0]] = None
@@ -223,7 +232,10 @@ class Separate:
         """Whatever members have in common."""
         for (name, *_), held in self._holders.items():
             groups = _groups({m: digest(tensor) for m, (tensor, _) in held.items()})
-            yield from (Likeness(name, group, "equal") for group in groups if len(group) > 1)
+            for group in groups:
+                if len(group) > 1:
+                    one_tensor = len({self._tensors[name, member] for member in group}) == 1
+                    yield Likeness(name, group, "one tensor" if one_tensor else "equal")
             firsts = [group[0] for group in groups]
             for one, two in combinations(firsts, 2):
                 (x, drawn), (y, also) = held[one], held[two]
@@ -288,6 +300,18 @@ class Packed:
         yield from (Likeness(name, group, "equal") for name, group in told)
 
 
+def holds_constants_only(modules: Iterable[nn.Module]) -> bool:
+    """Whether nothing in the members can have been drawn: they have parameters, all constants.
+
+    Example:
+        >>> holds_constants_only([nn.BatchNorm1d(3)]), holds_constants_only([nn.Linear(3, 2)])
+        (True, False)
+    """
+    held = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    trained = any(tensor.requires_grad for tensor in held)
+    return trained and all(_is_constant(tensor) for tensor in held)
+
+
 def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters())
 
@@ -308,9 +332,16 @@ def _groups(kinds: Mapping[str, str]) -> list[tuple[str, ...]]:
 
 
 def double_outputs(
-    model: Model, batch: Any, outputs: Outputs | None
+    model: Model, batch: Any, outputs: Outputs | None, *, woken: bool = False
 ) -> dict[str, tuple[Tensor, ...]]:
     """What members return in eval mode, in float64 where the model allows it.
+
+    Args:
+        model: One module, or the members.
+        batch: What it is called with.
+        outputs: Splits what one module returns.
+        woken: Whether trainable matrices that are zero hold one other number, in a copy, so that
+            what a branch that starts at zero (Hu et al. 2022) will compute is seen.
 
     Example:
         >>> double_outputs(nn.Linear(2, 1), torch.ones(3, 2), None)["model"][0].dtype
@@ -320,6 +351,10 @@ def double_outputs(
         wide = copy.deepcopy(model)
         for module in named_modules_of(wide).values():
             module.double()
+            for parameter in module.parameters() if woken else ():
+                if parameter.ndim > 1 and parameter.requires_grad and not parameter.any():
+                    # One number for all elements: what is a permuted twin stays one.
+                    parameter.data.fill_(WOKEN)
         return _called(wide, pytree.tree_map(_double, batch), outputs)
     except Exception:  # whatever a model does that knows one precision, or cannot be copied
         return _called(model, batch, outputs)

@@ -151,6 +151,59 @@ def test_shuffled_members_that_lose_samples_are_broken():
     assert "198 distinct samples in common, of 199 and 199" in told
 
 
+# --- workers ------------------------------------------------------------------------------------
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Samples with noise, from a generator of the data set or from the global one."""
+
+    def __init__(self, generator=None) -> None:
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return index + torch.rand(2, generator=self.generator)
+
+
+def noisy(generator=None, **options):
+    def of_member(member):
+        own = None if generator is None else torch.Generator().manual_seed(generator)
+        paired = torch.Generator().manual_seed(0)
+        return DataLoader(Noisy(own), batch_size=3, generator=paired, **options)
+
+    return of_member
+
+
+two_workers = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+@two_workers
+@pytest.mark.parametrize("workers", [1, 2])
+def test_members_that_augment_alike_are_paired(workers):
+    measured = measure_member_data(noisy(num_workers=workers))
+    assert measured.repeated == ()
+    assert_members_paired(measured)
+
+
+@two_workers
+def test_workers_that_copy_one_generator_are_broken(golden):
+    text = message(assert_members_paired, noisy(3, num_workers=2), 2)
+    golden(text, "messages/data_one_stream.txt")
+    measured = measure_member_data(noisy(3, num_workers=2))
+    assert "member 0   dataset.generator" in str(measured)
+    for assertion in (assert_members_bagged, assert_members_shuffled):
+        with pytest.raises(AssertionError, match="repeat each other"):
+            assertion(measured)
+
+
+@two_workers
+def test_one_worker_that_begins_anew_in_every_epoch_is_broken():
+    measured = measure_member_data(noisy(3, num_workers=1))
+    assert ("0", "dataset.generator", ("epoch 0 worker 0", "epoch 1 worker 0")) in measured.repeated
+
+
 # --- subjects and fixture -----------------------------------------------------------------------
 
 
