@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 from numpy.lib.npyio import NpzFile
@@ -28,16 +28,13 @@ def read_npz(path: Path, keys: Sequence[str]) -> dict[str, NDArray[Any]]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no npz file, is cut off or damaged, or lacks a key.
     """
-    try:
-        opened: Any = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever zipfile, zlib and NumPy make of a damaged file
-        _damaged(path, "the file", error)
-    if not isinstance(opened, NpzFile):
-        raise ValueError(f"{path} is a single array, expected an npz file with {', '.join(keys)}.")
     arrays = {}
-    with opened:
+    with path.open("rb") as file:  # np.load leaves the files open that it cannot read
+        opened = _opened(file, path)
+        if not isinstance(opened, NpzFile):
+            raise ValueError(
+                f"{path} is a single array, expected an npz file with {', '.join(keys)}."
+            )
         for key in keys:
             if key not in opened:
                 raise ValueError(
@@ -61,15 +58,10 @@ def read_npy(path: Path) -> NDArray[Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no npy file, or is cut off or damaged.
     """
-    try:
-        found: Any = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        _damaged(path, "the file", error)
-    if not isinstance(found, np.ndarray):
-        found.close()
-        raise ValueError(f"{path} is an npz file, expected an npy file with a single array.")
+    with path.open("rb") as file:
+        found = _opened(file, path)
+        if not isinstance(found, np.ndarray):
+            raise ValueError(f"{path} is an npz file, expected an npy file with a single array.")
     return found
 
 
@@ -139,6 +131,13 @@ def require_labels(
             f"from 0 to {classes - 1}."
         )
     return found
+
+
+def _opened(file: IO[bytes], path: Path) -> Any:
+    try:
+        return np.load(file, allow_pickle=False)
+    except Exception as error:  # whatever zipfile, zlib and NumPy make of a damaged file
+        _damaged(path, "the file", error)
 
 
 def _damaged(path: Path, what: str, error: Exception) -> NoReturn:

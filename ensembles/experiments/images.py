@@ -193,7 +193,8 @@ class ImageSet:
 
     def _rows(self, rows: Tensor | Sequence[int] | slice) -> Tensor:
         if isinstance(rows, slice):
-            return torch.arange(len(self), device=self.pixels.device)[rows]
+            rows = range(len(self))[rows]
+            return torch.tensor(rows, dtype=torch.int64, device=self.pixels.device)
         found = torch.as_tensor(rows, device=self.pixels.device)
         if found.dtype == torch.bool:
             if found.shape != (len(self),):

@@ -122,11 +122,14 @@ def split_validation(
             'fitted to it: take the validation set from load_images(..., "train").'
         )
     whole = isinstance(share_or_count, int) and not isinstance(share_or_count, bool)
-    count = int(share_or_count) if whole else round(len(images) * float(share_or_count))
+    if whole:
+        count = int(share_or_count)
+    else:
+        count = round(len(images) * share_or_count) if 0 < share_or_count < 1 else 0
     if not 0 < count < len(images):
         raise ValueError(
-            f"share_or_count={share_or_count!r} of {len(images)} images leaves {count} for "
-            "validation: both sets need at least one image. A float is a share between 0 and 1, "
+            f"share_or_count={share_or_count!r} of {len(images)} images leaves one set empty: "
+            "training and validation need at least one image each. A float is a share between 0 and 1, "
             "an int a number of images."
         )
     chosen = _stratified(images.labels.cpu(), len(images.classes), count, ("validation", seed))
