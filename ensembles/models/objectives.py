@@ -24,6 +24,7 @@ __all__ = [
     "OBJECTIVES",
     "Interpolated",
     "Joint",
+    "Labels",
     "Mean",
     "MeanField",
     "Objective",
@@ -31,6 +32,9 @@ __all__ = [
     "Sum",
     "member_losses",
 ]
+
+Labels = Tensor | Mapping[str, Tensor]
+"""Classes (sample,): of all members, or by name where members see batches of their own."""
 
 
 @runtime_checkable
@@ -57,12 +61,13 @@ class Objective(Protocol):
         """
         ...
 
-    def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    def __call__(self, logits: Mapping[str, Tensor], labels: Labels) -> Tensor:
         """Computes the loss.
 
         Args:
             logits: Of the asked members, by name, each of shape (sample, class).
-            labels: Classes (sample,), whole numbers.
+            labels: Classes (sample,), whole numbers: one tensor, or one for each member where
+                they see batches of their own.
 
         Returns:
             The loss in nats per sample, a scalar: in float32, or in float64 where logits are.
@@ -70,7 +75,7 @@ class Objective(Protocol):
         ...
 
 
-def member_losses(logits: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+def member_losses(logits: Mapping[str, Tensor], labels: Labels) -> dict[str, Tensor]:
     """Computes every member's own cross-entropy, averaged over the samples.
 
     Example:
@@ -80,7 +85,7 @@ def member_losses(logits: Mapping[str, Tensor], labels: Tensor) -> dict[str, Ten
 
     Args:
         logits: Of each member, by its name, of shape (sample, class).
-        labels: Classes (sample,), whole numbers.
+        labels: Classes (sample,), whole numbers: one tensor, or one for each member, by name.
 
     Returns:
         The losses in nats per sample, scalars, by the names of the members: what
@@ -92,8 +97,18 @@ def member_losses(logits: Mapping[str, Tensor], labels: Tensor) -> dict[str, Ten
         FloatingPointError: If a member's logits are no distribution, as with NaN.
     """
     normalised = log_probabilities(logits)
-    classes = _checked_labels(labels, normalised)
-    return {name: F.nll_loss(found, classes) for name, found in normalised.items()}
+    if isinstance(labels, Mapping):
+        missing = [name for name in normalised if name not in labels]
+        if missing:
+            raise ValueError(f"labels lack those of {missing}; there are {list(labels)}")
+        classes = {
+            name: _checked_labels(labels[name], found, f"labels of {name}")
+            for name, found in normalised.items()
+        }
+    else:
+        first = next(iter(normalised.values()))
+        classes = dict.fromkeys(normalised, _checked_labels(labels, first, "labels"))
+    return {name: F.nll_loss(found, classes[name]) for name, found in normalised.items()}
 
 
 @dataclass(frozen=True)
@@ -110,7 +125,7 @@ class Sum:
         """Names all members."""
         return _checked_names(names)
 
-    def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    def __call__(self, logits: Mapping[str, Tensor], labels: Labels) -> Tensor:
         """Adds the member losses."""
         return torch.stack(list(member_losses(logits, labels).values())).sum()
 
@@ -129,7 +144,7 @@ class Mean:
         """Names all members."""
         return _checked_names(names)
 
-    def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    def __call__(self, logits: Mapping[str, Tensor], labels: Labels) -> Tensor:
         """Averages the member losses."""
         return _mean(member_losses(logits, labels).values())
 
@@ -163,7 +178,7 @@ class MeanField:
         """Names all groups."""
         return _checked_names(names)
 
-    def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    def __call__(self, logits: Mapping[str, Tensor], labels: Labels) -> Tensor:
         """Averages the groups' losses."""
         return _mean(member_losses(logits, labels).values())
 
@@ -202,7 +217,7 @@ class Interpolated:
         subnets = _subnets(names, self.parent, needs=("parent", "subnets"))
         return tuple(name for name in names if (self.lam < 1 if name in subnets else self.lam > 0))
 
-    def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    def __call__(self, logits: Mapping[str, Tensor], labels: Labels) -> Tensor:
         """Weighs the parent's loss and the subnets' mean loss."""
         losses = member_losses(logits, labels)
         if self.lam == 1:
@@ -290,7 +305,7 @@ class Stochastic:
                 return choice
         return last
 
-    def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    def __call__(self, logits: Mapping[str, Tensor], labels: Labels) -> Tensor:
         """Computes the loss of the members that were asked for: their mean."""
         several = isinstance(logits, Mapping) and len(logits) > 1
         if several and (self.subnets == "one" or self.parent in logits):
@@ -334,10 +349,15 @@ class Joint:
         """Names all members."""
         return _checked_names(names)
 
-    def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    def __call__(self, logits: Mapping[str, Tensor], labels: Labels) -> Tensor:
         """Weighs the members' mean loss and the loss of their arithmetic mean."""
+        if isinstance(labels, Mapping):
+            raise ValueError(
+                "a mean prediction needs members that predict the same samples: give one tensor of "
+                f"labels, not one for each of {list(labels)}"
+            )
         normalised = log_probabilities(logits)
-        classes = _checked_labels(labels, normalised)
+        classes = _checked_labels(labels, next(iter(normalised.values())), "labels")
         mean_loss = _mean(F.nll_loss(found, classes) for found in normalised.values())
         if self.beta == 0:
             return mean_loss
@@ -392,13 +412,15 @@ def _subnets(names: Iterable[str], parent: str, *, needs: Sequence[str]) -> tupl
     return subnets
 
 
-def _checked_labels(labels: Tensor, logits: Mapping[str, Tensor]) -> Tensor:
-    samples, classes = next(iter(logits.values())).shape
+def _checked_labels(labels: Tensor, logits: Tensor, what: str) -> Tensor:
+    samples, classes = logits.shape
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{what} must be a tensor of classes, got a {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be whole numbers, the classes, got {labels.dtype}")
+        raise ValueError(f"{what} must be whole numbers, the classes, got {labels.dtype}")
     if labels.shape != (samples,):
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, and the logits of {samples} samples need "
+            f"{what} have shape {tuple(labels.shape)}, and the logits of {samples} samples need "
             f"labels of shape ({samples},)"
         )
     if samples == 0:
@@ -408,7 +430,7 @@ def _checked_labels(labels: Tensor, logits: Mapping[str, Tensor]) -> Tensor:
     if outside.any():
         row = int(outside.nonzero()[0])
         raise ValueError(
-            f"labels must be 0 to {classes - 1}, got {int(labels[row])} in row {row} "
+            f"{what} must be 0 to {classes - 1}, got {int(labels[row])} in row {row} "
             f"({int(outside.sum())} of {samples} labels are none of the {classes} classes)"
         )
     return labels.long()

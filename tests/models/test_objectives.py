@@ -143,6 +143,28 @@ def test_an_excluded_label_costs_infinitely_but_not_if_another_member_has_it():
     assert Joint(1)(logits, label).item() == pytest.approx(math.log(4))
 
 
+def test_members_may_see_batches_of_their_own():
+    torch.manual_seed(2)
+    logits = {name: torch.randn(6, 4) for name in ("parent", "subnet_0", "subnet_1")}
+    labels = {name: torch.randint(4, (6,)) for name in reversed(logits)}
+    each = [cross_entropy(logits[name], labels[name]) for name in logits]
+    assert list(member_losses(logits, labels).values()) == each
+    close(Sum()(logits, labels), sum(each), 1e-6)
+    close(Interpolated(0.5)(logits, labels), each[0] / 2 + (each[1] + each[2]) / 4, 1e-6)
+    same = dict.fromkeys(logits, labels["parent"])
+    for objective in (Sum(), Mean(), MeanField(), Interpolated(0.3)):
+        assert torch.equal(objective(logits, same), objective(logits, labels["parent"]))
+    alone = {"parent": logits["parent"]}
+    assert Stochastic(0.5)(alone, labels) == each[0]
+    with pytest.raises(ValueError, match=r"^labels lack those of \['subnet_0'\]; there are \['pa"):
+        Mean()(logits, {name: labels[name] for name in ("parent", "subnet_1")})
+    labels["subnet_1"][4] = 4
+    with pytest.raises(ValueError, match=r"^labels of subnet_1 must be 0 to 3, got 4 in row 4 \(1"):
+        Mean()(logits, labels)
+    with pytest.raises(ValueError, match=r"^a mean prediction needs members that predict the same"):
+        Joint(0.5)(logits, labels)
+
+
 # --- who is asked -------------------------------------------------------------------------------
 
 
@@ -381,6 +403,13 @@ def test_labels_and_logits_that_make_no_loss_are_refused(objective, logits, labe
         del given_["subnet"]
     with pytest.raises(error, match=re.escape(message)):
         objective(given_, torch.as_tensor(labels))
+
+
+@pytest.mark.parametrize("objective", EVERY, ids=str)
+def test_labels_that_are_no_tensor_are_refused(objective):
+    logits = {"parent": torch.zeros(1, 2), "subnet": torch.zeros(1, 2)}
+    with pytest.raises(TypeError, match=r"^labels must be a tensor of classes, got a list$"):
+        objective(logits, [0])
 
 
 @pytest.mark.parametrize("objective", [*EVERY, Stochastic(0.5)], ids=str)

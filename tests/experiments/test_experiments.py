@@ -1,0 +1,19 @@
+"""The folder's map names every file with one sentence, and no file that there is not."""
+
+import ast
+import re
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[2] / "ensembles" / "experiments"
+
+
+def test_the_map_names_every_file_with_one_sentence():
+    tree = ast.parse((FOLDER / "__init__.py").read_text())
+    entries = re.findall(r"^\* `(\w+)`: ([^.]+(?:\.\d[^.]*)*)\.$", ast.get_docstring(tree), re.M)
+    files = {path.stem for path in FOLDER.glob("*.py")} - {"__init__"}
+    assert sorted(name for name, _ in entries) == sorted(files)
+
+
+def test_the_folder_imports_nothing_by_itself():
+    tree = ast.parse((FOLDER / "__init__.py").read_text())
+    assert [type(node) for node in tree.body] == [ast.Expr]
