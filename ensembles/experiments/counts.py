@@ -139,7 +139,8 @@ def as_counts(accuracy: float | str, n: int) -> Counts:
     """
     n = Counts(0, n).n
     text, value, slack = _read_accuracy(accuracy)
-    low, high = np.ceil((value - slack) * n), np.floor((value + slack) * n)
+    # A count just at the end of what rounds to this figure is in: rounding may not push it out.
+    low, high = np.ceil((value - slack) * n - 1e-9), np.floor((value + slack) * n + 1e-9)
     low, high = max(int(low), 0), min(int(high), n)
     if low == high:
         return Counts(low, n)

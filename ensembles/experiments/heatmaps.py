@@ -67,9 +67,9 @@ def plot_pairs(
     order = np.argsort(accuracy, kind="stable")
     labels = [f"{names[n]} {accuracy[n]:.1%}".replace("%", " %") for n in order]
     size = max(2.6, 0.2 * len(names))  # inches: at 0.2 a row is as high as its label
-    room = 0.085 * max(map(len, labels))
+    across, below = (0.08 * max(map(len, texts)) for texts in (labels, names))
     figure = Figure(
-        figsize=((size + 1.1) * len(panels) + room, size + room + 0.8),
+        figsize=((size + 1.0) * len(panels) + across, size + below + (0.9 if title else 0.5)),
         dpi=150,
         layout="constrained",
     )
@@ -106,4 +106,5 @@ def _draw_matrix(figure: Figure, axes: Axes, percent: NDArray[np.float64], title
                     fontsize=7,
                     color="white" if value > 0.4 * highest else "black",
                 )
-    figure.colorbar(image, ax=axes, shrink=0.8, label="% of samples (square root scale)")
+    beside = axes.inset_axes((1.03, 0, 0.05, 1))  # as high as the matrix, whatever its labels need
+    figure.colorbar(image, cax=beside, label="% of samples (square root scale)")

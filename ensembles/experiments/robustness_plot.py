@@ -212,7 +212,7 @@ def _draw_point(
         yerr=errors["out_dist"],
         linestyle="none",
         marker=_outward(point) or marker,
-        markersize=size,
+        markersize=1.6 * size if marker == "*" else size,  # a star is mostly air
         color=colour,
         markerfacecolor=colour if filled else "white",
         markeredgecolor="white" if filled else colour,
