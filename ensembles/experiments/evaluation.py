@@ -25,6 +25,11 @@ PARENT = "parent"
 """The member that is no member of the ensemble: its subnets are."""
 
 
+def _is_parent(name: str) -> bool:
+    """Also of a network that is combined with others, whose members are called network.member."""
+    return name.rpartition(".")[2] == PARENT
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Scores:
     """What one classifier makes of a set of images.
@@ -142,7 +147,7 @@ def evaluate(
     if not allow_missing_classes:
         images.require_every_class()
     names = tuple(network.member_names)
-    chosen = tuple(n for n in names if n != PARENT) if reduced is None else tuple(reduced)
+    chosen = tuple(n for n in names if not _is_parent(n)) if reduced is None else tuple(reduced)
     unknown = [name for name in chosen if name not in names]
     if unknown:
         raise ValueError(f"reduced names {unknown[0]!r}, and the members are {', '.join(names)}")

@@ -1,0 +1,105 @@
+"""The console script `ensembles`: train, evaluate, plot, convert, check.
+
+A command is imported when it is called: `ensembles --help` is quick, and tells what is missing
+where the extra is not installed. What a user can mend is told in one line, with exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from traceback import walk_tb
+
+from ensembles import __version__
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "train": "Trains a network, or goes on with a run that was stopped.",
+    "evaluate": "Evaluates a model on a set of images and on shifted sets, and writes a result.",
+    "plot": "Draws results, or the training curves of runs.",
+    "convert": "Converts a training checkpoint to a plain state dict.",
+    "check": "Checks that a model is what it claims to be.",
+}
+"""What there is, with the first line of each command's docstring."""
+
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: Without the program's name; by default those of the process.
+
+    Returns:
+        The exit status: 0, or 2 for what the user can mend. `check` has 1 for a broken claim and 3
+        where a check could not look.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _overview()
+    try:
+        command = parser.parse_args(given[:1]).command
+    except SystemExit as told:  # --help, --version, or an unknown command
+        return int(told.code or 0)
+    if command is None:
+        parser.print_help()
+        return USER_ERROR
+    try:
+        module = import_module(f"ensembles.experiments.commands.{command}")
+        return int(module.main(given[1:]))
+    except SystemExit as told:  # a command's --help
+        return int(told.code or 0)
+    except KeyboardInterrupt:
+        return _told(command, "interrupted", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("ensembles"):
+            raise
+        advice = 'pip install "pytest-ensembles[experiments]"'
+        return _told(command, f"{error.name} is not installed: {advice}", USER_ERROR)
+    except argparse.ArgumentError as error:
+        said = " ".join(str(error).split())
+        return _told(command, f"{said} (ensembles {command} --help tells more)", USER_ERROR)
+    except (ValueError, OSError, FloatingPointError) as error:
+        return _told(command, str(error), USER_ERROR)
+    except (RuntimeError, TypeError) as error:
+        if not _is_ours(error):
+            raise
+        return _told(command, str(error), USER_ERROR)
+
+
+def _overview() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="ensembles",
+        usage="ensembles COMMAND [options]",
+        description="Train, evaluate and verify ensembles and weight-sharing networks.",
+        epilog="commands:\n"
+        + "\n".join(lines)
+        + "\n\n`ensembles COMMAND --help` tells the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pytest-ensembles {__version__}")
+    parser.add_argument(
+        "command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="what to do, see below"
+    )
+    return parser
+
+
+def _told(command: str, message: str, status: int) -> int:
+    print(f"ensembles {command}: error: {message}", file=sys.stderr)
+    return status
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised it on purpose; else its frames are worth reading."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("ensembles.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""`ensembles convert`: the plain state dict of a training checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ensembles.experiments.commands.parsing import parser_of, values_of
+
+__all__ = ["main", "run"]
+
+EXAMPLE = "ensembles convert runs/single/checkpoints/step_00000070.ckpt single.pt --member single"
+
+
+def run(checkpoint: Path, out: Path, *, member: str | None = None) -> int:
+    """Converts a training checkpoint to a plain state dict.
+
+    `torch.load(out, weights_only=True)` reads it, without Lightning and without this package.
+
+    Args:
+        checkpoint: A checkpoint of `ensembles train`, or the folder of a run, of which the last
+            one is taken.
+        out: The new file. An existing one is never overwritten.
+        member: Only this member, as the state dict of a plain ResNet; a subnet is cut out of its
+            parent. All members where none is named.
+
+    Returns:
+        The exit status.
+    """
+    from ensembles.experiments.checkpoints import convert
+    from ensembles.experiments.loading import checkpoint_of
+
+    found = checkpoint_of(checkpoint)
+    convert(found, out, member=member)
+    print(f"{out}: {'all members' if member is None else member} of {found}")
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command."""
+    return run(**values_of(parser_of("convert", run, example=EXAMPLE), arguments))

@@ -1,0 +1,209 @@
+"""`ensembles evaluate`: a model on a set of images and on shifted sets, as a result file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ensembles.experiments.commands.parsing import parser_of, values_of
+from ensembles.message import aligned
+
+if TYPE_CHECKING:
+    import torch
+
+    from ensembles.experiments.images import ImageSet
+    from ensembles.experiments.results import Result
+
+__all__ = ["main", "run"]
+
+EXAMPLE = (
+    "ensembles evaluate --model resnet20 --data cifar10_lossless --shifted cifar10_jpeg "
+    "--same_images"
+)
+
+
+def run(
+    *,
+    model: str | list[str],
+    data: str,
+    shifted: str | list[str] = "",
+    split: str = "test",
+    same_images: bool = False,
+    allow_missing_classes: bool = False,
+    root: Path | None = None,
+    download: bool = False,
+    batch_size: int = 256,
+    device: str = "auto",
+    seed: int = 0,
+    out: Path = Path("results"),
+    command: Sequence[str] = (),
+) -> int:
+    """Evaluates a model on a set of images and on shifted sets, and writes a result.
+
+    The result is a JSON file: correct of n with exact 95 % intervals and negative log-likelihoods
+    in nats, for every member and every reduction of the members (arithmetic, geometric, vote), with
+    the digests of weights and images, the command, and the releases of packages.
+
+    Args:
+        model: A pretrained network (resnet20, resnet32, resnet44, resnet56), the folder of a run of
+            `ensembles train`, or a checkpoint. Several, separated by commas, are one ensemble.
+        data: The set in distribution: digits, cifar10, cifar10_lossless, cifar10_jpeg.
+        shifted: Shifted sets, separated by commas: cifar10_1_v4, cifar10_1_v6, cifar10_jpeg, ...;
+            or corruption:level of the set in distribution, such as rotation:3; corruptions are
+            noise, blur, jpeg, brightness, contrast and rotation, levels 1 (weak) to 5.
+        split: test or train.
+        same_images: Of shifted sets by name, takes only the images that are in the set in
+            distribution too, by their index in the original set.
+        allow_missing_classes: Accepts sets that have no image of some class.
+        root: Folder of images, and of pretrained weights in its folder `pretrained`; by default
+            that of the variable ENSEMBLES_DATA, else ~/.cache/ensembles.
+        download: Fetches image sets that are missing (cifar10, cifar10_1_v4, cifar10_1_v6).
+        batch_size: Images that are computed together.
+        device: cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.
+        seed: Of corruptions that draw.
+        out: Folder of results, or the name of a new .json file. Nothing is overwritten.
+        command: The command line, for the result.
+
+    Returns:
+        The exit status.
+    """
+    import torch
+
+    from ensembles.experiments.evaluation import evaluate
+    from ensembles.experiments.loading import load_named
+    from ensembles.experiments.results import Result, write_result
+
+    if out.suffix == ".json" and out.exists():  # before hours of computing
+        raise FileExistsError(f"{out} exists, and is not overwritten: choose another name")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = _device(device)
+    sets = _sets(
+        data, _listed(shifted), split, root=root, download=download, seed=seed, paired=same_images
+    )
+    loaded = load_named(_listed(model), root=root)
+    evaluations = []
+    for images in sets:
+        print(f"{loaded.name} on {images}, {device}", file=sys.stderr)
+        evaluations.append(
+            evaluate(
+                loaded.network,
+                images,
+                batch_size=batch_size,
+                device=place,
+                allow_missing_classes=allow_missing_classes,
+            )
+        )
+    result = Result.of(
+        evaluations,
+        model=loaded.name,
+        options=loaded.options,
+        weights=loaded.weights,
+        seed=seed,
+        command=command,
+        device=place,
+    )
+    path = write_result(result, out)
+    print(_table(result))
+    print(path)
+    return 0
+
+
+def _device(name: str) -> torch.device:
+    """The device, if it is there: before data and weights are loaded."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _sets(
+    data: str,
+    shifted: list[str],
+    split: str,
+    *,
+    root: Path | None,
+    download: bool,
+    seed: int,
+    paired: bool,
+) -> list[ImageSet]:
+    from ensembles.experiments.corruptions import LEVELS, corrupt
+    from ensembles.experiments.sources import SETS, load_images
+
+    def load(name: str) -> ImageSet:
+        return load_images(name, split, root=root, download=download)
+
+    inside = load(data)
+    sets = [inside]
+    for name in shifted:
+        corruption, colon, level = name.partition(":")
+        if colon:
+            sets.append(corrupt(inside, corruption, _level(name, level), seed=seed))
+        elif name in LEVELS:
+            raise ValueError(f"shifted={name}: with its level, from 1 to 5, such as {name}:3")
+        elif name not in SETS:
+            raise ValueError(
+                f"there is no set of images {name!r}. There are {', '.join(SETS)}, and "
+                f"corruption:level with the corruptions {', '.join(LEVELS)}"
+            )
+        else:
+            sets.append(_same(inside, load(name)) if paired else load(name))
+    return sets
+
+
+def _level(name: str, level: str) -> int:
+    if not level.isdecimal():
+        raise ValueError(f"shifted={name}: levels are the whole numbers from 1, weak, to 5")
+    return int(level)
+
+
+def _same(inside: ImageSet, outside: ImageSet) -> ImageSet:
+    """The images of a shifted set that are those of the set in distribution, in its order."""
+    rows = {index: row for row, index in enumerate(outside.indices.tolist())}
+    missing = [index for index in inside.indices.tolist() if index not in rows]
+    if missing:
+        raise ValueError(
+            f"{outside.name} lacks {len(missing)} of the {len(inside)} images of {inside.name}, "
+            f"the first is image {missing[0]}: they cannot be compared one by one"
+        )
+    found = outside.select([rows[index] for index in inside.indices.tolist()])
+    different = (found.labels != inside.labels).nonzero()
+    if len(different):
+        raise ValueError(
+            f"image {int(inside.indices[different[0]])} has another label in {outside.name} than "
+            f"in {inside.name}: indices of the two do not mean the same images"
+        )
+    return found
+
+
+def _listed(names: str | list[str]) -> list[str]:
+    given = names.split(",") if isinstance(names, str) else names
+    return [name.strip() for name in given if name.strip()]
+
+
+def _table(result: Result) -> str:
+    """Percent correct with intervals, one row for each classifier, one column for each set."""
+    heads = [f"{e.data.name}, n = {e.data.n:,}" for e in result.evaluations]
+    rows = [("correct, % (95 % interval)", *heads)]
+    first = result.evaluations[0]
+    for kind in ("members", "reductions"):
+        for name in getattr(first, kind):
+            scores = [getattr(evaluation, kind)[name] for evaluation in result.evaluations]
+            cells = [
+                f"{100 * s.accuracy:.2f} ({100 * s.interval[0]:.2f} to {100 * s.interval[1]:.2f})"
+                for s in scores
+            ]
+            rows.append((name if kind == "members" else f"ensemble, {name}", *cells))
+    return "\n".join(aligned(rows))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command."""
+    parser = parser_of("evaluate", run, example=EXAMPLE, hidden=["command"])
+    return run(**values_of(parser, arguments), command=["ensembles", "evaluate", *arguments])

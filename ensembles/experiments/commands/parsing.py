@@ -1,0 +1,92 @@
+"""From the signature and docstring of a command to its options and `--help`.
+
+Defaults and meanings are written once, at the function; config files and the command line set the
+same options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import docstring_parser
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
+
+__all__ = ["parser_of", "values_of"]
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's, which keeps the lines of examples."""
+
+
+def parser_of(
+    command: str,
+    run: Callable[..., int],
+    *,
+    example: str,
+    classes: Mapping[str, tuple[type, set[str]]] | None = None,
+    hidden: Collection[str] = (),
+) -> ArgumentParser:
+    """The parser of a command.
+
+    Args:
+        command: Its name.
+        run: Its function, with a docstring in Google's style. Positional parameters are positional
+            arguments, of which one that is a list takes all that are given.
+        example: A command line, shown at the end of the help.
+        classes: Keyword parameters of ``run`` whose options are those of a class, which is
+            given with the names that are left out.
+        hidden: Parameters of ``run`` that are no options.
+
+    Returns:
+        The parser, which raises `argparse.ArgumentError` in place of exiting.
+    """
+    document = docstring_parser.parse(run.__doc__ or "")
+    summary = (document.short_description or "").rstrip(".")  # jsonargparse's title of the group
+    meanings = {p.arg_name: " ".join((p.description or "").split()) for p in document.params}
+    parser = ArgumentParser(
+        prog=f"ensembles {command}",
+        description=document.description,
+        epilog=f"example:\n  {example}",
+        formatter_class=_Formatter,
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file of options, named as here; later ones count."
+    )
+    ours: set[str] = {*(classes or {}), *hidden}
+    flags: list[str] = []
+    several: list[str] = []
+    for name, parameter in inspect.signature(run, eval_str=True).parameters.items():
+        if name in ours:
+            continue
+        if parameter.annotation is bool:
+            flags.append(name)
+        elif parameter.annotation == list[str] and parameter.kind != parameter.KEYWORD_ONLY:
+            several.append(name)
+    parser.add_function_arguments(run, as_positional=True, skip={*ours, *flags, *several})
+    (group,) = (g for g in parser._action_groups if g.title == summary)
+    group.title = "options of this command"
+    for name in several:
+        group.add_argument(name, nargs="+", help=meanings[name])
+    for name in flags:
+        # As argparse has flags, and with a value as in config files.
+        group.add_argument(
+            f"--{name}", action=ActionYesNo, nargs="?", default=False, help=meanings[name]
+        )
+    for name, (kind, left_out) in (classes or {}).items():
+        parser.add_class_arguments(kind, name, skip=left_out)
+    return parser
+
+
+def values_of(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """The values of a command line, for the command's function.
+
+    Raises:
+        argparse.ArgumentError: If an option is unknown, missing, or of another type.
+        ValueError: If a class refuses its values.
+    """
+    values = parser.instantiate(parser.parse_args(list(arguments)))
+    return {name: value for name, value in vars(values).items() if name != "config"}

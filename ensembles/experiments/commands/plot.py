@@ -1,0 +1,128 @@
+"""`ensembles plot`: pictures of results and of training curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ensembles.experiments.commands.parsing import parser_of, values_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ensembles.experiments.curves import Curves
+
+__all__ = ["main", "run"]
+
+EXAMPLE = (
+    "ensembles plot robustness results --out robustness.png\n"
+    "  ensembles plot curves runs/single runs/sum mean=runs/mean_0,runs/mean_1 --out curves.pdf"
+)
+
+
+def run(
+    kind: Literal["robustness", "curves"],
+    places: list[str],
+    *,
+    out: Path = Path("plots"),
+    reduction: Literal["arithmetic", "geometric", "vote"] = "arithmetic",
+    training: str | None = None,
+    validation: str | None = None,
+    title: str | None = None,
+) -> int:
+    """Draws results, or the training curves of runs.
+
+    robustness: accuracy (%) on the shifted set against accuracy in distribution, on logit axes,
+    with 95 % Clopper-Pearson bars, y = x, and each ensemble joined to its members; from CIFAR-10
+    to CIFAR-10.1 with the line of effective robustness 0 and 30 published models. One picture for
+    each shifted set.
+
+    curves: training and validation accuracy (%) of several runs by epoch.
+
+    Args:
+        kind: robustness or curves.
+        places: robustness: result files of `ensembles evaluate`, or folders of them. curves:
+            folders of runs, or a folder that holds such; NAME=RUN,RUN draws the mean and range of
+            several runs under one name.
+        out: Folder of pictures, or the name of a new file, which ends in .png, .pdf or .svg.
+            Nothing is overwritten.
+        reduction: robustness: which prediction of an ensemble is drawn.
+        training: curves: the column of the training accuracy; that of the ensemble by default.
+        validation: curves: the column of the validation accuracy, likewise.
+        title: curves: above the picture.
+
+    Returns:
+        The exit status.
+    """
+    from ensembles.experiments.plots import save_figure
+
+    if kind == "robustness":
+        if training or validation or title:
+            raise ValueError(
+                "training, validation and title are options of `ensembles plot curves`"
+            )
+        figures = _robustness(places, reduction)
+    else:
+        figures = {"curves": _curves(places, training, validation, title)}
+    if out.suffix and len(figures) > 1:
+        raise ValueError(
+            f"there are {len(figures)} pictures, one for each shifted set ({', '.join(figures)}): "
+            "name a folder, --out plots"
+        )
+    paths = [out if out.suffix else out / f"{name}.png" for name in figures]
+    for path in paths:  # all or none
+        if path.exists():
+            raise FileExistsError(f"{path} exists, and is not overwritten: choose another name")
+    for figure, path in zip(figures.values(), paths, strict=True):
+        print(save_figure(figure, path))
+    return 0
+
+
+def _robustness(places: Sequence[str], reduction: str) -> dict[str, Figure]:
+    from ensembles.experiments.plots import plot_results
+    from ensembles.experiments.results import read_results
+
+    results = read_results(places)
+    inside = results[0].evaluations[0].data.name
+    drawn = plot_results(results, reduction=reduction)
+    return {f"{inside}_to_{shifted}": figure for shifted, figure in drawn.items()}
+
+
+def _curves(
+    places: Sequence[str], training: str | None, validation: str | None, title: str | None
+) -> Figure:
+    from ensembles.experiments.curves import TABLES, plot_training_curves, read_curves, read_runs
+
+    runs: dict[str, list[Curves]] = {}
+    for place in places:
+        name, equals, several = place.partition("=")
+        if equals:
+            found = {
+                name: [
+                    read_curves(run, training=training, validation=validation)
+                    for run in several.split(",")
+                ]
+            }
+        else:
+            path = Path(place)
+            is_run = path.is_file() or any((path / table).is_file() for table in TABLES)
+            if is_run or not path.is_dir():
+                one = read_curves(path, training=training, validation=validation)
+                found = {path.resolve().name: [one]}
+            else:
+                held = read_runs(path, training=training, validation=validation)
+                found = {run: [curves] for run, curves in held.items()}
+        for run, curves in found.items():
+            if run in runs:
+                raise ValueError(
+                    f"two runs are called {run!r}: name them, such as first={place}, or draw them "
+                    f"as one, {run}=RUN,RUN"
+                )
+            runs[run] = curves
+    return plot_training_curves(runs, title=title)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command."""
+    return run(**values_of(parser_of("plot", run, example=EXAMPLE), arguments))
