@@ -29,6 +29,7 @@ Training
 Evaluation
 
 * `pretrained`: pretrained CIFAR-10 ResNets whose test errors are published.
+* `loading`: networks to be evaluated, from what a user calls them by.
 * `evaluation`: what members and their reductions get right on a set of images.
 * `counts`: accuracy as correct of n, with its exact interval.
 * `results`: results as JSON files that say what was measured, on what and with what.
@@ -44,4 +45,5 @@ Pictures and commands
 * `heatmaps`: which models are right together, pair by pair.
 * `logit_axes`: axes on which accuracies are spaced by their logit.
 * `command_line`: the console script ``ensembles``.
+* `commands`: what each of its commands takes and does, a file for each.
 """

@@ -294,10 +294,9 @@ class Stochastic:
 
     def asked(self, names: Sequence[str], *, step: int, seed: int) -> tuple[str, ...]:
         """Throws the coin of a step, and draws the subnet where one is to be drawn."""
-        outcomes = self.outcomes(names)
+        *choices, last = outcomes = self.outcomes(names)
         # A generator of its own, for each step: of the global ones nothing is used or changed.
-        draw = random.Random(f"{operator.index(seed)}/{operator.index(step)}").random()
-        *choices, last = outcomes
+        draw = random.Random(f"{_whole('seed', seed)}/{_whole('step', step)}").random()
         reached = 0.0
         for choice in choices:
             reached += outcomes[choice]
@@ -393,11 +392,21 @@ def _check_share(name: str, share: float) -> None:
         raise ValueError(f"{name} must be a number from 0 to 1, got {share!r}")
 
 
+def _whole(name: str, number: int) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {number!r}") from None
+
+
 def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str):
         raise ValueError(f"names must be a list of names, got the string {names!r}")
     if not names:
         raise ValueError("names is empty: name at least one member")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"names has {twice} more than once: every member has a name of its own")
     return tuple(names)
 
 

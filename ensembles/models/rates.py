@@ -43,6 +43,13 @@ _DEFAULTS: dict[str, tuple[float, float | None]] = {
 class EquivalentHyperparameters:
     """The values for the wanted training. What is not here stays as it is.
 
+    Example:
+        >>> found = equivalent_hyperparameters(
+        ...     "sum", "mean", members=4, optimizer="adam", lr=1e-3, eps=1e-8, clip_norm=6.0
+        ... )
+        >>> found.lr, found.eps, found.clip_norm, found.bitwise
+        (0.001, 2.5e-09, 1.5, False)
+
     Attributes:
         lr: Learning rate.
         weight_decay: Weight decay.
@@ -211,6 +218,8 @@ class _Weighted:
 def _training(asked: Training) -> Objective | str:
     """Makes an objective of its name; those without parameters are the same as their names."""
     plain: dict[str, Callable[[], Objective]] = {"sum": Sum, "mean": Mean, "mean_field": MeanField}
+    if isinstance(asked, type):
+        raise ValueError(f"{asked.__name__} is a class: give an objective, {asked.__name__}(...)")
     if not isinstance(asked, str):
         return asked
     if asked in plain:

@@ -424,6 +424,15 @@ def test_no_members_are_refused(objective):
         ValueError, match=r"^names must be a list of names, got the string 'parent'"
     ):
         objective.asked("parent", step=0, seed=0)
+    with pytest.raises(ValueError, match=r"^names has \['a'\] more than once"):
+        objective.asked(["parent", "a", "a"], step=0, seed=0)
+
+
+def test_coins_need_whole_numbers():
+    with pytest.raises(TypeError, match=r"^step must be a whole number, got 1\.5$"):
+        Stochastic(0.5).asked(FAMILY, step=1.5, seed=0)
+    with pytest.raises(TypeError, match=r"^seed must be a whole number, got None$"):
+        Stochastic(0.5).asked(FAMILY, step=1, seed=None)
 
 
 @pytest.mark.parametrize("objective", [Interpolated(0.5), Stochastic(0.5)], ids=str)

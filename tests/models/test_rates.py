@@ -63,7 +63,8 @@ OPTIMIZERS: dict[str, tuple[str, Callable[..., torch.optim.Optimizer]]] = {
 
 def network(member: int, dtype: torch.dtype) -> nn.Module:
     generator = torch.Generator().manual_seed(member)
-    made = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    made = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False))
+    made.to(dtype)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
@@ -412,6 +413,7 @@ def test_separate_runs_have_no_common_norm_to_clip_by(wanted):
         ({"wanted": "stochastic"}, "give the objective with its value, Stochastic(...)"),
         ({"wanted": "median"}, "unknown training 'median': give an objective, or one of ['sum'"),
         ({"wanted": Interpolated(1.0), "members": 1}, "needs the parent and at least one subnet"),
+        ({"wanted": Mean}, "Mean is a class: give an objective, Mean(...)"),
         ({"wanted": nn.Identity()}, "how Identity() weighs the members is not known"),
     ],
     ids=str,
