@@ -226,7 +226,11 @@ def _performance_points(performance: Mapping[str, Any]) -> list[Point]:
         if unknown := sorted(set(given) - keys - {"in_dist_n", "out_dist_n"}):
             raise ValueError(f"{where}unknown key {unknown[0]!r}")
         for key in sorted(keys):
-            value = float(given[key])
+            value = given[key]
+            try:
+                value = float(value)
+            except (TypeError, ValueError):
+                raise ValueError(f"{where}{key} must be a number, got {value!r}") from None
             if not 0 <= value <= 100:
                 raise ValueError(
                     f"{where}{key} must be a fraction in [0, 1] or percent up to 100, got {value:g}"
@@ -250,11 +254,9 @@ def _performance_points(performance: Mapping[str, Any]) -> list[Point]:
 
 
 def _side(given: Mapping[str, Any], side: str, percent: bool) -> Counts | float:
-    value = given[f"{side}_acc"]
+    accuracy = float(given[f"{side}_acc"]) / (100 if percent else 1)
     n = given.get(f"{side}_n")
-    if n is None:
-        return float(value) / (100 if percent else 1)
-    return as_counts(f"{float(value)!r} %", n) if percent else as_counts(float(value), n)
+    return accuracy if n is None else as_counts(accuracy, n)
 
 
 def _free_names(stem: str, ending: str) -> Iterator[str]:
