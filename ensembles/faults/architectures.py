@@ -33,7 +33,7 @@ WIDTH = 4
 INPUTS = 3
 CLASSES = 3
 LAYERS = 2
-"""Blocks of every network; the place of a defect is one of them."""
+"""Blocks of a network where nothing else is said; the place of a defect is one of them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Architecture:
         shape: The shape of a sample.
         convolution: The layer that maps channels to channels at every position.
         kernel: Its kernel size.
+        layers: How many blocks a network has.
 
     Example:
         >>> network = ARCHITECTURES["convnet"].network()
@@ -56,6 +57,7 @@ class Architecture:
     shape: tuple[int, ...]
     convolution: type[nn.Conv1d] | type[nn.Conv2d] = field(repr=False)
     kernel: int = 1
+    layers: int = LAYERS
 
     def batch(self) -> Tensor:
         """Four random samples."""
@@ -73,7 +75,7 @@ class Architecture:
         """One classifier."""
         return Network(
             self.stem(width),
-            [self.block(width, layer) for layer in range(LAYERS)],
+            [self.block(width, layer) for layer in range(self.layers)],
             nn.Linear(width, CLASSES),
         )
 
@@ -220,8 +222,8 @@ class Packed(nn.Module):
         self.architecture, self.members = architecture, members
         wide = members * WIDTH
         self.stem = architecture.conv(members * INPUTS, wide, groups=members)
-        self.blocks = nn.ModuleList([self._block(wide) for _ in range(LAYERS)])
-        self.between = nn.ModuleList([nn.Identity() for _ in range(LAYERS)])
+        self.blocks = nn.ModuleList([self._block(wide) for _ in range(architecture.layers)])
+        self.between = nn.ModuleList([nn.Identity() for _ in range(architecture.layers)])
         self.head = architecture.convolution(wide, members * CLASSES, 1, groups=members)
 
     def _block(self, wide: int) -> nn.Module:
@@ -270,13 +272,14 @@ class Subnets(nn.Module):
         self.architecture = architecture
         wide = GROUPS * WIDTH
         self.stem = architecture.conv(INPUTS, wide)
-        self.blocks: Any = nn.ModuleList([architecture.conv(wide, wide) for _ in range(LAYERS)])
+        depth = range(architecture.layers)
+        self.blocks: Any = nn.ModuleList([architecture.conv(wide, wide) for _ in depth])
         self.starts: dict[str, int] = {}
         self.steps: dict[str, list[Step]] = {}
         for start, shift in product(range(GROUPS), repeat=2):
             name = f"subnet_{start}_{shift}"
             self.starts[name] = start
-            groups = [(start + shift * layer) % GROUPS for layer in range(LAYERS + 1)]
+            groups = [(start + shift * layer) % GROUPS for layer in range(len(depth) + 1)]
             self.steps[name] = [Step(into, source, shift) for source, into in pairwise(groups)]
         names = ("parent", *self.steps)
         self.stems = nn.ModuleDict(dict.fromkeys(names, self.stem))
@@ -285,7 +288,7 @@ class Subnets(nn.Module):
 
     def _norms(self, wide: int) -> nn.ModuleList:
         norm = nn.BatchNorm2d if self.architecture.name == "convnet" else nn.Identity
-        return nn.ModuleList([norm(wide) for _ in range(LAYERS)])
+        return nn.ModuleList([norm(wide) for _ in range(self.architecture.layers)])
 
     def only(self, x: Tensor, group: int, axis: int = 1) -> Tensor:
         """Zeros outside one channel group."""

@@ -8,7 +8,10 @@ from types import MappingProxyType
 
 from ensembles.faults import (
     cost,
+    drifts,
+    groups,
     members,
+    packed,
     predictions,
     rates,
     rows,
@@ -17,6 +20,7 @@ from ensembles.faults import (
     starts,
     state,
     training,
+    trips,
 )
 from ensembles.faults.fault import Fault
 from ensembles.message import aligned
@@ -29,15 +33,19 @@ FAULTS: Mapping[str, Fault] = MappingProxyType(
         fault.name: fault
         for fault in (
             *members.FAULTS,
+            *packed.FAULTS,
             *starts.FAULTS,
             *seeds.FAULTS,
             *rows.FAULTS,
             *predictions.FAULTS,
+            *groups.FAULTS,
             *training.FAULTS,
             *rates.FAULTS,
             *sharing.FAULTS,
             *cost.FAULTS,
             *state.FAULTS,
+            *drifts.FAULTS,
+            *trips.FAULTS,
         )
     }
 )

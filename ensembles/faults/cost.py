@@ -109,4 +109,35 @@ def computed_twice(architecture: Architecture, place: Place, broken: bool) -> Su
     )
 
 
-FAULTS: tuple[Fault, ...] = (masked_at_full_width, tied_model_stored_twice, computed_twice)
+@fault("cost", "cost")
+def kept_zeros(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A block works on its group padded with zeros, which are kept for the backward pass."""
+    from ensembles.checks.cost import measure_compute_cost
+
+    class Padded(nn.Module):
+        def __init__(self, padding: int) -> None:
+            super().__init__()
+            self.padding, self.gain = padding, nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            zeros = x.new_zeros(len(x), self.padding, *x.shape[2:])
+            y = F.gelu(torch.cat([x, zeros], 1)) * self.gain
+            return y[:, : x.shape[1]]
+
+    def with_padding(padding: int) -> Subject:
+        def plant(members: list[Network]) -> None:
+            members[place.member].blocks.insert(place.layer, Padded(padding))
+
+        return separate(architecture, place, plant)
+
+    kept = measure_compute_cost(with_padding(0).make(), architecture.batch()).kept_bytes
+    subject = with_padding(3 * WIDTH if broken else 0)
+    return replace(subject, claims={**subject.claims, "cost": {"kept_bytes": kept}})
+
+
+FAULTS: tuple[Fault, ...] = (
+    masked_at_full_width,
+    tied_model_stored_twice,
+    computed_twice,
+    kept_zeros,
+)

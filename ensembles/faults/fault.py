@@ -31,6 +31,7 @@ class Place:
         members: How many members the ensemble has.
         member: The member that has the defect.
         layer: The block that has it.
+        layers: How many blocks every network has.
 
     Example:
         >>> Place(members=3, member=2).other
@@ -40,11 +41,12 @@ class Place:
     members: int = 2
     member: int = 1
     layer: int = 0
+    layers: int = LAYERS
 
     def __post_init__(self) -> None:
-        if not (0 <= self.member < self.members > 1 and 0 <= self.layer < LAYERS):
+        if not (0 <= self.member < self.members > 1 and 0 <= self.layer < self.layers):
             raise ValueError(
-                f"{self} is no place: members is at least 2, member below it, layer below {LAYERS}."
+                f"{self} is no place: members is at least 2, member below it, layer below layers."
             )
 
     @property
@@ -109,10 +111,11 @@ class Fault:
                 f"fault {self.name!r} makes no sense in {architecture!r}: it is one of "
                 f"{', '.join(self.architectures)}."
             )
-        subject = self.build(ARCHITECTURES[architecture], place, broken)
+        built = replace(ARCHITECTURES[architecture], layers=place.layers)
+        subject = self.build(built, place, broken)
         claims = dict(subject.claims)
         if self.recorded:
-            twin = self.build(ARCHITECTURES[architecture], place, False)
+            twin = self.build(built, place, False)
             claims["graph"] = _graph_of(twin)
         twin_of = "" if broken else "healthy twin of "
         return replace(subject, name=f"{twin_of}{self.name} ({architecture})", claims=claims)

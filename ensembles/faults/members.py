@@ -15,15 +15,14 @@ from ensembles.faults.architectures import (
     Architecture,
     Ensemble,
     Network,
-    Packed,
     cross_entropy,
     loss_of_members,
     sgd,
 )
 from ensembles.faults.fault import INDEPENDENT, Fault, Place, fault
-from ensembles.subject import Model, Outputs, Subject, split_axis
+from ensembles.subject import Model, Outputs, Subject
 
-__all__ = ["FAULTS", "Masked", "separate", "side_by_side", "together"]
+__all__ = ["FAULTS", "Masked", "separate", "subject_of", "together"]
 
 
 def separate(
@@ -42,7 +41,7 @@ def separate(
         plant(members)
         return members
 
-    return _subject(make, architecture)
+    return subject_of(make, architecture)
 
 
 def together(
@@ -63,37 +62,25 @@ def together(
     def make() -> nn.Module:
         return ensemble([architecture.network() for _ in range(place.members)])
 
-    return _subject(make, architecture, outputs=outputs, members=lambda model: list(model.members))
+    return subject_of(
+        make, architecture, outputs=outputs, members=lambda model: list(model.members)
+    )
 
 
-def side_by_side(
-    architecture: Architecture, place: Place, plant: Callable[[Packed], Any]
-) -> Subject:
-    """Members in the channels of grouped layers, into which `plant` puts a defect.
-
-    Storage cannot tell them apart, so that sharing is claimed of the whole only.
-
-    Example:
-        >>> from ensembles.faults.architectures import ARCHITECTURES
-        >>> side_by_side(ARCHITECTURES["mlp"], Place(), lambda packed: None).claims["sharing"]
-        'distinct'
-    """
-
-    def make() -> Packed:
-        packed = Packed(architecture, place.members)
-        plant(packed)
-        return packed
-
-    return _subject(make, architecture, claims={**INDEPENDENT, "sharing": "distinct"})
-
-
-def _subject(
+def subject_of(
     make: Callable[[], Model],
     architecture: Architecture,
     *,
     claims: Mapping[str, Any] = INDEPENDENT,
     **more: Any,
 ) -> Subject:
+    """Members that claim to be independent, with the optimizer and the loss of all subjects here.
+
+    Example:
+        >>> from ensembles.faults.architectures import ARCHITECTURES
+        >>> subject_of(lambda: nn.Linear(2, 2), ARCHITECTURES["mlp"]).claims["coverage"]
+        'complete'
+    """
     return Subject(
         make=make,
         batch=architecture.batch,
@@ -127,6 +114,58 @@ def shared_layer(architecture: Architecture, place: Place, broken: bool) -> Subj
         members[place.other].blocks[place.layer] = block
         again = block if broken else architecture.block(layer=place.layer)
         members[place.member].blocks[place.layer] = again
+
+    return separate(architecture, place, plant)
+
+
+def _sharing_a_part(
+    architecture: Architecture, place: Place, broken: bool, part: Callable[[], nn.Module]
+) -> Subject:
+    """Two members have one object in front of a block, as of a default argument or a registry."""
+
+    def plant(members: list[Network]) -> None:
+        first = part()
+        for member in (place.other, place.member):
+            again = first if broken or member == place.other else part()
+            members[member].blocks.insert(place.layer, again)
+
+    return separate(architecture, place, plant)
+
+
+class _Swish(nn.Module):
+    """x sigmoid(b x) with a learned b for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steepness = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x * self.steepness.view(-1, *[1] * (x.ndim - 2)))
+
+
+@fault("members", "sharing", "ownership", "coupling")
+def shared_activation(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """An activation with parameters is a default argument, and one object in two members."""
+    return _sharing_a_part(architecture, place, broken, _Swish)
+
+
+@fault("members", "sharing", "ownership", "coupling")
+def shared_norm(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A norm comes from a registry of instances, and is one object in two members."""
+    return _sharing_a_part(architecture, place, broken, lambda: nn.GroupNorm(1, WIDTH))
+
+
+@fault("members", "sharing", "ownership", "coupling")
+def cache_without_member(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Layers are made by a cached function whose key leaves the member out."""
+
+    def plant(members: list[Network]) -> None:
+        cache: dict[Any, nn.Module] = {}
+        for member in (place.other, place.member):
+            key = (WIDTH, place.layer) if broken else (WIDTH, place.layer, member)
+            if key not in cache:
+                cache[key] = architecture.conv(WIDTH, WIDTH)
+            members[member].blocks.insert(place.layer, cache[key])
 
     return separate(architecture, place, plant)
 
@@ -198,87 +237,6 @@ def shared_mask(architecture: Architecture, place: Place, broken: bool) -> Subje
             network.head = Masked(network.head, mask)
 
     return separate(architecture, place, plant)
-
-
-# --- packed members that mix --------------------------------------------------------------------
-
-
-@fault("members", "ownership", "coupling")
-def leaky_group(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """One layer between grouped layers has groups=1."""
-
-    def plant(packed: Packed) -> None:
-        wide = WIDTH * place.members
-        groups = 1 if broken else place.members
-        packed.between[place.layer] = architecture.conv(wide, wide, groups=groups)
-
-    return side_by_side(architecture, place, plant)
-
-
-@fault("members", "ownership", "coupling")
-def channel_shuffle(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Channels are shuffled between the groups of different members."""
-
-    def plant(packed: Packed) -> None:
-        # Within a group of one channel nothing is shuffled.
-        packed.between[place.layer] = _Shuffle(place.members if broken else 1)
-
-    return side_by_side(architecture, place, plant)
-
-
-class _Shuffle(nn.Module):
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.groups = groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        samples, channels, *positions = x.shape
-        grouped = x.view(samples, self.groups, channels // self.groups, *positions)
-        return grouped.transpose(1, 2).flatten(1, 2)
-
-
-@fault("members", "ownership", "coupling")
-def joint_norm(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A norm takes its mean over the channels of all members."""
-
-    def plant(packed: Packed) -> None:
-        groups = 1 if broken else place.members
-        packed.between[place.layer] = nn.GroupNorm(groups, WIDTH * place.members)
-
-    return side_by_side(architecture, place, plant)
-
-
-@fault("members", "ownership", "coupling")
-def wrong_reshape(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Packed logits are read as (class, member), and they lie as (member, class)."""
-
-    def plant(packed: Packed) -> None:
-        packed.between.append(_Shuffle(place.members) if broken else nn.Identity())
-        packed.blocks.append(
-            architecture.convolution(
-                WIDTH * place.members, 6 * place.members, 1, groups=place.members
-            )
-        )
-        packed.head = architecture.convolution(
-            6 * place.members, 3 * place.members, 1, groups=place.members
-        )
-
-    return side_by_side(architecture, place, plant)
-
-
-@fault("members", "ownership", "coupling")
-def mixed_rows(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Logits stacked as (sample, member, class) are viewed as (member, sample, class)."""
-
-    class Stacked(Ensemble):
-        def forward(self, x: Tensor) -> Tensor:
-            logits = torch.stack([member(x) for member in self.members], 1)
-            samples, members, classes = logits.shape
-            if broken:
-                return logits.view(members, samples, classes)
-            return logits.transpose(0, 1)
-
-    return together(architecture, place, Stacked, outputs=split_axis(0))
 
 
 # --- members that follow each other -------------------------------------------------------------
@@ -359,15 +317,13 @@ def list_members(architecture: Architecture, place: Place, broken: bool) -> Subj
 FAULTS: tuple[Fault, ...] = (
     same_module,
     shared_layer,
+    shared_activation,
+    shared_norm,
+    cache_without_member,
     assigned_snapshots,
     overlapping_memory,
     shared_statistics,
     shared_mask,
-    leaky_group,
-    channel_shuffle,
-    joint_norm,
-    wrong_reshape,
-    mixed_rows,
     coupled_loss,
     common_target,
     foreign_features,

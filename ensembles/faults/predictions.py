@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from ensembles.faults.architectures import Architecture, Network
+from ensembles.faults.architectures import Architecture, Network, cross_entropy
 from ensembles.faults.fault import Fault, Place, fault
 from ensembles.faults.members import separate
 from ensembles.subject import Subject
@@ -174,6 +174,55 @@ def mean_of_metrics(architecture: Architecture, place: Place, broken: bool) -> S
     return _judged(architecture, place, evaluate)
 
 
+# --- the training loss --------------------------------------------------------------------------
+
+
+def _trained_on_probabilities(
+    architecture: Architecture,
+    place: Place,
+    loss: Callable[[Sequence[Tensor]], Tensor],
+    claim: Any,
+    member_loss: Callable[[Tensor], Tensor],
+) -> Subject:
+    """Members that emit probabilities, and a training loss of them."""
+
+    class Probable(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).softmax(1)
+
+    def plant(members: list[Network]) -> None:
+        members[:] = [Probable(m.stem, list(m.blocks), m.head) for m in members]
+
+    return replace(
+        separate(architecture, place, plant),
+        loss=lambda outputs: loss(list(outputs.values())),
+        member_loss=member_loss,
+        claims={"sharing": "independent", "loss_scale": claim},
+    )
+
+
+def _likelihood(p: Tensor) -> Tensor:
+    return F.nll_loss(p.log(), torch.arange(len(p)) % p.shape[1])
+
+
+@fault("members", "loss_scale")
+def softmax_in_members(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Members end with softmax, and the training loss is the cross_entropy of what they emit."""
+    loss = cross_entropy if broken else _likelihood
+    return _trained_on_probabilities(
+        architecture, place, lambda ps: torch.stack([loss(p) for p in ps]).sum(), "sum", loss
+    )
+
+
+@fault("members", "loss_scale")
+def softmax_of_the_mean(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Members are trained jointly, by the cross_entropy of the mean of their probabilities."""
+    loss = cross_entropy if broken else _likelihood
+    return _trained_on_probabilities(
+        architecture, place, lambda ps: loss(torch.stack(list(ps)).mean(0)), "joint", loss
+    )
+
+
 FAULTS: tuple[Fault, ...] = (
     average_of_logits,
     softmax_twice,
@@ -185,4 +234,6 @@ FAULTS: tuple[Fault, ...] = (
     loss_of_probabilities,
     metric_of_one,
     mean_of_metrics,
+    softmax_in_members,
+    softmax_of_the_mean,
 )

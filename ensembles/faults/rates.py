@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler
 
 from ensembles.faults.architectures import (
     Architecture,
@@ -155,6 +155,15 @@ def _single(parameters: list[nn.Parameter]) -> LRScheduler:
     return _cosine(SGD(parameters, lr=RATE), RATE / 10)
 
 
+def _warm_up(optimizer: Optimizer, start: float, goal: float) -> LRScheduler:
+    return LinearLR(optimizer, start / goal, 1.0, total_iters=LENGTH // 2)
+
+
+def _warmed(parameters: list[nn.Parameter]) -> LRScheduler:
+    """The warm-up of the single model."""
+    return _warm_up(SGD(parameters, lr=RATE), RATE / 10, RATE)
+
+
 @fault("training", "loss_scale")
 def rate_of_the_sum(architecture: Architecture, place: Place, broken: bool) -> Subject:
     """Losses are averaged by design, and the learning rate is that of the single model."""
@@ -218,6 +227,35 @@ def fractional_warmup(architecture: Architecture, place: Place, broken: bool) ->
     )
 
 
+@fault("training", "loss_scale")
+def absolute_warmup_start(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """The learning rate was multiplied for a mean, and the rate that warm-up starts at was not."""
+    count = place.members
+    start, goal = RATE / 10 * (1 if broken else count), RATE * count
+
+    return replace(
+        _members(
+            architecture, place, loss_scale={"loss": "mean", "lr": _warmed, "steps": LENGTH + 1}
+        ),
+        loss=_mean_of_members,
+        optimizer=_at(goal),
+        scheduler=lambda optimizer: _warm_up(optimizer, start, goal),
+    )
+
+
+@fault("training", "loss_scale")
+def warmup_of_nothing(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A warm-up of length 0, which still spends its first step below the full rate."""
+
+    def scheduler(optimizer: Optimizer) -> LRScheduler:
+        return LambdaLR(optimizer, lambda step: 0.5 if broken and step == 0 else 1.0)
+
+    claim = {"loss": "sum", "warmup": 0, "steps": LENGTH}
+    return replace(
+        _members(architecture, place, loss_scale=claim), optimizer=_at(RATE), scheduler=scheduler
+    )
+
+
 FAULTS: tuple[Fault, ...] = (
     mean_for_sum,
     weighted_member,
@@ -230,4 +268,6 @@ FAULTS: tuple[Fault, ...] = (
     absolute_minimum,
     schedule_for_each_member,
     fractional_warmup,
+    absolute_warmup_start,
+    warmup_of_nothing,
 )

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensembles.faults.architectures import CLASSES, WIDTH, Architecture, Network, sgd
+from ensembles.faults.architectures import (
+    ARCHITECTURES,
+    CLASSES,
+    WIDTH,
+    Architecture,
+    Network,
+    sgd,
+)
 from ensembles.faults.fault import Fault, Place, fault
 from ensembles.faults.members import separate
 from ensembles.subject import Subject
@@ -139,6 +146,74 @@ def rate_by_run(architecture: Architecture, place: Place, broken: bool) -> Subje
     )
 
 
+@fault("members", "determinism")
+def unrepeatable_operation(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A head writes by `put_`, for which PyTorch has no deterministic implementation."""
+
+    class Written(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            order = torch.arange(x.numel()).view_as(x)
+            kept = torch.zeros_like(x)
+            kept = kept.put(order, x.detach()) if broken else x.detach().clone()
+            return super().forward(x + 0.1 * kept)
+
+    def plant(members: list[Network]) -> None:
+        members[place.member].head = Written(WIDTH, CLASSES)
+
+    return _repeating(architecture, place, plant)
+
+
+class _Ordered:
+    """Factories by path: "mlp.2.3.1.0.set" has 2 members of 3 blocks, a set in block 0 of member 1.
+
+    Processes that import a factory by its name cannot be given a closure.
+    """
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def __getattr__(self, word: str) -> _Ordered:
+        if word.startswith("_"):
+            raise AttributeError(word)
+        return _Ordered(*self.words, word)
+
+    def __call__(self) -> list[Network]:
+        name, *numbers, kind = self.words
+        count, layers, member, layer = map(int, numbers)
+        architecture = replace(ARCHITECTURES[name], layers=layers)
+        members = [architecture.network() for _ in range(count)]
+        parts = ["first", "second", "third", "fourth", "fifth", "sixth"]
+        drawn = {part: torch.randn(WIDTH) for part in (set(parts) if kind == "set" else parts)}
+        with torch.no_grad():
+            for parameter in members[member].blocks[layer].parameters():
+                for part in parts:
+                    parameter.view(-1)[: len(part)].add_(drawn[part][: len(part)].mean())
+        return members
+
+
+ordered = _Ordered()
+
+
+# Two new processes take seconds, and do the same in every architecture.
+@fault("members", "determinism", architectures=("mlp",))
+def order_of_a_set(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Parts of a block are drawn in the order of a set of names, which is that of hashes."""
+    numbers = (place.members, place.layers, place.member, place.layer)
+    where = ".".join([architecture.name, *map(str, numbers)])
+    path = f"ordered.{where}.{'set' if broken else 'list'}"
+    factory = ordered
+    for word in path.split(".")[1:]:
+        factory = getattr(factory, word)
+    return Subject(
+        make=factory,
+        batch=architecture.batch,
+        claims={
+            "sharing": "independent",
+            "determinism": {"factory": f"{__name__}:{path}"},
+        },
+    )
+
+
 FAULTS: tuple[Fault, ...] = (
     built_before_seed,
     seeds_in_constructor,
@@ -147,4 +222,6 @@ FAULTS: tuple[Fault, ...] = (
     entropy_for_seed,
     generator_of_its_own,
     rate_by_run,
+    unrepeatable_operation,
+    order_of_a_set,
 )

@@ -56,6 +56,21 @@ def cloned_stem(architecture: Architecture, place: Place, broken: bool) -> Subje
     )
 
 
+@fault("sharing", "sharing", "ownership", "coupling")
+def cache_by_member(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A stem that is claimed tied comes from a cache whose key has the member in it."""
+    cache: dict[int, nn.Module] = {}
+
+    def tie(stem: nn.Module) -> nn.Module:
+        cache[place.other] = stem
+        key = place.member if broken else place.other
+        if key not in cache or key == place.member:
+            cache[key] = architecture.stem()
+        return cache[key]
+
+    return _with_common_stem(architecture, place, tie)
+
+
 @fault("sharing", "sharing", "ownership", "coverage")
 def two_leaves(architecture: Architecture, place: Place, broken: bool) -> Subject:
     """A stem that is claimed tied has Parameters of its own over the same memory."""
@@ -254,7 +269,8 @@ def lost_arguments(architecture: Architecture, place: Place, broken: bool) -> Su
             return super().forward(x)
 
     def plant(members: list[Network]) -> None:
-        members[place.member].blocks.append(Derived(4, 4, 3, stride=2, padding=1, bias=False))
+        # In front, where the image is larger than the kernel however deep the network is.
+        members[place.member].blocks.insert(0, Derived(4, 4, 3, stride=2, padding=1, bias=False))
 
     return separate(architecture, place, plant)
 
@@ -272,6 +288,7 @@ def lost_activation(architecture: Architecture, place: Place, broken: bool) -> S
 
 FAULTS: tuple[Fault, ...] = (
     cloned_stem,
+    cache_by_member,
     two_leaves,
     wrong_factor,
     untied_stem,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils.data import RandomSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from ensembles.faults.architectures import WIDTH, Architecture, Network
 from ensembles.faults.fault import Fault, Place, fault
@@ -150,6 +152,35 @@ def one_order(architecture: Architecture, place: Place, broken: bool) -> Subject
     return _trained_on(architecture, place, data, "shuffled")
 
 
+class _Augmented(Dataset[Tensor]):
+    """Samples with noise from a generator of the data set, or from the worker's own."""
+
+    def __init__(self, shape: tuple[int, ...], generator: torch.Generator | None) -> None:
+        self.shape, self.generator = shape, generator
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Tensor:
+        return index + torch.randn(self.shape, generator=self.generator)
+
+
+@fault("members", "data")
+def workers_of_one_stream(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Workers augment with a generator of the data set, which each of them copies in each epoch."""
+
+    def data(member: int) -> Iterable[Any]:
+        own = torch.Generator().manual_seed(0) if broken and member == place.member else None
+        paired = torch.Generator().manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of machines with one core
+            return DataLoader(
+                _Augmented(architecture.shape, own), batch_size=3, num_workers=2, generator=paired
+            )
+
+    return _trained_on(architecture, place, data, "paired")
+
+
 FAULTS: tuple[Fault, ...] = (
     copied_members,
     one_state_dict,
@@ -160,4 +191,5 @@ FAULTS: tuple[Fault, ...] = (
     bootstrap_without_replacement,
     unpaired_loaders,
     one_order,
+    workers_of_one_stream,
 )

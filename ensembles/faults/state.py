@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 import torch
@@ -24,37 +23,50 @@ from ensembles.faults.fault import Fault, Place, fault
 from ensembles.faults.members import separate, together
 from ensembles.subject import Subject
 
-__all__ = ["FAULTS"]
+__all__ = ["CLEAN", "FAULTS", "MaskedHead", "with_head"]
 
 CLEAN: Mapping[str, Any] = {"sharing": "independent", "hygiene": "clean"}
-KEPT = ["deepcopy", "state_dict", "double"]
-SURVIVES: Mapping[str, Any] = {"sharing": "independent", "round_trips": KEPT}
 
 
-def _with_head(
+def with_head(
     architecture: Architecture,
     place: Place,
     head: Callable[[], nn.Module],
     claims: Mapping[str, Any] = CLEAN,
 ) -> Subject:
+    """One member has this head, which is made anew with it.
+
+    Example:
+        >>> from ensembles.faults.architectures import ARCHITECTURES
+        >>> subject = with_head(ARCHITECTURES["mlp"], Place(), lambda: nn.Linear(WIDTH, 2))
+        >>> [member.head.out_features for member in subject.make()]
+        [3, 2]
+    """
+
     def plant(members: list[Network]) -> None:
         members[place.member].head = head()  # type: ignore[assignment]
 
     return replace(separate(architecture, place, plant), claims=claims)
 
 
-class _Masked(nn.Linear):
-    """A head with a mask over its weight."""
+class MaskedHead(nn.Linear):
+    """A head with a mask over half of its weight, which `keep` puts somewhere.
+
+    Example:
+        >>> head = MaskedHead(lambda made, mask: made.register_buffer("mask", mask))
+        >>> int(head.mask.sum()) == head.weight.numel() // 2
+        True
+    """
 
     mask: Tensor
 
-    def __init__(self, keep: Callable[[_Masked, Tensor], None]) -> None:
+    def __init__(self, keep: Callable[[MaskedHead, Tensor], None]) -> None:
         super().__init__(WIDTH, CLASSES)
         mask = torch.zeros(CLASSES, WIDTH)
         mask.view(-1)[torch.randperm(mask.numel())[: mask.numel() // 2]] = 1.0
         keep(self, mask)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return F.linear(x, self.weight * self.mask, self.bias)
 
 
@@ -62,82 +74,13 @@ class _Masked(nn.Linear):
 def mask_not_buffer(architecture: Architecture, place: Place, broken: bool) -> Subject:
     """A mask is a plain attribute: it stays where it is when the model moves, and is not saved."""
 
-    def keep(head: _Masked, mask: Tensor) -> None:
+    def keep(head: MaskedHead, mask: Tensor) -> None:
         head.__dict__["mask"] = mask
         if not broken:
             del head.__dict__["mask"]
             head.register_buffer("mask", mask)
 
-    return _with_head(architecture, place, lambda: _Masked(keep))
-
-
-@fault("state", "round_trips")
-def unsaved_mask(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A drawn mask is a buffer that state_dict leaves out: a loaded model has another one."""
-
-    def keep(head: _Masked, mask: Tensor) -> None:
-        head.register_buffer("mask", mask, persistent=not broken)
-
-    return _with_head(architecture, place, lambda: _Masked(keep), SURVIVES)
-
-
-@fault("state", "round_trips")
-def copy_reads_original(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A head was patched with a function that closes over its weight: copies compute with it."""
-
-    def head() -> nn.Module:
-        patched = nn.Linear(WIDTH, CLASSES)
-        weight, bias = patched.weight, patched.bias
-        if broken:
-            patched.forward = lambda x: F.linear(x, weight, bias)  # type: ignore[method-assign, assignment]
-        return patched
-
-    return _with_head(architecture, place, head, SURVIVES)
-
-
-class _Twice(nn.Module):
-    """Two layers before a linear head."""
-
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second, self.last = first, second, nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.last(self.second(F.gelu(self.first(x))))
-        return logits
-
-
-@fault("state", "round_trips")
-def tied_by_two_names(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A weight is tied under two names, and to_empty after meta construction makes it two."""
-
-    def head() -> nn.Module:
-        first = nn.Linear(WIDTH, WIDTH, bias=False)
-        second = nn.Linear(WIDTH, WIDTH, bias=False) if broken else first
-        second.weight = first.weight
-        return _Twice(first, second)
-
-    claims = {"sharing": "independent", "round_trips": ["deepcopy", "to_empty"]}
-    return _with_head(architecture, place, head, claims)
-
-
-@fault("state", "round_trips")
-def names_that_change(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Layers are named by a counter: a load with strict=False skips them all, and says nothing."""
-    numbers = count()
-
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.name = f"layer{next(numbers) if broken else 0}"
-            self.add_module(self.name, nn.Linear(WIDTH, CLASSES))
-
-        def forward(self, x: Tensor) -> Tensor:
-            logits: Tensor = getattr(self, self.name)(x)
-            return logits
-
-    claims = {"sharing": "independent", "round_trips": ["deepcopy", "strict=False"]}
-    return _with_head(architecture, place, Named, claims)
+    return with_head(architecture, place, lambda: MaskedHead(keep))
 
 
 @fault("state", "hygiene")
@@ -153,7 +96,7 @@ def norm_in_a_list(architecture: Architecture, place: Place, broken: bool) -> Su
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(self.norms[0](x))
 
-    return _with_head(architecture, place, Normed)
+    return with_head(architecture, place, Normed)
 
 
 @fault("state", "hygiene")
@@ -179,7 +122,7 @@ def dropout_in_eval(architecture: Architecture, place: Place, broken: bool) -> S
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(F.dropout(x, 0.5, training=broken or self.training))
 
-    return _with_head(architecture, place, lambda: Dropping(WIDTH, CLASSES))
+    return with_head(architecture, place, lambda: Dropping(WIDTH, CLASSES))
 
 
 @fault("state", "hygiene")
@@ -198,7 +141,7 @@ def statistics_move_in_eval(architecture: Architecture, place: Place, broken: bo
                 self.mean.lerp_(x.detach().mean(0), 0.1)
             return super().forward(x - self.mean)
 
-    return _with_head(architecture, place, Centred)
+    return with_head(architecture, place, Centred)
 
 
 @fault("state", "hygiene")
@@ -213,7 +156,7 @@ def frozen_but_moving(architecture: Architecture, place: Place, broken: bool) ->
         norm = Norm(WIDTH).requires_grad_(False)
         return nn.Sequential(norm, nn.Linear(WIDTH, CLASSES))
 
-    return _with_head(architecture, place, head)
+    return with_head(architecture, place, head)
 
 
 @fault("state", "hygiene")
@@ -230,7 +173,7 @@ def norm_updated_twice(architecture: Architecture, place: Place, broken: bool) -
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(self.norms[0](x) + self.norms[1](2 * x.sigmoid()))
 
-    return _with_head(architecture, place, Streams)
+    return with_head(architecture, place, Streams)
 
 
 @fault("state", "hygiene")
@@ -262,10 +205,6 @@ def snapshot_by_reference(architecture: Architecture, place: Place, broken: bool
 
 FAULTS: tuple[Fault, ...] = (
     mask_not_buffer,
-    unsaved_mask,
-    copy_reads_original,
-    tied_by_two_names,
-    names_that_change,
     norm_in_a_list,
     eval_misses_a_member,
     dropout_in_eval,

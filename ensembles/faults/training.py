@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,7 +18,6 @@ from ensembles.faults.architectures import (
     Architecture,
     Network,
     loss_of_members,
-    sgd,
 )
 from ensembles.faults.fault import Fault, Place, fault
 from ensembles.faults.members import Masked, separate
@@ -28,74 +26,8 @@ from ensembles.subject import Subject
 __all__ = ["FAULTS"]
 
 
-def _healthy(architecture: Architecture, place: Place) -> Subject:
+def healthy(architecture: Architecture, place: Place) -> Subject:
     return separate(architecture, place, lambda members: None)
-
-
-# --- groups -------------------------------------------------------------------------------------
-
-
-@fault("training", "coverage")
-def not_in_optimizer(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The groups were made by hand, and leave out a block of one member."""
-
-    def optimizer(members: list[Network]) -> torch.optim.Optimizer:
-        forgotten = list(members[place.member].blocks[place.layer].parameters()) if broken else []
-        every = nn.ModuleList(members).parameters()
-        return torch.optim.SGD([p for p in every if not any(p is f for f in forgotten)], lr=0.1)
-
-    return replace(_healthy(architecture, place), optimizer=optimizer)
-
-
-@fault("training", "coverage")
-def stale_optimizer(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The head was replaced after the optimizer was built."""
-
-    class Trained(nn.ModuleList):
-        def __init__(self) -> None:
-            super().__init__([architecture.network() for _ in range(place.members)])
-            before = sgd(self)
-            self[place.member].head = nn.Linear(WIDTH, CLASSES)
-            self.optimizer = before if broken else sgd(self)
-
-    def optimizer(model: Trained) -> torch.optim.Optimizer:
-        return model.optimizer
-
-    return replace(_healthy(architecture, place), make=Trained, optimizer=optimizer)
-
-
-@fault("training", "coverage")
-def optimizer_of_a_copy(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The optimizer was built for the model that was copied before training."""
-
-    def optimizer(members: list[Network]) -> torch.optim.Optimizer:
-        return sgd(copy.deepcopy(members) if broken else members)
-
-    return replace(_healthy(architecture, place), optimizer=optimizer)
-
-
-@fault("training", "coverage")
-def optimizer_of_another(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Every member has an optimizer, and one of them got the parameters of another member."""
-
-    def optimizers(members: list[Network]) -> list[torch.optim.Optimizer]:
-        trained = list(members)
-        if broken:
-            trained[place.member] = members[place.other]
-        return [sgd(network) for network in trained]
-
-    return replace(_healthy(architecture, place), optimizer=optimizers)
-
-
-@fault("training", "coverage")
-def twice_in_optimizer(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A weight is listed twice, and so is stepped twice."""
-
-    def optimizer(members: list[Network]) -> torch.optim.Optimizer:
-        again = [members[place.member].head.weight] if broken else []
-        return torch.optim.SGD([*nn.ModuleList(members).parameters(), *again], lr=0.1)
-
-    return replace(_healthy(architecture, place), optimizer=optimizer)
 
 
 # --- registration -------------------------------------------------------------------------------
@@ -259,7 +191,7 @@ def member_without_loss(architecture: Architecture, place: Place, broken: bool) 
             del members[str(place.member)]
         return loss_of_members(members)
 
-    return replace(_healthy(architecture, place), loss=loss)
+    return replace(healthy(architecture, place), loss=loss)
 
 
 @fault("training", "coverage")
@@ -276,12 +208,51 @@ def false_freeze(architecture: Architecture, place: Place, broken: bool) -> Subj
     return separate(architecture, place, plant)
 
 
+@fault("training", "coverage")
+def undone_freeze(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """The stem is frozen, and an own train() makes all parameters trainable again."""
+
+    class Thawing(Network):
+        def train(self, mode: bool = True) -> Thawing:
+            if broken and mode:
+                self.requires_grad_(True)
+            super().train(mode)
+            return self
+
+    def plant(members: list[Network]) -> None:
+        network = members[place.member]
+        thawing = Thawing(network.stem, list(network.blocks), network.head)
+        thawing.stem.requires_grad_(False)
+        members[place.member] = thawing
+
+    return separate(architecture, place, plant)
+
+
+@fault("training", "coverage")
+def two_zero_factors(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Both factors of a low-rank correction start at zero, so that neither gets a gradient."""
+
+    class Corrected(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+            self.down, self.up = architecture.conv(WIDTH, 1), architecture.conv(1, WIDTH)
+            nn.init.zeros_(self.up.weight)
+            if broken:
+                nn.init.zeros_(self.down.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.block(x + self.up(self.down(x)))
+            return y
+
+    def plant(members: list[Network]) -> None:
+        blocks = members[place.member].blocks
+        blocks[place.layer] = Corrected(blocks[place.layer])
+
+    return separate(architecture, place, plant)
+
+
 FAULTS: tuple[Fault, ...] = (
-    not_in_optimizer,
-    stale_optimizer,
-    optimizer_of_a_copy,
-    optimizer_of_another,
-    twice_in_optimizer,
     unregistered,
     lost_parameter,
     detached_branch,
@@ -292,4 +263,6 @@ FAULTS: tuple[Fault, ...] = (
     hidden_by_mask,
     member_without_loss,
     false_freeze,
+    undone_freeze,
+    two_zero_factors,
 )

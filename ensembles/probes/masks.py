@@ -18,7 +18,8 @@ from ensembles.probes.autograd import operation_of
 __all__ = ["masked_elements"]
 
 _OF_WEIGHTS = frozenset(
-    {"Abs", "Add", "Clone", "Div", "Exp", "Expand", "LinalgVectorNorm", "Mean", "Mul", "Neg"}
+    {"Abs", "Add", "Clamp", "ClampMax", "ClampMin", "Clone", "Div", "Exp", "Expand"}
+    | {"LinalgVectorNorm", "Maximum", "Mean", "Mul", "Neg"}
     | {"Norm", "Pow", "Reciprocal", "Rsqrt", "Sigmoid", "Softmax", "Softplus", "Sqrt", "Square"}
     | {"Std", "Sub", "Sum", "Tanh", "Unsqueeze", "Var", "WeightNormInterface", "AccumulateGrad"}
 )
@@ -95,7 +96,7 @@ def _mask_of(node: Any) -> Tensor | None:
         return None
     if operation == "Mul":
         constant = node._saved_other if read[0] else node._saved_self
-        zeros = None if constant is None else constant == 0
+        zeros = constant == 0 if isinstance(constant, Tensor) else None
     elif operation == "MaskedFill":
         zeros = node._saved_mask
     else:
