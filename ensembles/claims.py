@@ -4,8 +4,10 @@ What a subject claims is `Subject.claims`, check name to claim. A factory that r
 modules claims by default:
 
 - a list or dict of modules, of which there must be two: `DEFAULT_ENSEMBLE_CLAIMS`;
-- one module: `DEFAULT_MODULE_CLAIMS`, whatever it returns, because nothing says that its outputs
-  are members. Say so with a `Subject` and its `outputs`.
+- one module that keeps two or more modules in an attribute `members`, a list or dict of modules:
+  `DEFAULT_CONTAINER_CLAIMS`. That they are members says nothing of what they share;
+- any other module: `DEFAULT_MODULE_CLAIMS`, whatever it returns, because nothing says that its
+  outputs are members. Say so with a `Subject` and its `outputs`.
 """
 
 from __future__ import annotations
@@ -35,15 +37,23 @@ from ensembles.checks import (
 )
 from ensembles.subject import Model, Subject, is_one_module, member_outputs, named_members
 
-__all__ = ["CHECKS", "DEFAULT_ENSEMBLE_CLAIMS", "DEFAULT_MODULE_CLAIMS", "Check"]
+__all__ = [
+    "CHECKS",
+    "DEFAULT_CONTAINER_CLAIMS",
+    "DEFAULT_ENSEMBLE_CLAIMS",
+    "DEFAULT_MODULE_CLAIMS",
+    "Check",
+]
 
 DEFAULT_ENSEMBLE_CLAIMS: Mapping[str, Any] = {
     "sharing": "independent",
     "ownership": "independent",
     "coupling": "independent",
     "coverage": "complete",
+    "diversity": "distinct",
 }
 DEFAULT_MODULE_CLAIMS: Mapping[str, Any] = {"sharing": "distinct", "coverage": "complete"}
+DEFAULT_CONTAINER_CLAIMS: Mapping[str, Any] = {**DEFAULT_MODULE_CLAIMS, "diversity": "distinct"}
 
 
 @dataclass(frozen=True)
@@ -257,14 +267,17 @@ def _run_loss_scale(subject: Subject, model: Model, claim: Any) -> object:
 
 def _run_diversity(subject: Subject, model: Model, claim: Any) -> object:
     __tracebackhide__ = True
-    alike = () if claim in ("independent", "seeded") else claim
+    alike = () if claim in ("distinct", "independent", "seeded") else claim
     if isinstance(alike, str) or not isinstance(alike, Sequence):
-        words = ["independent", "seeded", "a list of patterns of the names that are alike"]
+        words = ["distinct", "independent", "seeded", "a list of patterns of names that are alike"]
         raise _unknown_claim("diversity", claim, words)
     measured = diversity.measure_member_diversity(
         subject.make, _batch(subject), outputs=subject.outputs, members=subject.members
     )
-    diversity.assert_members_diverse(measured, alike, seeded=claim == "seeded")
+    if claim == "distinct":
+        diversity.assert_members_distinct(measured)
+    else:
+        diversity.assert_members_diverse(measured, alike, seeded=claim == "seeded")
     return measured
 
 

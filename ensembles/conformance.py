@@ -13,13 +13,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
+from operator import attrgetter
 from traceback import walk_tb
 from typing import Any
 
 import pytest
 import torch
 
-from ensembles.claims import CHECKS, DEFAULT_ENSEMBLE_CLAIMS, DEFAULT_MODULE_CLAIMS, Check
+from ensembles.claims import (
+    CHECKS,
+    DEFAULT_CONTAINER_CLAIMS,
+    DEFAULT_ENSEMBLE_CLAIMS,
+    DEFAULT_MODULE_CLAIMS,
+    Check,
+)
 from ensembles.inputs import inferred_batch
 from ensembles.message import DEFAULT_SEED, aligned
 from ensembles.message import seed as present_seed
@@ -320,13 +327,25 @@ def resolve(path: str) -> Subject:
 
 
 def _claiming_defaults(make: Callable[[], Model], model: Model, name: str) -> Subject:
-    several = not is_one_module(model)  # a list of one has lost members: an error, not a network
-    return Subject(
-        make=make,
-        name=name or type(model).__name__,
-        outputs=None if several else whole,
-        claims=DEFAULT_ENSEMBLE_CLAIMS if several else DEFAULT_MODULE_CLAIMS,
-    )
+    name = name or type(model).__name__
+    if not is_one_module(model):  # a list of one has lost members: an error, not a network
+        return Subject(make=make, name=name, claims=DEFAULT_ENSEMBLE_CLAIMS)
+    kept = getattr(model, "members", None)
+    if isinstance(kept, (torch.nn.ModuleList, torch.nn.ModuleDict)) and len(kept) > 1:
+        return Subject(
+            make=make,
+            name=name,
+            outputs=partial(_of_members, len(kept)),
+            members=attrgetter("members"),
+            claims=DEFAULT_CONTAINER_CLAIMS,
+        )
+    return Subject(make=make, name=name, outputs=whole, claims=DEFAULT_MODULE_CLAIMS)
+
+
+def _of_members(count: int, output: Any) -> Mapping[str, Any] | Sequence[Any]:
+    """One output for each member, where there are as many; else what all of them make together."""
+    several = isinstance(output, (Mapping, Sequence)) and len(output) == count
+    return output if several else whole(output)
 
 
 def _batch_for(subject: Subject) -> Any:

@@ -5,7 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from ensembles.claims import CHECKS, DEFAULT_ENSEMBLE_CLAIMS, DEFAULT_MODULE_CLAIMS
+from ensembles.claims import (
+    CHECKS,
+    DEFAULT_CONTAINER_CLAIMS,
+    DEFAULT_ENSEMBLE_CLAIMS,
+    DEFAULT_MODULE_CLAIMS,
+)
 from ensembles.conformance import (
     as_subject,
     check_ensemble,
@@ -13,6 +18,7 @@ from ensembles.conformance import (
     parametrize_with_checks,
     resolve,
 )
+from ensembles.models import Ensemble
 from ensembles.probes.state import generators_kept
 from ensembles.subject import Subject
 
@@ -42,12 +48,16 @@ def of(results, check: str):
         ([LEFT], DEFAULT_ENSEMBLE_CLAIMS),
         (nn.Sequential(LEFT, RIGHT), DEFAULT_MODULE_CLAIMS),
         (lambda: LEFT, DEFAULT_MODULE_CLAIMS),
+        (Ensemble([LEFT, RIGHT]), DEFAULT_CONTAINER_CLAIMS),
+        (lambda: Ensemble(pair()), DEFAULT_CONTAINER_CLAIMS),
+        (Ensemble([LEFT]), DEFAULT_MODULE_CLAIMS),
         (Subject(make=pair), {}),
         (lambda: Subject(make=pair, claims={"sharing": "tied"}), {"sharing": "tied"}),
     ],
     ids=[
         *("list", "dict", "module_list", "factory_of_list", "module", "list_of_one", "sequential"),
-        *("factory_of_module", "subject", "factory_of_subject"),
+        *("factory_of_module", "container", "factory_of_container", "container_of_one"),
+        *("subject", "factory_of_subject"),
     ],
 )
 def test_what_is_claimed_by_default(thing, claims):
@@ -151,7 +161,8 @@ def test_every_check_gets_a_model_made_anew_under_the_seed():
     )
     check_ensemble(subject, seed=5)
     check_ensemble(subject, seed=6)
-    assert len(made) == 2 * len(DEFAULT_ENSEMBLE_CLAIMS)
+    # Diversity looks at construction, which is two more.
+    assert len(made) == 2 * (len(DEFAULT_ENSEMBLE_CLAIMS) + 2)
     first, second, last = made[0], made[1], made[-1]
     assert first[0] is not second[0]
     assert torch.equal(first[0].weight, second[0].weight)

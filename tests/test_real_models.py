@@ -2,7 +2,6 @@
 
 import copy
 import os
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.models.vgg import VGG, cfgs, make_layers
 
 from ensembles import Subject, check_ensemble, parametrize_with_checks
-from ensembles.claims import DEFAULT_ENSEMBLE_CLAIMS, DEFAULT_MODULE_CLAIMS
-from ensembles.subject import whole
+from ensembles.claims import DEFAULT_ENSEMBLE_CLAIMS
 
 DATA = Path(os.environ.get("ENSEMBLES_DATA", Path(__file__).parents[2] / "shared" / "data"))
 IMAGES = DATA / "cifar10_raw_prefix.npz"
@@ -140,42 +138,6 @@ def test_ensembles_of_networks_that_nobody_here_wrote(subject, check):
     check(subject)
 
 
-# --- networks by themselves: no check fires -----------------------------------------------------
-
-HEALTHY = {
-    "resnet18": 32,
-    "resnext50_32x4d": 32,
-    "googlenet": 64,
-    "shufflenet_v2_x0_5": 32,
-    "mobilenet_v2": 32,
-    "mobilenet_v3_small": 32,
-    "efficientnet_b0": 32,
-    "squeezenet1_1": 64,
-    "mnasnet0_5": 32,
-    "regnet_x_400mf": 32,
-    "densenet121": 32,
-    "convnext_tiny": 32,
-    "swin_t": 32,
-}
-"""Classification models of torchvision, with the side of the image that they are called on."""
-
-
-@pytest.mark.parametrize("name", HEALTHY)
-def test_no_check_fires_on_a_classification_model_of_torchvision(name):
-    more = {"aux_logits": True, "init_weights": False} if name == "googlenet" else {}
-    make = partial(getattr(torchvision.models, name), num_classes=10, **more)
-    subject = Subject(
-        name=name,
-        make=make,
-        batch=lambda: digits(HEALTHY[name])[:2],
-        outputs=whole,
-        optimizer=lambda model: torch.optim.AdamW(model.parameters()),
-        claims=DEFAULT_MODULE_CLAIMS,
-    )
-    results = check_ensemble(subject)
-    assert results.held, str(results)
-
-
 # --- planted faults are found -------------------------------------------------------------------
 
 
@@ -214,7 +176,8 @@ def test_one_transformer_twice_is_found():
     def make():
         return [vision_transformer()] * 2
 
-    assert set(fired(on_digits("same_module", make))) == {"sharing", "ownership", "coupling"}
+    found = fired(on_digits("same_module", make))
+    assert set(found) == {"sharing", "ownership", "coupling", "diversity"}
 
 
 def test_an_encoder_layer_that_is_not_called_is_found():
@@ -358,7 +321,8 @@ def test_snapshots_by_reference_are_found_in_pretrained_networks():
             member.load_state_dict(state, assign=True)
         return members
 
-    assert set(fired(on_cifar("snapshots", make))) >= {"sharing", "coupling", "coverage"}
+    found = fired(on_cifar("snapshots", make))
+    assert set(found) >= {"sharing", "coupling", "coverage", "diversity"}
 
 
 @needs_cifar
@@ -369,15 +333,32 @@ def test_a_shared_stage_is_found_in_pretrained_networks():
         return members
 
     found = fired(on_cifar("shared_conv", make))
-    assert set(found) == {"sharing", "ownership", "coupling"}
+    # And both are one checkpoint, which is what diversity says.
+    assert set(found) == {"sharing", "ownership", "coupling", "diversity"}
 
 
 @needs_cifar
-def test_copies_of_trained_networks_share_nothing():
-    """Equal values are no shared memory: a deep copy of a trained network is a member."""
+def test_copies_of_trained_networks_share_nothing_and_are_one_network():
+    """Equal values are no shared memory: what is wrong with a copy is that it is one."""
 
     def make():
         network = pretrained(20)
         return [network, copy.deepcopy(network)]
 
-    assert fired(on_cifar("copies", make)) == {}
+    found = fired(on_cifar("copies", make))
+    assert set(found) == {"diversity"}
+    assert "They are one network, however it was loaded." in found["diversity"]
+
+
+@needs_cifar
+def test_one_trained_trunk_with_a_new_head_for_each_member_is_healthy():
+    """Fine-tuning begins so: what the checkpoint gives is in common, and is told apart."""
+
+    def make():
+        members = [pretrained(20) for _ in range(2)]
+        for member in members:
+            member.linear.reset_parameters()
+        return members
+
+    assert fired(on_cifar("fine_tuned", make)) == {}
+    assert check_ensemble(make()).held

@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import combinations
 from typing import Any
 
 from ensembles.message import aligned, broken, counted, listed
@@ -33,6 +34,7 @@ from ensembles.probes.likeness import (
     Separate,
     built_from,
     double_outputs,
+    holds_constants_only,
     same_outputs,
     vary,
 )
@@ -45,7 +47,12 @@ from ensembles.subject import (
     named_members,
 )
 
-__all__ = ["MemberDiversity", "assert_members_diverse", "measure_member_diversity"]
+__all__ = [
+    "MemberDiversity",
+    "assert_members_distinct",
+    "assert_members_diverse",
+    "measure_member_diversity",
+]
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ class MemberDiversity:
         alike: Drawn parameters that members have in common.
         twins: Groups of members whose outputs are the same.
         outputs: "compared"; "none given" without a batch; or "constant", the same for all rows.
-        constructed: Whether construction was looked at: a function was given.
+        constructed: Whether construction was looked at: a function that builds was given.
+        constants: Whether nothing can have been drawn: every number in the members is a constant.
         repeated: Whether two constructions in a row gave the same weights.
         constant: Generators that construction leaves in one state, whatever it was before.
     """
@@ -73,6 +81,7 @@ class MemberDiversity:
     twins: tuple[tuple[str, ...], ...]
     outputs: str
     constructed: bool
+    constants: bool
     repeated: bool
     constant: tuple[str, ...]
 
@@ -87,6 +96,7 @@ class MemberDiversity:
             f"{counted(self.members, 'member')}, {len(same)} of "
             f"{counted(self.drawn, 'drawn parameter')} alike, {told}"
             + (f", {len(self.given)} given and in common" if self.given else "")
+            + ("" if self.constructed else ", construction not seen")
         )
         lines = aligned([(likeness.name, str(likeness)) for likeness in self.alike])
         lines += [f"one function: members {listed(group)}" for group in self.twins]
@@ -106,7 +116,8 @@ def measure_member_diversity(
 
     Args:
         model: A function that builds the model, which is called twice in a row under the present
-            seed; or a module, or the members as a list or dict of modules.
+            seed; or a module, or the members as a list or dict of modules. A function that returns
+            what was built before is taken as what it returns.
         batch: A tensor, a tuple of positional arguments, or a dict of keyword arguments. Without
             it outputs are not compared.
         outputs: Splits what one module returns into member outputs.
@@ -130,6 +141,7 @@ def measure_member_diversity(
         names = list(found)
         likenesses: Packed | Separate | None
         likenesses = Packed(built, len(names)) if len(names) > 1 else None
+        modules = {}
     else:
         modules = named_members(built.model, members)
         names = list(modules)
@@ -148,14 +160,20 @@ def measure_member_diversity(
             "Give a batch."
         )
     varied = {name: ys for name, ys in found.items() if vary(ys)}
+    twins = same_outputs(varied)
+    if twins:  # they may be of one function until a matrix of zeros is trained
+        twins = _in_both(
+            twins, same_outputs(double_outputs(built.model, batch, outputs, woken=True))
+        )
     return MemberDiversity(
         members=tuple(names),
         drawn=tuple(likenesses.drawn),
         given=likenesses.given,
         alike=alike,
-        twins=tuple(same_outputs(varied)),
+        twins=tuple(twins),
         outputs="none given" if not found else "compared" if varied else "constant",
         constructed=built.again is not None,
+        constants=isinstance(likenesses, Separate) and holds_constants_only(modules.values()),
         repeated=built.repeated,
         constant=built.constant,
     )
@@ -197,11 +215,7 @@ def assert_members_diverse(
         for likeness in diversity.alike
         if not any(fnmatchcase(likeness.name, pattern) for pattern in alike)
     ]
-    if not diversity.drawn and diversity.outputs != "compared":
-        raise ValueError(
-            "no parameter is drawn and outputs say nothing of the members (they are the same for "
-            "all rows, or none were given): give a batch, or a function that builds the model."
-        )
+    _compared(diversity)
     if found or diversity.twins:
         raise AssertionError(_alike(diversity, found))
     if not seeded and (diversity.constant or diversity.repeated):
@@ -224,6 +238,76 @@ def assert_members_diverse(
         )
 
 
+def assert_members_distinct(diversity: MemberDiversity) -> None:
+    """Checks that no two members are one network: what any ensemble can claim.
+
+    A parameter that construction is seen to draw must be drawn for each member. Where that cannot
+    be seen, because members were given as objects or construction seeds, a parameter that is the
+    same in several may come from a file, and members are one network where every parameter is
+    alike, or their outputs are. Seeds of their own, one tensor that members share, and members
+    that hold nothing but zeros, ones and other constants are no finding.
+
+    Args:
+        diversity: From `measure_member_diversity`.
+
+    Raises:
+        ValueError: If nothing was compared.
+        AssertionError: If members are one network, or start alike in what is drawn.
+
+    Example:
+        >>> from copy import deepcopy
+        >>> trunk = nn.Linear(4, 4)
+        >>> pair = [nn.Sequential(deepcopy(trunk), nn.Linear(4, 2)) for _ in range(2)]
+        >>> assert_members_distinct(measure_member_diversity(pair, torch.randn(5, 4)))
+        >>> pair = [nn.Sequential(trunk), nn.Sequential(deepcopy(trunk))]
+        >>> assert_members_distinct(measure_member_diversity(pair))
+        Traceback (most recent call last):
+        AssertionError: members 0, 1 are claimed to start different, and are alike
+        ...
+    """
+    __tracebackhide__ = True
+    if diversity.constants:
+        return
+    _compared(diversity)
+    one_network = _one_network(diversity)
+    seen = diversity.constructed and not diversity.constant
+    found = [
+        likeness
+        for likeness in diversity.alike
+        if set(likeness.members) & one_network or (seen and likeness.how != "one tensor")
+    ]
+    if found or diversity.twins:
+        raise AssertionError(_alike(diversity, found))
+
+
+def _one_network(diversity: MemberDiversity) -> set[str]:
+    """Members that are alike with one other in every drawn parameter."""
+    names: dict[tuple[str, str], set[str]] = {}
+    for likeness in diversity.alike:
+        if likeness.how != "one tensor" and "in" in likeness.how.split():
+            continue  # equal in a part
+        for pair in combinations(likeness.members, 2):
+            names.setdefault(pair, set()).add(likeness.name)
+    return {m for pair, alike in names.items() if alike >= set(diversity.drawn) for m in pair}
+
+
+def _in_both(
+    one: Sequence[tuple[str, ...]], two: Sequence[tuple[str, ...]]
+) -> list[tuple[str, ...]]:
+    """The groups that two groupings have in common."""
+    among = ([member for member in group if member in other] for group in one for other in two)
+    return [tuple(group) for group in among if len(group) > 1]
+
+
+def _compared(diversity: MemberDiversity) -> None:
+    __tracebackhide__ = True
+    if not diversity.drawn and diversity.outputs != "compared":
+        raise ValueError(
+            "no parameter is drawn and outputs say nothing of the members (they are the same for "
+            "all rows, or none were given): give a batch, or a function that builds the model."
+        )
+
+
 # --- how the assertion looks --------------------------------------------------------------------
 
 _SEEDED = (
@@ -234,7 +318,7 @@ _SEEDED = (
 
 
 def _alike(diversity: MemberDiversity, found: Sequence[Likeness]) -> str:
-    whole = {likeness.name for likeness in found if likeness.how == "equal"}
+    whole = {likeness.name for likeness in found if likeness.how in ("equal", "one tensor")}
     reordered = [likeness for likeness in found if "order" in likeness.how]
     rows = [(likeness.name, str(likeness)) for likeness in found]
     rows += [

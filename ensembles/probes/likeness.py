@@ -239,10 +239,12 @@ class Separate:
             firsts = [group[0] for group in groups]
             for one, two in combinations(firsts, 2):
                 (x, drawn), (y, also) = held[one], held[two]
-                elements = drawn & also
-                share = float((x == y)[elements].float().mean()) if bool(elements.any()) else 0.0
                 if _bits(x) < math.inf:
                     continue  # few values agree by chance, and in any order
+                equal, share = x == y, 0.0
+                if bool(equal.any()):  # of two that were drawn, no element is
+                    elements = drawn & also
+                    share = int((equal & elements).sum()) / max(int(elements.sum()), 1)
                 if share > SOME:
                     yield Likeness(name, (one, two), f"equal in {share:.0%}")
                 elif x.numel() > 1 and _reordered(x, y):
