@@ -66,7 +66,7 @@ def run(subject: str, *, seed: int = DEFAULT_SEED, require: str = "") -> int:
     if silent:
         print(f"  {len(silent)} not claimed: {', '.join(silent)}")
     for result in claimed:
-        if result.message:
+        if result.message and result.message != result.found:
             print(f"\n{result.check}: {result.message}")
     states = [result.status for result in claimed]
     if set(states) == {"held"}:

@@ -52,6 +52,7 @@ def parser_of(
         epilog=f"example:\n  {example}",
         formatter_class=_Formatter,
         exit_on_error=False,
+        allow_abbrev=False,  # an option that is added later must not change what a script means
     )
     parser.add_argument(
         "--config", action="config", help="YAML file of options, named as here; later ones count."

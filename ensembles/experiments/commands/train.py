@@ -72,9 +72,12 @@ def run(
     from ensembles.experiments.sources import load_images
 
     chosen = _objective(objective, {"lam": lam, "p": p, "beta": beta, "subnets": subnets})
+    kept = training.validation
+    if kept >= 1 and float(kept).is_integer():  # jsonargparse reads every number as a float
+        training = replace(training, validation=int(kept))
     options = replace(training, objective=chosen, seed=seed, deterministic=deterministic)
     images = load_images(data, "train", root=root, download=download)
-    from ensembles.experiments.training import train
+    from ensembles.experiments.training import train  # Lightning: after what may be refused
 
     done = train(network, options, images, folder, execution=execution)
     last = done.epochs()[-1]
