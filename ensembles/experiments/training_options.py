@@ -100,6 +100,7 @@ class TrainingOptions:
             ("optimizer", OptimizerName),
             ("precision", Precision),
             ("order", Literal["shared", "own"]),
+            ("augment", Literal["shared", "own", None]),
         ):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(

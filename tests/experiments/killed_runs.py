@@ -141,17 +141,19 @@ def main(place, seed):
             dying_at(*point)
         train(made(NamedEnsemble, 2), options, images, folder, execution=execution)
 
+    def linear():
+        """Without BatchNorm, two devices compute what one does."""
+        torch.manual_seed(seed)
+        return NamedEnsemble(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)) for _ in range(2))
+
     def rank(folder, number, port, *point):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(number))
         if point and number == 0:
             dying_at(*point)
-        run = train(
-            made(Family, 3),
-            coins,
-            images,
-            folder,
-            execution=dataclasses.replace(execution, devices=2),
-        )
+        two = dataclasses.replace(execution, devices=2)
+        run = train(made(Family, 3), coins, images, folder, execution=two)
+        if not point and folder.name == "pair":
+            train(linear(), double, images, place / "linear_pair", execution=two)
         torch.distributed.destroy_process_group()
         print(run)
 
@@ -168,6 +170,10 @@ def main(place, seed):
             os.kill(children[1], signal.SIGKILL)
         return [first, ended(children[1])]
 
+    double = TrainingOptions(seed=seed, epochs=2, batch_size=16, validation=20, precision="64-true")
+    train_linear = lambda: train(  # noqa: E731
+        linear(), double, images, place / "linear", execution=execution
+    )
     drawn = random.Random(seed)
     log = place / "one.log"
     started = time.monotonic()
@@ -188,6 +194,7 @@ def main(place, seed):
         report["kills"].append(["late", ended(child), last_step(place / "late")])
     report["late"] = ended(forked(one, log, place / "late"))
 
+    report["linear"] = ended(forked(train_linear, log))
     report["pair"] = pair(place / "pair")
     report["pair killed"] = pair(place / "pair_killed", "checkpoint", "half", drawn.randrange(2, 5))
     report["pair again"] = pair(place / "pair_killed")

@@ -168,6 +168,22 @@ def test_two_processes_throw_the_same_coins_and_count_all_images(killed_runs):
         assert row["val/parent/n"] == row["val/ensemble/n"] == 20
 
 
+def test_two_processes_compute_what_one_does(killed_runs):
+    """In double precision, without BatchNorm, whose statistics are of each one's part."""
+    place, report, told = killed_runs
+    assert report["linear"] == 0, told
+    one, two = (last_checkpoint(place / run / "checkpoints") for run in ("linear", "linear_pair"))
+    expected, found = read_checkpoint(one).state, read_checkpoint(two).state
+    assert {value.dtype for value in expected.values()} == {torch.float64}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14)
+    for name in ("steps.csv", "epochs.csv"):
+        for row, other in zip(
+            table(place / "linear", name), table(place / "linear_pair", name), strict=True
+        ):
+            assert other == pytest.approx(row, rel=1e-7), name
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
