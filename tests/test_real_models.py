@@ -15,13 +15,15 @@ from torchvision.models.vgg import VGG, cfgs, make_layers
 
 from ensembles import Subject, check_ensemble, parametrize_with_checks
 from ensembles.claims import DEFAULT_ENSEMBLE_CLAIMS
+from ensembles.experiments.pretrained import PRETRAINED, CifarResNet, load_pretrained
 
 DATA = Path(os.environ.get("ENSEMBLES_DATA", Path(__file__).parents[2] / "shared" / "data"))
 IMAGES = DATA / "cifar10_raw_prefix.npz"
-WEIGHTS = {20: "resnet20-12fca82f.th", 32: "resnet32-d509ac18.th"}
+DEPTHS = (20, 32)
+WEIGHTS = [DATA / "pretrained" / PRETRAINED[f"resnet{depth}"].file for depth in DEPTHS]
 
 needs_cifar = pytest.mark.skipif(
-    not IMAGES.is_file() or not all((DATA / "pretrained" / f).is_file() for f in WEIGHTS.values()),
+    not IMAGES.is_file() or not all(file.is_file() for file in WEIGHTS),
     reason=f"CIFAR-10 images and pretrained ResNets are not in {DATA} (set ENSEMBLES_DATA)",
 )
 
@@ -219,57 +221,9 @@ def test_a_packed_network_with_one_dense_layer_is_found():
 # --- trained networks on natural images ---------------------------------------------------------
 
 
-class BasicBlock(nn.Module):
-    """He et al. 2015, with the parameter-free shortcut "option A"."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.stride = outputs // inputs
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride > 1:
-            channels = y.shape[1] // 4
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, channels, channels))
-        return F.relu(y + x)
-
-
-class CifarResNet(nn.Module):
-    """ResNet-20, 32, ... for CIFAR-10, with parameter names of akamaster/pytorch_resnet_cifar10."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        blocks = (depth - 2) // 6
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, blocks)
-        self.layer2 = self._stage(16, 32, blocks)
-        self.layer3 = self._stage(32, 64, blocks)
-        self.linear = nn.Linear(64, 10)
-
-    def _stage(self, inputs: int, outputs: int, blocks: int) -> nn.Module:
-        same = [BasicBlock(outputs, outputs) for _ in range(blocks - 1)]
-        return nn.Sequential(BasicBlock(inputs, outputs), *same)
-
-    def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
-
-
-def weights(depth: int):
-    file = DATA / "pretrained" / WEIGHTS[depth]
-    saved = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    return {name.removeprefix("module."): tensor for name, tensor in saved.items()}
-
-
 def pretrained(depth: int) -> nn.Module:
-    network = CifarResNet(depth)
-    network.load_state_dict(weights(depth))
-    return network
+    network = load_pretrained(f"resnet{depth}", DATA / "pretrained")
+    return network.networks[f"resnet{depth}"].train()
 
 
 def cifar(count: int):
@@ -304,7 +258,7 @@ def test_pretrained_networks_are_an_ensemble(subject, check):
 def test_the_pretrained_networks_are_the_trained_ones():
     """Published test errors are 8.27 and 7.37 percent; 100 images have a standard error of 2.7."""
     images, labels = cifar(100)
-    for depth in WEIGHTS:
+    for depth in DEPTHS:
         with torch.no_grad():
             right = int((pretrained(depth).eval()(images).argmax(1) == labels).sum())
         assert right >= 84, f"ResNet-{depth} classifies {right} of 100 images"
