@@ -28,11 +28,18 @@ computed, and of the stem only the rows that they read.
 Kept for the backward pass is 1 + k times what the parent keeps, less the stem's product, which is
 kept once. Weights are not copied. An inf in a block reaches the parent and the one subnet that
 owns the block.
+
+On a CPU, narrow activations are laid out channels last while blocks are small, unless the image or
+the stem's weight has that layout already: normalisation, max-pool and convs of few channels are
+faster so, and wide convs are not. A layout is no part of the function. On other devices the layout
+is left as it is.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, TypeAlias, get_args
 
+import torch
 from torch import Tensor, nn
 
 from ensembles.models.layers import ChannelSwitcher, SubnetConv2d
@@ -47,6 +54,12 @@ __all__ = ["Construction", "ConstructionName", "known_construction", "make_const
 # on 2x2 images takes 0.5 of the time in blocks, on 4x4 images 1.0; one of 512 channels on 4x4
 # images 0.85 to 1.05; one of 256 channels 1.05 to 1.2.
 _LARGE_BLOCK = 2 * 2**20
+
+# Where a block has no more bytes, a subnet on a CPU computes channels last. Same machine, batch 32,
+# ResNet-18, train step of parent and subnets in steps of the parent alone, all contiguous against
+# this bound: 1.67 and 1.60 at width 2; at a quarter of the channels 2.57 and 2.21 at width 2, 3.18
+# and 2.59 at width 4. Without the bound 1.71, 2.19 and 2.69.
+_SMALL_BLOCK = 2**18
 
 ConstructionName: TypeAlias = Literal["zero_padded", "sum_of_subnets"]
 
@@ -114,6 +127,8 @@ class _SumOfSubnets:
         self._blocks: dict[nn.Module, Mapping[Block, Tensor]] = {}
         self._whole_stem: Tensor | None = None
         self._stems: dict[int, Tensor] = {}
+        self._lays_out = False
+        self._behind_stem = False
 
     # Everything is computed here and nothing on first use: a member that is recomputed in the
     # backward pass (activation checkpointing) must do what it did at first.
@@ -144,12 +159,23 @@ class _SumOfSubnets:
         return y
 
     def conv(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
-        if not conv.split_input and block[0] in self._stems:
-            return self._stems[block[0]]
+        self._behind_stem = not conv.split_input
+        if self._behind_stem:
+            self._lays_out = _layout_is_free(conv, x)
+            stem = self._stems.get(block[0])
+            return self._block(conv, x, block) if stem is None else stem
+        if self._lays_out and not _is_small(conv):
+            x = x.contiguous()
         return self._block(conv, x, block)
 
     def own(self, x: Tensor, group: int, width: int, *modules: nn.Module) -> Tensor:
-        for module in modules:
+        first, *others = modules
+        x = first(x)
+        # Not before the stem's BatchNorm, which keeps its input: that is shared, and a copy of it
+        # is not.
+        if self._behind_stem and self._lays_out:
+            x = x.contiguous(memory_format=torch.channels_last)
+        for module in others:
             x = module(x)
         return x
 
@@ -161,6 +187,15 @@ class _SumOfSubnets:
 
     def _block(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
         return conv.narrow(x, *block, blocks=self._blocks.get(conv))
+
+
+def _layout_is_free(stem: SubnetConv2d, x: Tensor) -> bool:
+    """Whether nobody chose a layout, and another one than the usual is faster."""
+    return x.device.type == "cpu" and x.is_contiguous() and stem.weight.is_contiguous()
+
+
+def _is_small(conv: SubnetConv2d) -> bool:
+    return conv.weight.nbytes <= _SMALL_BLOCK * math.prod(conv.grid)
 
 
 def make_construction(name: ConstructionName) -> Construction:
