@@ -2,9 +2,11 @@
 
 import ast
 import json
+import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import yaml
 
 from ensembles import __version__
 from ensembles.experiments.command_line import COMMANDS, main
+from ensembles.experiments.commands.parsing import values_of
 from ensembles.experiments.loading import CombinedNetwork, load_named
 from ensembles.experiments.networks import NetworkOptions, SingleNetwork
 from ensembles.experiments.results import read_result
@@ -175,6 +178,34 @@ def test_a_wrong_option_is_told_in_one_line_with_the_way_to_the_help(line, told,
     assert shown.startswith(f"ensembles {line.split()[0]}: error: ")
     assert told in shown
     assert shown.endswith(f"(ensembles {line.split()[0]} --help tells more)")
+
+
+def lines_of_the_readme():
+    """The commands in the README's code, lines that are continued joined."""
+    text = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("ensembles ")]
+
+
+def test_the_readme_shows_every_command():
+    assert {line.split()[1] for line in lines_of_the_readme()} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("line", lines_of_the_readme())
+def test_the_commands_of_the_readme_are_understood(line):
+    _, command, *arguments = shlex.split(line)
+    module = import_module(f"ensembles.experiments.commands.{command}")
+    values_of(module.parser(), arguments)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_of_the_helps_are_understood(command):
+    module = import_module(f"ensembles.experiments.commands.{command}")
+    for line in module.EXAMPLE.replace("\\\n", " ").splitlines():
+        _, named, *arguments = shlex.split(line)
+        assert named == command
+        values_of(module.parser(), arguments)
 
 
 # --- train --------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
+from jsonargparse import ArgumentParser
+
 from ensembles.experiments.commands.parsing import parser_of, values_of
 from ensembles.message import DEFAULT_SEED
 
-__all__ = ["main", "run"]
+__all__ = ["main", "parser", "run"]
 
 EXAMPLE = "ensembles check mypackage.models:build --require sharing,ownership"
 
@@ -80,6 +82,11 @@ def run(subject: str, *, seed: int = DEFAULT_SEED, require: str = "") -> int:
     return BROKEN if "broken" in states else COULD_NOT_LOOK
 
 
+def parser() -> ArgumentParser:
+    """The command's options."""
+    return parser_of("check", run, example=EXAMPLE)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the command."""
-    return run(**values_of(parser_of("check", run, example=EXAMPLE), arguments))
+    return run(**values_of(parser(), arguments))

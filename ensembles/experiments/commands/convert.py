@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
 from ensembles.experiments.commands.parsing import parser_of, values_of
 
-__all__ = ["main", "run"]
+__all__ = ["main", "parser", "run"]
 
 EXAMPLE = "ensembles convert runs/single/checkpoints/step_00000070.ckpt single.pt --member single"
 
@@ -36,6 +38,11 @@ def run(checkpoint: Path, out: Path, *, member: str | None = None) -> int:
     return 0
 
 
+def parser() -> ArgumentParser:
+    """The command's options."""
+    return parser_of("convert", run, example=EXAMPLE)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the command."""
-    return run(**values_of(parser_of("convert", run, example=EXAMPLE), arguments))
+    return run(**values_of(parser(), arguments))

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jsonargparse import ArgumentParser
+
 from ensembles.experiments.commands.parsing import parser_of, values_of
 from ensembles.message import aligned
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from ensembles.experiments.images import ImageSet
     from ensembles.experiments.results import Result
 
-__all__ = ["main", "run"]
+__all__ = ["main", "parser", "run"]
 
 EXAMPLE = (
     "ensembles evaluate --model resnet20 --data cifar10_lossless --shifted cifar10_jpeg "
@@ -203,7 +205,11 @@ def _table(result: Result) -> str:
     return "\n".join(aligned(rows))
 
 
+def parser() -> ArgumentParser:
+    """The command's options."""
+    return parser_of("evaluate", run, example=EXAMPLE, hidden=["command"])
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the command."""
-    parser = parser_of("evaluate", run, example=EXAMPLE, hidden=["command"])
-    return run(**values_of(parser, arguments), command=["ensembles", "evaluate", *arguments])
+    return run(**values_of(parser(), arguments), command=["ensembles", "evaluate", *arguments])

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from jsonargparse import ArgumentParser
+
 from ensembles.experiments.commands.parsing import parser_of, values_of
 
 if TYPE_CHECKING:
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
     from ensembles.experiments.curves import Curves
 
-__all__ = ["main", "run"]
+__all__ = ["main", "parser", "run"]
 
 EXAMPLE = (
     "ensembles plot robustness results --out robustness.png\n"
@@ -123,6 +125,11 @@ def _curves(
     return plot_training_curves(runs, title=title)
 
 
+def parser() -> ArgumentParser:
+    """The command's options."""
+    return parser_of("plot", run, example=EXAMPLE)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the command."""
-    return run(**values_of(parser_of("plot", run, example=EXAMPLE), arguments))
+    return run(**values_of(parser(), arguments))

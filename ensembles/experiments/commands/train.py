@@ -7,13 +7,15 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse import ArgumentParser
+
 from ensembles.experiments.commands.parsing import parser_of, values_of
 from ensembles.experiments.networks import NetworkOptions
 from ensembles.experiments.training_options import Execution, TrainingOptions
 from ensembles.message import aligned
 from ensembles.models.objectives import OBJECTIVES, Objective
 
-__all__ = ["main", "run"]
+__all__ = ["main", "parser", "run"]
 
 EXAMPLE = (
     "ensembles train runs/four --data digits --network.kind ensemble --network.members 4 \\\n"
@@ -106,9 +108,9 @@ def _objective(name: str, given: dict[str, Any]) -> Objective:
     return kind(**values)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command."""
-    parser = parser_of(
+def parser() -> ArgumentParser:
+    """The command's options."""
+    return parser_of(
         "train",
         run,
         example=EXAMPLE,
@@ -118,4 +120,8 @@ def main(arguments: Sequence[str]) -> int:
             "execution": (Execution, set()),
         },
     )
-    return run(**values_of(parser, arguments))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command."""
+    return run(**values_of(parser(), arguments))
