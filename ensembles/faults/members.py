@@ -295,6 +295,22 @@ def swapped_outputs(architecture: Architecture, place: Place, broken: bool) -> S
     return together(architecture, place, Swapped)
 
 
+@fault("members", "coupling")
+def mixed_by_chance(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """In every second training call two members change features, as mixup of the wrong axis does."""
+
+    class Mixing(Ensemble):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            features = [member.features(x) for member in self.members]
+            mixed = self.training and float(torch.rand(())) < 0.5
+            if mixed and broken:
+                one, two = place.member, place.other
+                features[one], features[two] = features[two], features[one]
+            return [member.head(seen) for member, seen in zip(self.members, features, strict=True)]
+
+    return together(architecture, place, Mixing)
+
+
 @fault("members", "coverage")
 def list_members(architecture: Architecture, place: Place, broken: bool) -> Subject:
     """Members are in a Python list, so that parameters() lists none of theirs."""
@@ -328,5 +344,6 @@ FAULTS: tuple[Fault, ...] = (
     common_target,
     foreign_features,
     swapped_outputs,
+    mixed_by_chance,
     list_members,
 )

@@ -7,11 +7,13 @@ bit by bit, with a control without it:
   mode, and the control is the untouched state, so a buffer that another shares is seen to move;
 - one module that computes all members: the control is the same call without the step, because
   buffers move by the call. One call serves all members; each has a backward pass of its own.
+  A call that draws random numbers is looked at in other draws too.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,12 +23,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ensembles.message import counted, listed
+from ensembles.message import seed as present_seed
 from ensembles.probes.state import (
     Snapshot,
     generators_kept,
     graph_kept,
     parameters_kept,
     preserved,
+    seed_generators,
 )
 from ensembles.probes.training import (
     fresh,
@@ -54,6 +58,11 @@ __all__ = [
     "other_members",
     "step_effects",
 ]
+
+
+DRAWS = 8
+"""Other draws of what a call draws itself: members that mix in one call of three are missed with a
+probability of (2/3)^9 = 3 %."""
 
 
 class Effect(NamedTuple):
@@ -332,10 +341,11 @@ def _check_repeated(control: _Seen, again: _Seen) -> None:
 
 
 class _Call(NamedTuple):
-    """A call in train mode: all that the optimizer trains, and what members yield."""
+    """A call in train mode: all that the optimizer trains, what members yield, what was drawn."""
 
     trained: list[Tensor]
     outputs: Mapping[str, tuple[Tensor, ...]]
+    drawn: bool
 
 
 def _steps_of_several(bench: _Bench, control: _Seen, start: Snapshot) -> Iterator[Effect]:
@@ -353,11 +363,14 @@ def _steps_of_one(bench: _Bench, control: _Seen) -> Iterator[Effect]:
         call = _train_call(bench, bench.model)
     if not control.outputs.keys() <= call.outputs.keys():
         raise other_members(control.outputs, call.outputs)
+    touched: dict[str, _Touched] = {}
+    moved: set[tuple[str, str]] = set()
     with preserved(bench.everything) as called:
         _check_repeated(control, _see(bench))
         for step in control.outputs:
             called.restore()
             gradients = _gradients(bench, step, call)
+            touched[step] = _touched(gradients)
             _take_step(bench, gradients)
             seen = _see(bench)
             differences = list(_differences(control, seen, but=step))
@@ -369,7 +382,71 @@ def _steps_of_one(bench: _Bench, control: _Seen) -> Iterator[Effect]:
                 if called.changed():
                     differences = list(_differences(_see(bench), seen, but=step))
             for difference in differences:
+                moved.add((step, difference[0]))
                 yield Effect(step, *difference)
+    if call.drawn:
+        yield from _steps_by_chance(bench, touched, moved)
+
+
+# --- members that mix in some draws -------------------------------------------------------------
+
+_Touched = Mapping[int, Tensor]
+"""By the id of a parameter, the elements that have a gradient."""
+
+
+def _touched(gradients: Iterable[tuple[Tensor, Tensor]]) -> _Touched:
+    return {id(p): (g.to_dense() if g.is_sparse else g) != 0 for p, g in gradients}
+
+
+def _steps_by_chance(
+    bench: _Bench, touched: Mapping[str, _Touched], moved: set[tuple[str, str]]
+) -> Iterator[Effect]:
+    """What steps move in other draws of the call, if its gradient reaches what is another's.
+
+    Where a member's gradient stays within what it had before, or within what is nobody's or is
+    known to move, no step is taken.
+    """
+    found = set(moved)
+    for draw in range(1, DRAWS + 1):
+        with preserved(bench.everything):
+            seed_generators(present_seed.get() + draw)
+            with graph_kept(bench.everything):
+                call = _train_call(bench, bench.model)
+            gradients = {step: _gradients(bench, step, call, draw=draw) for step in touched}
+            reached = {step: _touched(each) for step, each in gradients.items()}
+            suspects = [step for step in touched if _reaches_another(step, reached, touched, found)]
+            if not suspects:
+                continue
+            with preserved(bench.everything) as called:
+                control = _see(bench).copied()
+                for step in suspects:
+                    called.restore()
+                    _take_step(bench, gradients[step])
+                    differences = list(_differences(control, _see(bench), but=step))
+                    new = [d for d in differences if (step, d[0]) not in found]
+                    found |= {(step, member) for member, *_ in new}
+                    yield from (Effect(step, *difference) for difference in new)
+
+
+def _generator_states() -> tuple[Any, ...]:
+    return random.getstate(), bytes(torch.get_rng_state().tolist())
+
+
+def _reaches_another(
+    step: str,
+    reached: Mapping[str, _Touched],
+    touched: Mapping[str, _Touched],
+    moved: set[tuple[str, str]],
+) -> bool:
+    """Whether a gradient is where another member's is, and was not there before."""
+    for key, elements in reached[step].items():
+        new = elements & ~touched[step][key] if key in touched[step] else elements
+        for other, known in touched.items():
+            if other == step or (step, other) in moved or key not in known:
+                continue
+            if bool((new & known[key]).any()):
+                return True
+    return False
 
 
 def _train_call(bench: _Bench, model: Model) -> _Call:
@@ -378,15 +455,20 @@ def _train_call(bench: _Bench, model: Model) -> _Call:
         trained = [tensor for tensor in held if tensor.requires_grad]
     set_training(bench.model, model)
     with generators_kept(), parameters_kept(model):
-        return _Call(trained, member_outputs(model, fresh(bench.batch), outputs=bench.outputs))
+        before = _generator_states()
+        outputs = member_outputs(model, fresh(bench.batch), outputs=bench.outputs)
+        return _Call(trained, outputs, before != _generator_states())
 
 
-def _gradients(bench: _Bench, step: str, call: _Call) -> list[tuple[Tensor, Tensor]]:
+def _gradients(
+    bench: _Bench, step: str, call: _Call, *, draw: int = 0
+) -> list[tuple[Tensor, Tensor]]:
     """What a step on one member descends. Without any, every member would look independent."""
     with generators_kept():
         gradients = projected_gradients(call.outputs[step], call.trained)
     found = [(p, g) for p, g in zip(call.trained, gradients, strict=True) if g is not None]
-    if not any(bool(values_of(gradient).any()) for _, gradient in found):
+    # A member may be dropped in one of several draws.
+    if not draw and not any(bool(values_of(gradient).any()) for _, gradient in found):
         raise ValueError(
             f"there is no training step on member {step}: its output has no gradient (None or "
             "zero) in anything that the optimizer holds, so that nothing can be concluded. "

@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 import torch
@@ -47,13 +48,14 @@ def decaying(model):
     ("shared", "optimizer", "expected"),
     [
         # A look is a call in each mode: the control twice, and once after each step. Besides, in
-        # train mode, the call before the control, and the one that serves all members.
-        (False, None, (2 + 2 + 3, 2 + 3)),
-        (False, momentum, (2 + 2 + 3, 2 + 3)),
-        (False, decaying, (2 + 2 + 3, 2 + 3)),
-        (True, momentum, (2 + 2 + 3, 2 + 3)),
+        # train mode, the call before the control, and the one that serves all members; and, as
+        # these members drop out, 8 calls with other draws.
+        (False, None, (2 + 2 + 3 + 8, 2 + 3)),
+        (False, momentum, (2 + 2 + 3 + 8, 2 + 3)),
+        (False, decaying, (2 + 2 + 3 + 8, 2 + 3)),
+        (True, momentum, (2 + 2 + 3 + 8, 2 + 3)),
         # What decay moves of a shared layer is looked at once more for each member.
-        (True, decaying, (2 + 2 + 2 * 3, 2 + 2 * 3)),
+        (True, decaying, (2 + 2 + 2 * 3 + 8, 2 + 2 * 3)),
     ],
     ids=["default", "momentum", "decay", "shared_momentum", "shared_decay"],
 )
@@ -65,6 +67,47 @@ def test_one_module_is_called_as_often_as_needed(shared, optimizer, expected):
     calls: list[bool] = []
     step_effects(Together(members, calls), images(), optimizer=optimizer)
     assert (calls.count(True), calls.count(False)) == expected
+
+
+def test_members_that_draw_nothing_are_called_once_for_all_steps():
+    calls: list[bool] = []
+    members = [nn.Sequential(nn.Flatten(), nn.Linear(50, 3)) for _ in range(3)]
+    step_effects(Together(members, calls), images())
+    assert (calls.count(True), calls.count(False)) == (2 + 2 + 3, 2 + 3)
+
+
+# --- members that mix in some draws -------------------------------------------------------------
+
+
+class Mixing(nn.Module):
+    """Members whose features change places in a share of all training calls."""
+
+    def __init__(self, share, draw=torch.rand, dropout=0.0) -> None:
+        super().__init__()
+        self.stems = nn.ModuleList(nn.Linear(4, 6) for _ in range(3))
+        self.heads = nn.ModuleList(nn.Linear(6, 2) for _ in range(3))
+        self.share, self.draw, self.dropout = share, draw, nn.Dropout(dropout)
+
+    def forward(self, x):
+        features = [self.dropout(stem(x).tanh()) for stem in self.stems]
+        if self.training and float(self.draw(())) < self.share:
+            features = features[1:] + features[:1]
+        return [head(y) for head, y in zip(self.heads, features, strict=True)]
+
+
+@pytest.mark.parametrize("draw", [torch.rand, lambda _: random.random()], ids=["torch", "python"])
+@pytest.mark.parametrize("seed", range(3))
+def test_members_that_mix_in_some_draws_move_each_other(draw, seed):
+    torch.manual_seed(seed)
+    found = step_effects(Mixing(0.5, draw, dropout=0.5), torch.randn(5, 4)).effects
+    pairs = {(effect.step, effect.member) for effect in found}
+    assert {("0", "1"), ("1", "2"), ("2", "0")} <= pairs
+    assert all(effect.by > 0 for effect in found)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 0.95])
+def test_members_that_draw_and_do_not_mix_move_nothing(dropout):
+    assert step_effects(Mixing(0.0, dropout=dropout), torch.randn(5, 4)).effects == ()
 
 
 # --- one call serves all members ----------------------------------------------------------------
