@@ -185,7 +185,7 @@ def _fitting(value: float, slack: float, n: int) -> str:
     dropped = {
         batch: n - n % batch
         for batch in (2**power for power in range(3, 14))
-        if n % batch and n - n % batch in nearest
+        if n - n % batch in nearest
     }
     if not dropped:
         return sentence

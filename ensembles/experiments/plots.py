@@ -284,8 +284,12 @@ SET_NAMES = MappingProxyType(
 
 
 def _set_name(data: "Data") -> str:
-    name = SET_NAMES.get(data.name, data.name.replace("_", " "))
-    return name if data.name in PUBLISHED_SHIFTS else f"{name} {data.split}"
+    if data.name in PUBLISHED_SHIFTS:
+        return SET_NAMES[data.name]
+    # A corrupted set is called by the set that it was made from: cifar10_jpeg_blur_3.
+    base = max((known for known in SET_NAMES if data.name.startswith(known)), key=len, default="")
+    name = SET_NAMES.get(base, "") + data.name.removeprefix(base).replace("_", " ")
+    return f"{name} {data.split}"
 
 
 def _require_same(data: "Data", other: "Data") -> None:

@@ -129,6 +129,11 @@ def test_written_decimals_decide_and_a_float_s_missing_zeros_do_not():
         as_counts("0.9", 1_000_000)
 
 
+def test_a_count_at_the_end_of_what_rounds_to_the_figure_fits_it():
+    with pytest.raises(ValueError, match=r"3\.5 % fits 345 to 355 correct of 10000"):
+        as_counts("3.5 %", 10_000)  # 0.035 - 0.0005 is a little more than 0.0345 in binary
+
+
 def test_the_ends_are_counts():
     assert as_counts(0, 7) == Counts(0, 7)
     assert as_counts("100 %", 7) == Counts(7, 7)

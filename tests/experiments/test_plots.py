@@ -262,7 +262,7 @@ def test_results_are_drawn_one_picture_for_each_shifted_set():
     labels = {name: figure.axes[0].get_ylabel() for name, figure in figures.items()}
     assert labels == {
         "cifar10_1_v6": "accuracy on CIFAR-10.1 v6 (%, n = 2,000)",
-        "cifar10_blur_3": "accuracy on cifar10 blur 3 test (%, n = 10,000)",
+        "cifar10_blur_3": "accuracy on CIFAR-10 blur 3 test (%, n = 10,000)",
     }
 
 

@@ -96,8 +96,14 @@ def test_the_baseline_and_the_diagonal_are_drawn_across_the_axes():
     assert (x[0], x[-1]) == pytest.approx(figure.axes[0].get_xlim())
     diagonal = line(figure, "y = x")
     np.testing.assert_array_equal(diagonal[:, 0], diagonal[:, 1])
+
+
+@pytest.mark.parametrize("out_dist", [Counts(6400, 10_000), Counts(9400, 10_000)])
+def test_the_diagonal_is_in_view_however_large_the_shift(out_dist):
+    figure = plot_robustness([Point("far", Counts(38_000, 50_000), out_dist)], published=None)
     low, high = figure.axes[0].get_ylim()
-    assert ((low < diagonal[:, 1]) & (diagonal[:, 1] < high)).mean() > 0.2
+    diagonal = line(figure, "y = x")[:, 1]
+    assert ((low < diagonal) & (diagonal < high)).mean() > 0.2
 
 
 def test_another_line_or_none_is_drawn_when_asked():
