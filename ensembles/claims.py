@@ -86,6 +86,8 @@ def _run_sharing(subject: Subject, model: Model, claim: Any) -> object:
 
 def _run_ownership(subject: Subject, model: Model, claim: Any) -> object:
     __tracebackhide__ = True
+    if subject.members is not None:
+        named_members(model, subject.members)  # refuses none before outputs are looked at
     measured = ownership.measure_ownership_map(model, _batch(subject), outputs=subject.outputs)
     ownership.assert_ownership(measured, claim)
     return measured

@@ -17,6 +17,9 @@ TOKENS = 16
 SIDES = (32, 64, 224, 299)
 """Image sides that published classifiers take: CIFAR, Tiny ImageNet, ImageNet, Inception."""
 
+MISMATCHES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+"""What a model raises for a batch that it does not take; all else is an error of its own."""
+
 
 def inferred_batch(model: Model) -> Any:
     """A random batch that the model accepts, from its first layer with weights.
@@ -32,7 +35,8 @@ def inferred_batch(model: Model) -> Any:
         A tensor of `ROWS` samples, or what `example_input_array` holds.
 
     Raises:
-        ValueError: If no such batch can be called; it says what was tried.
+        ValueError: If no such batch can be called; it says what was tried. An error of the
+            model's own, such as a KeyError, is told at once.
 
     Example:
         >>> inferred_batch(nn.Sequential(nn.Linear(12, 3), nn.ReLU())).shape
@@ -51,6 +55,11 @@ def inferred_batch(model: Model) -> Any:
                     module.eval()
                 member_outputs(model, batch)
         except ValueError as error:
+            if error.__cause__ is not None and not isinstance(error.__cause__, MISMATCHES):
+                raise ValueError(
+                    f"{error} No batch was given, and this one was inferred from the first layer: "
+                    "if the model takes another, return a Subject(make=..., batch=...)."
+                ) from error.__cause__
             errors.append(str(error))
         else:
             return batch

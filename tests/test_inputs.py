@@ -111,3 +111,17 @@ def test_a_member_that_takes_another_input_is_refused():
     told = "Tried: calling member 1 (Linear) on the batch (4, 12) torch.float32 on cpu raised"
     with pytest.raises(ValueError, match=re.escape(told)):
         inferred_batch([nn.Linear(12, 3), nn.Linear(11, 3)])
+
+
+def test_an_error_of_the_models_own_is_told_at_once():
+    class Misspelt(nn.Linear):
+        def forward(self, x):
+            return {"logit": super().forward(x)}["logits"]
+
+    told = (
+        "calling the model (Misspelt) on the batch (4, 12) torch.float32 on cpu raised KeyError: "
+        "'logits'. No batch was given, and this one was inferred from the first layer: if the "
+        "model takes another, return a Subject(make=..., batch=...)."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+        inferred_batch(Misspelt(12, 3))

@@ -245,6 +245,195 @@ def test_a_loss_times_zero_lets_weights_drift(golden):
     golden(text, "messages/hygiene_drifting.txt")
 
 
+# --- behind masks ---------------------------------------------------------------------------------
+
+
+HALF = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]])
+
+
+class Masked(nn.Linear):
+    """A layer whose weight `use` makes of its own weight and a mask."""
+
+    def __init__(self, use=lambda w, mask: w * mask, mask=HALF) -> None:
+        super().__init__(4, 2)
+        self.use = use
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        return F.linear(x, self.use(self.weight, self.mask), self.bias)
+
+
+USES = {
+    "product": lambda w, mask: w * mask,
+    "product of the mask": lambda w, mask: mask * w,
+    "filled": lambda w, mask: w.masked_fill(mask == 0, 0.0),
+    "where": lambda w, mask: torch.where(mask != 0, w, torch.zeros(())),
+    "one of two rows": lambda w, mask: w * torch.tensor([[1.0], [0.0]]),
+    "twice": lambda w, mask: w * mask + (w * mask).tanh(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_decay_of_what_a_mask_hides_is_broken(use):
+    found = measure_state_hygiene(Masked(USES[use]), ROWS, optimizer=decaying)
+    assert [(one.kind, one.place) for one in found.findings] == [("masked moves", "weight")]
+    assert found.findings[0].detail.startswith("4 of 8 elements")
+    # Without decay nothing moves what has no gradient.
+    assert measure_state_hygiene(Masked(USES[use]), ROWS).findings == ()
+
+
+def test_the_message_of_what_a_mask_hides(golden):
+    golden(message(Masked(), optimizer=decaying), "messages/hygiene_masked.txt")
+
+
+def test_a_norm_of_the_whole_weight_trains_what_the_mask_hides():
+    def whole_norm(w, mask):
+        return w / w.norm(dim=1, keepdim=True) * mask
+
+    def visible_norm(w, mask):
+        return w * mask / (w * mask).norm(dim=1, keepdim=True)
+
+    assert measure_state_hygiene(Masked(whole_norm), ROWS).places("masked moves") == ("weight",)
+    assert measure_state_hygiene(Masked(visible_norm), ROWS).findings == ()
+
+
+def zeroed() -> nn.Module:
+    layer = Masked()
+    with torch.no_grad():
+        layer.weight.mul_(HALF)
+    return layer
+
+
+class DropConnect(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, F.dropout(self.weight, 0.5, self.training), self.bias)
+
+
+class Parent(nn.Module):
+    """The parent uses the whole weight, and each of two subnets a half of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("mask", HALF)
+
+    def forward(self, x):
+        w = self.layer.weight
+        return {
+            "parent": F.linear(x, w),
+            "0": F.linear(x, w * self.mask),
+            "1": F.linear(x, w * (1 - self.mask)),
+        }
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        zeroed,
+        lambda: DropConnect(4, 2),
+        Parent,
+        lambda: Masked(lambda w, mask: w * (mask + 1)),
+        lambda: Masked(lambda w, mask: torch.where(mask != 0, w, 0.1 * w)),
+        # A mask of activations is none of weights, though it has the shape of the weight.
+        lambda: Calling(lambda m, x: x * torch.eye(5, 4)),
+        lambda: nn.Conv1d(5, 5, 3, padding=1),
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.9)),
+    ],
+    ids=[
+        "zeros", "drop connect", "all elements used", "no zeros", "leaky", "activations",
+        "padding", "dropout",
+    ],
+)  # fmt: skip
+def test_what_hides_no_weight_for_good_is_clean(make):
+    assert measure_state_hygiene(make(), ROWS, optimizer=decaying).places("masked moves") == ()
+
+
+# --- averages -------------------------------------------------------------------------------------
+
+
+class Averaging(nn.Module):
+    """A network that is trained, and its average, which predicts."""
+
+    def __init__(self, follow) -> None:
+        super().__init__()
+        self.live = net()
+        self.average = copy.deepcopy(self.live).requires_grad_(False)
+        self.follow = follow
+
+    def forward(self, x):
+        return self.live(x) if self.training else self.average(x)
+
+    def update(self, *_):
+        with torch.no_grad():
+            for mean, now in zip(self.average.parameters(), self.live.parameters(), strict=True):
+                mean.lerp_(now, 0.1)
+            for mean, now in zip(self.average.buffers(), self.live.buffers(), strict=True):
+                self.follow(mean, now)
+
+
+def stepping(model: nn.Module) -> torch.optim.Optimizer:
+    built = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    built.register_step_post_hook(model.update)
+    return built
+
+
+def with_the_weights(mean, now):
+    if mean.is_floating_point():
+        mean.lerp_(now, 0.1)
+
+
+def test_an_average_with_its_own_statistics_is_clean():
+    """Also: a hook of the optimizer moves frozen weights, which the optimizer does not hold."""
+    found = measure_state_hygiene(Averaging(with_the_weights), ROWS, optimizer=stepping)
+    assert found.findings == ()
+
+
+def test_an_average_that_does_not_predict_is_clean():
+    class Kept(Averaging):
+        def forward(self, x):
+            return self.live(x)
+
+    found = measure_state_hygiene(Kept(lambda mean, now: None), ROWS, optimizer=stepping)
+    assert found.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("follow", "told"),
+    [
+        (lambda mean, now: None, "its statistics stay as they were"),
+        (lambda mean, now: mean.copy_(now), "its statistics are those of live.1"),
+    ],
+    ids=["first", "last"],
+)
+def test_an_average_with_statistics_of_other_weights_is_broken(follow, told):
+    text = message(Averaging(follow), optimizer=stepping)
+    assert f"average.1   averaged norm:   its weights are averaged, {told}" in text
+
+
+def test_the_message_of_an_average_with_other_statistics(golden):
+    text = message(Averaging(lambda mean, now: None), optimizer=stepping)
+    golden(text, "messages/hygiene_averaged.txt")
+
+
+@pytest.mark.parametrize("buffers", [True, False])
+def test_swapping_an_average_in_takes_its_statistics_along(buffers):
+    class Swapping(Averaging):
+        def train(self, mode=True):
+            if mode != self.training:
+                for name, now in self.live.state_dict().items():
+                    if buffers or "running" not in name:
+                        other, kept = self.average.state_dict()[name], now.clone()
+                        now.copy_(other)
+                        other.copy_(kept)
+            return super().train(mode)
+
+        def forward(self, x):
+            return self.live(x)
+
+    found = measure_state_hygiene(Swapping(with_the_weights), ROWS, optimizer=stepping)
+    assert found.places("averaged norm") == (() if buffers else ("live.1",))
+
+
 # --- snapshots ------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from ensembles import Partition, split_axis, split_batch
+from ensembles import Partition, Subject, check_ensemble, split_axis, split_batch
 from ensembles.checks.ownership import assert_ownership, measure_ownership_map
 from ensembles.models import (
     Ensemble,
@@ -639,3 +639,14 @@ def test_outputs_of_members_of_their_own_may_be_found_by_a_function():
             return Answer(super().forward(x))
 
     owned([Answering(3, 2), Answering(3, 2)], torch.randn(2, 3), outputs=lambda out: out.logits)
+
+
+def test_members_that_find_none_are_told_before_outputs():
+    subject = Subject(
+        make=lambda: nn.Linear(3, 2),
+        batch=lambda: torch.randn(4, 3),
+        members=lambda model: [],
+        claims={"ownership": "independent"},
+    )
+    (result,) = (r for r in check_ensemble(subject) if r.check == "ownership")
+    assert result.message == "Subject(members=...) has no members: there is nothing to compare."
