@@ -141,6 +141,18 @@ def test_an_excluded_label_costs_infinitely_but_not_if_another_member_has_it():
     label = torch.tensor([1])
     assert Mean()(logits, label) == math.inf
     assert Joint(1)(logits, label).item() == pytest.approx(math.log(4))
+    nowhere = {"a": logits["a"], "b": logits["a"]}
+    for beta in (0, 0.5, 1):  # and not the NaN of 0 times infinity
+        assert Joint(beta)(nowhere, label) == math.inf
+
+
+def test_labels_may_be_any_whole_numbers():
+    torch.manual_seed(3)
+    logits = {name: torch.randn(4, 3) for name in ("parent", "subnet")}
+    labels = torch.tensor([2, 0, 1, 2])
+    for objective in EVERY:
+        for dtype in (torch.uint8, torch.int16, torch.int32):
+            assert torch.equal(objective(logits, labels.to(dtype)), objective(logits, labels))
 
 
 def test_members_may_see_batches_of_their_own():

@@ -121,7 +121,8 @@ def test_logits_at_the_end_of_the_range_have_a_geometric_mean(count):
     torch.testing.assert_close(
         predict(named(logits), "geometric").exp(), torch.tensor([[1.0, 0.0, 0.0]])
     )
-    worst = torch.tensor([[[0.0, -3e38]], [[-3e38, 0.0]]])
+    worst = torch.tensor([[[0.0, -3e38]], [[-3e38, 0.0]]]).repeat(2, 1, 1)
+    assert worst.sum(0).isneginf().all()
     assert predict(named(worst), "geometric").exp().tolist() == [[0.5, 0.5]]
 
 
