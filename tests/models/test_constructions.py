@@ -160,6 +160,15 @@ class TestEquality:
         assert [blocks is None for blocks in called] == [True] + 19 * [False]
         assert_same_network(*pair, images(), members)
 
+    @pytest.mark.parametrize("depth", [18, 50])
+    def test_subnets_in_every_layout_are_equal(self, monkeypatch, depth):
+        # A block of 4 x 4 x 3 x 3 in float64 has 1,152 bytes: the bound falls between the layers.
+        monkeypatch.setattr(constructions, "_SMALL_BLOCK", 1500)
+        pair = make_both(depth, seed=5, stem="cifar_maxpool")
+        laid_out = layouts(pair[1], "subnets.subnet_0_1", images(16))
+        assert set(laid_out) == {True, False}
+        assert_same_network(*pair, images(16), ["parent", "subnet_0_1"], steps=1)
+
     def test_a_subnet_by_itself_is_what_it_is_among_the_others(self):
         network = make(width=3).eval()
         outputs = network(images())
@@ -307,6 +316,42 @@ def kept_bytes(network, x):
         outputs = network.train()(x)
     del outputs
     return sum(storage.nbytes() for at, storage in kept.items() if at not in known)
+
+
+def layouts(network, prefix, x):
+    """Whether the output of every BatchNorm that has more than one pixel is channels last."""
+    found = []
+    hooks = [
+        module.register_forward_hook(
+            lambda _, __, y: (
+                found.append(y.is_contiguous(memory_format=torch.channels_last))
+                if y.shape[-1] > 1
+                else None
+            )
+        )
+        for name, module in network.named_modules()
+        if name.startswith(prefix) and isinstance(module, nn.BatchNorm2d)
+    ]
+    network.eval()(x)  # statistics stay as they are
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+class TestLayout:
+    def test_narrow_subnets_on_a_cpu_compute_channels_last_behind_the_stem(self):
+        stem, *others = layouts(make(base_channels=4), "subnets.subnet_1_0", images(32))
+        assert not stem  # it keeps the shared product
+        assert len(others) >= 15
+        assert all(others)
+
+    def test_the_parent_keeps_the_layout_of_its_image(self):
+        assert not any(layouts(make(base_channels=4), "parent", images(32)))
+
+    def test_subnets_of_large_blocks_keep_the_layout_of_the_image(self, monkeypatch):
+        monkeypatch.setattr(constructions, "_SMALL_BLOCK", 0)
+        found = layouts(make(base_channels=4), "subnets.subnet_1_0", images(32))
+        assert not any(found)
 
 
 class TestUse:
