@@ -2,12 +2,13 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.parametrizations import weight_norm
 
-from ensembles import Subject, parametrize_with_checks, split_axis, split_batch
+from ensembles import Subject, check_ensemble, parametrize_with_checks, split_axis, split_batch
 from ensembles.subject import whole
 
 ALONE = {
@@ -458,7 +459,7 @@ def test_members_that_are_modules(subject, check):
     check(subject)
 
 
-# --- healthy, and a check cannot look -----------------------------------------------------------
+# --- outputs and teachers ------------------------------------------------------------------------
 
 
 class FlatDistance(Siamese):
@@ -483,10 +484,39 @@ def test_a_network_with_one_number_for_each_row(subject, check):
             members=student_and_teacher,
             loss=distance_to_teacher,
         ),
-    ],
-    expected_failures={
-        "coverage": "a forward pass that changes a parameter is refused, though it is frozen"
-    },
+    ]
 )
 def test_a_teacher_that_follows_in_the_forward_pass(subject, check):
+    """What is frozen may move with the training, as a buffer may."""
     check(subject)
+
+
+class FollowedInEval(Distilled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher[0].bias.data += 1  # a mean of values that are equal does not move
+
+    def forward(self, x):
+        self.follow()
+        return super().forward(x)
+
+
+class StudentThatMoves(Distilled):
+    def forward(self, x):
+        with torch.no_grad():
+            self.student[0].weight.add_(0.01)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("moving", "check", "told"),
+    [
+        (FollowedInEval, "hygiene", "teacher"),
+        (StudentThatMoves, "coverage", "changes its own parameter model.student.0.weight"),
+    ],
+)
+def test_what_moves_in_eval_mode_or_is_trained_is_not_healthy(moving, check, told):
+    subject = healthy("moving", moving, rows, {check: ALONE[check]}, loss=distance_to_teacher)
+    (found,) = (result for result in check_ensemble(subject) if result.claim)
+    assert found.status in ("broken", "error")
+    assert told in found.message

@@ -59,7 +59,8 @@ class Flow:
         stuck: Trainable parameters that are zero and have no gradient, because whatever
             multiplies them is zero and has none either.
         thawed: Frozen parameters that train() or the call makes trainable.
-        unused_members: Members whose output the loss does not use, whatever the predictions.
+        unused_members: Members whose trained output the loss does not use, whatever the
+            predictions.
     """
 
     lost: Mapping[int, Tensor] = field(default_factory=dict)
@@ -124,7 +125,12 @@ def gradient_flow(
             of_loss = frozenset(id(leaf) for leaf in leaves_of([value]))
             gradients = gradients_of([value], [torch.ones_like(value)], asked)
             used = _used_outputs(loss, values)
-            unused = tuple(member for member, tensors in used.items() if not any(tensors))
+            unused = tuple(
+                member
+                for member, tensors in used.items()
+                # What no trainable parameter reaches is a target: a teacher, say.
+                if not any(tensors) and any(y.requires_grad for y in found[member])
+            )
         pairs = list(zip(trainable, gradients[: len(trainable)], strict=True))
         dead = [name for name, gradient in pairs if gradient is None or not _lives(gradient)]
         suspects = {name: trainable[name] for name in dead}

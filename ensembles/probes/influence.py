@@ -195,7 +195,7 @@ def probing(
                 _set_values(modules, gain, signed=values == "signed", held=held)
                 inputs = pytree.tree_map(_signed if values == "signed" else _generic, batch)
             seen = nullcontext() if values == "present" else transparent_forward()
-            with parameters_kept(model), seen:
+            with parameters_kept(model, frozen=frozen), seen:
                 found = member_outputs(model, inputs, outputs=outputs)
             if all(_usable(tensors) for tensors in found.values()):
                 break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -225,11 +225,18 @@ def seed_generators(seed: int) -> None:
 
 
 @contextmanager
-def parameters_kept(model: Model) -> Iterator[None]:
-    """Refuses a model whose call changes its own parameters; wrap the call in it.
+def parameters_kept(model: Model, *, frozen: Collection[int] = ()) -> Iterator[None]:
+    """Refuses a model whose call changes what it trains; wrap the call in it.
+
+    A frozen parameter may move, as a buffer may: the key encoder of He et al. 2020 follows its
+    query encoder in the forward pass of training.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+        frozen: Ids of parameters that are frozen, though they require a gradient now.
 
     Raises:
-        ValueError: On exit, naming the first parameter that the call changed.
+        ValueError: On exit, naming the first trainable parameter that the call changed.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -241,7 +248,7 @@ def parameters_kept(model: Model) -> Iterator[None]:
     named = [
         (names[0], tensor)
         for tensor, names, kind in registered(named_modules_of(model))
-        if kind == "parameter"
+        if kind == "parameter" and tensor.requires_grad and id(tensor) not in frozen
     ]
     before = [(p.data_ptr(), _bits(p).clone()) for _, p in named]
     yield
@@ -249,8 +256,8 @@ def parameters_kept(model: Model) -> Iterator[None]:
         if parameter.data_ptr() != address or not torch.equal(_bits(parameter), bits):
             raise ValueError(
                 f"calling the model changes its own parameter {place}, so that what is measured "
-                "depends on how often it was called. Change parameters in the training step, "
-                "or make the tensor a buffer."
+                "depends on how often it was called. Change parameters in the training step; "
+                "freeze one that is not trained (requires_grad_(False)), or make it a buffer."
             )
 
 
