@@ -42,6 +42,7 @@ Owners = tuple[str, ...]
 class _Look(TypedDict, total=False):
     training: bool
     values: Values
+    draw: int
 
 
 Statement = str | Partition
@@ -52,6 +53,9 @@ FURTHER_LOOKS: tuple[_Look, ...] = (
     {"values": "signed"},
     {"values": "present"},
 )
+
+ROUTING_LOOKS: tuple[_Look, ...] = tuple({"values": "signed", "draw": i} for i in range(1, 7))
+"""Hard routing sends rows to an expert for some values. Needed where nothing was reached only."""
 
 WORDS = ("independent", "tied", "partition", "unused")
 
@@ -136,7 +140,8 @@ def measure_ownership_map(
 
     The model is looked at in evaluation mode, as it predicts. Where elements reach nobody there,
     further looks may add to them: in training mode (auxiliary heads), with values of both signs
-    in place of one-hot inputs, and at the present weights and batch (routing, clipping).
+    in place of one-hot inputs, and at the present weights and batch (routing, clipping); and for
+    parameters of which nothing was reached, with other values (an expert without any row).
 
     Args:
         model: One module, or the members as a list or dict of modules.
@@ -166,11 +171,12 @@ def measure_ownership_map(
         homes = dict(probe.homes)
         owned = {name: _Owners(p, members) for name, p in probe.parameters.items()}
         _add_members(owned, probe)
-    for look in FURTHER_LOOKS:
+    for look in (*FURTHER_LOOKS, *ROUTING_LOOKS):
         silent = {
             name: owners
             for name, owners in owned.items()
-            if name not in lookups and not bool(owners.codes.all())
+            if name not in lookups
+            and not bool(owners.codes.any() if look in ROUTING_LOOKS else owners.codes.all())
         }
         # A look that fails has nothing to add: the model was called before.
         with suppress(ValueError):

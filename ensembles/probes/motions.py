@@ -181,7 +181,6 @@ def moved_in_training(
             gradients = gradients_of([value], [torch.ones_like(value)], list(trainable.values()))
         if step == 0:
             updates = _updates(entries, before)
-            found += _frozen_statistics(model, set(by_forward))
         between = _values(entries)
         for parameter, gradient in zip(trainable.values(), gradients, strict=True):
             parameter.grad = gradient
@@ -189,6 +188,8 @@ def moved_in_training(
             _step(each)
         moved = dict(_changed(entries, between))
         found += _frozen_parameters(entries, moved, optimizers)
+        if step == 0:
+            found += _frozen_statistics(model, by_forward, {*by_forward, *moved})
         found += _behind_masks(entries, between, masked)
         averages.moved({n for n, g in zip(trainable, gradients, strict=True) if g is not None})
         zero = [
@@ -259,7 +260,9 @@ def _updates(entries: Sequence[Registered], before: Mapping[str, Tensor]) -> dic
 # --- frozen, masked -----------------------------------------------------------------------------
 
 
-def _frozen_statistics(model: Model, moved: set[str]) -> Iterator[Disorder]:
+def _frozen_statistics(
+    model: Model, by_forward: Mapping[str, float], moved: set[str]
+) -> Iterator[Disorder]:
     """Buffers that a call moved in modules whose own parameters are all frozen and at rest."""
     first = {id(e.tensor): e.names[0] for e in registered(model)}
     for module in named_modules_of(model).values():
@@ -269,7 +272,7 @@ def _frozen_statistics(model: Model, moved: set[str]) -> Iterator[Disorder]:
                 continue
             for _, buffer in inner.named_buffers(recurse=False):
                 name = first[id(buffer)]
-                if name in moved and not name.endswith("num_batches_tracked"):
+                if name in by_forward and not name.endswith("num_batches_tracked"):
                     yield Disorder("frozen moves", name, "its module is frozen, a call moves it")
 
 

@@ -388,6 +388,15 @@ def test_an_average_with_its_own_statistics_is_clean():
     assert found.findings == ()
 
 
+def test_an_average_whose_norms_see_every_batch_is_clean():
+    class Student(Averaging):
+        def forward(self, x):
+            return self.live(x), self.average(x)
+
+    found = measure_state_hygiene(Student(lambda mean, now: None), ROWS, optimizer=stepping)
+    assert found.findings == ()
+
+
 def test_an_average_that_does_not_predict_is_clean():
     class Kept(Averaging):
         def forward(self, x):

@@ -650,3 +650,34 @@ def test_members_that_find_none_are_told_before_outputs():
     )
     (result,) = (r for r in check_ensemble(subject) if r.check == "ownership")
     assert result.message == "Subject(members=...) has no members: there is nothing to compare."
+
+
+class Routed(nn.Module):
+    """Every row goes to one expert of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route = nn.Linear(4, 3)
+        self.experts = nn.ModuleList(nn.Linear(4, 2) for _ in range(3))
+
+    def forward(self, x):
+        share, chosen = self.route(x).softmax(1).max(1)
+        out = x.new_zeros(len(x), 2)
+        for i, expert in enumerate(self.experts):
+            rows = (chosen == i).nonzero()[:, 0]
+            if len(rows):
+                out = out.index_add(0, rows, expert(x[rows]) * share[rows, None])
+        return out
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_experts_without_any_row_of_this_batch_are_reached_for_other_values(seed):
+    torch.manual_seed(seed)
+    members = [Routed(), Routed()]
+    assert_ownership(measure_ownership_map(members, torch.randn(3, 4)), "independent")
+    members[1].unused = nn.Linear(4, 2)
+    found = measure_ownership_map(members, torch.randn(3, 4))
+    assert [name for name in found.owners if found.statement(name) == "unused"] == [
+        "1.unused.weight",
+        "1.unused.bias",
+    ]
