@@ -78,14 +78,11 @@ def download_file(url: str, path: Path | str, *, sha256: str, timeout: float = 3
     path = Path(path)
     if urlsplit(url).scheme not in ("http", "https"):
         raise ValueError(f"{url} is not an address that begins with http:// or https://.")
-    if path.exists():
-        require_digest(path, sha256)
-        return path
     part = path.with_name(f"{path.name}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with _alone_in(path.parent):
-        if path.exists():  # another process was faster
+        if path.exists():  # from before, or because another process was faster
             require_digest(path, sha256)
             return path
         if not part.exists() or sha256_of(part) != sha256.lower():

@@ -129,8 +129,8 @@ def split_validation(
     if not 0 < count < len(images):
         raise ValueError(
             f"share_or_count={share_or_count!r} of {len(images)} images leaves one set empty: "
-            "training and validation need at least one image each. A float is a share between 0 and 1, "
-            "an int a number of images."
+            "training and validation need at least one image each. A float is a share "
+            "between 0 and 1, an int a number of images."
         )
     chosen = _stratified(images.labels.cpu(), len(images.classes), count, ("validation", seed))
     return (

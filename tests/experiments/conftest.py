@@ -42,7 +42,7 @@ def served():
                     self.send_header("Content-Range", f"bytes */{len(content)}")
                     self.end_headers()
                     return
-                start = 0 if state.ranges == "wrong" else start
+                start = 7 if state.ranges == "wrong" else start
                 self.send_response(206)
                 self.send_header(
                     "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"

@@ -72,10 +72,10 @@ def test_a_missing_array_is_named_with_those_that_are_there(tmp_path):
 
 def test_pickled_objects_are_not_loaded(tmp_path):
     (tmp_path / "a.npz").write_bytes(packed(labels=np.array([{}], dtype=object)))
-    with pytest.raises(ValueError, match="array 'labels' cannot be read.*allow_pickle=False"):
+    with pytest.raises(ValueError, match=r"array 'labels' cannot be read.*allow_pickle=False"):
         read_npz(tmp_path / "a.npz", ["labels"])
     np.save(tmp_path / "a.npy", np.array([{}], dtype=object))
-    with pytest.raises(ValueError, match="the file cannot be read.*allow_pickle=False"):
+    with pytest.raises(ValueError, match=r"the file cannot be read.*allow_pickle=False"):
         read_npy(tmp_path / "a.npy")
 
 

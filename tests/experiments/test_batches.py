@@ -334,7 +334,7 @@ def test_steps_and_epochs_that_do_not_exist_are_told():
             made.at(0, step)
     with pytest.raises(IndexError, match="epoch -1: epochs count from 0"):
         made.at(-1, 0)
-    with pytest.raises(ValueError, match="no member 'member_7'. There are member_0, member_1"):
+    with pytest.raises(ValueError, match=r"no member 'member_7'\. There are member_0, member_1"):
         made.order_of(0, "member_7")
 
 

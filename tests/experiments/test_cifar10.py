@@ -17,10 +17,13 @@ BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 
 
 class OldUint8:
-    """Pickles as the uint8 of 2009, whose flags are numbers and not booleans."""
+    """Pickles as a uint8 whose flags are numbers and not booleans, as they were in 2009.
+
+    NumPy 2.4.0 deprecates that; later releases let the flags of the official files, (0, 1), pass.
+    """
 
     def __reduce__(self):
-        return np.dtype, ("u1", 0, 1)
+        return np.dtype, ("u1", 0, 0)
 
 
 class OldArray:

@@ -3,6 +3,7 @@
 import io
 import os
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def moved(one, two):
 def test_each_level_moves_the_pixels_further(images, corruption):
     distances = [moved(images, corrupt(images, corruption, n, seed=0)) for n in range(1, 6)]
     assert distances[0] > 0
-    assert all(one < two for one, two in zip(distances[:-1], distances[1:], strict=True)), distances
+    assert all(one < two for one, two in pairwise(distances)), distances
 
 
 @pytest.mark.parametrize("corruption", LEVELS)
@@ -133,6 +134,14 @@ def test_noise_has_the_level_s_deviation_and_is_independent_by_pixel(level):
     assert abs(neighbours[0, 1]) < 0.02
     assert channels.fill_diagonal_(0).abs().max() < 0.03
     assert others.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_noise_on_black_and_white_ends_at_black_and_white(value):
+    flat = replace(SIZES[8], pixels=torch.full((40, 3, 8, 8), value, dtype=torch.uint8))
+    found = corrupt(flat, "noise", 5, seed=0).pixels.double()
+    assert (found - value).abs().max() < 6 * 255 * LEVELS["noise"][4]
+    assert 0.4 < (found == value).double().mean() < 0.6
 
 
 def test_noise_is_the_same_at_every_level_but_for_its_strength():

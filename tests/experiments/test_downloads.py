@@ -132,7 +132,7 @@ def test_a_disk_that_fills_up_keeps_what_came_and_the_download_continues(served,
     script = f"""
         import resource
         from ensembles.experiments.downloads import download_file
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, resource.RLIM_INFINITY))
         try:
             download_file("{served.url}/a.npy", "a.npy", sha256="{DIGEST}")
         except OSError as error:
@@ -148,10 +148,10 @@ def test_a_disk_that_fills_up_keeps_what_came_and_the_download_continues(served,
     )
     assert "cannot write a.npy: File too large. Nothing took its name" in run.stdout
     assert names(tmp_path) == ["a.npy.part"]
-    assert (tmp_path / "a.npy.part").read_bytes() == CONTENT[:100_000]
+    assert (tmp_path / "a.npy.part").read_bytes() == CONTENT[:250_000]
     path = download_file(f"{served.url}/a.npy", tmp_path / "a.npy", sha256=DIGEST)
     assert path.read_bytes() == CONTENT
-    assert served.asked[1:] == [("/a.npy", "bytes=100000-")]
+    assert served.asked[1:] == [("/a.npy", "bytes=250000-")]
 
 
 def test_two_that_fetch_the_same_file_at_once_do_not_mix_their_parts(served, tmp_path):
