@@ -16,8 +16,11 @@ TOLD = "*nothing to compare with: stored the first run of this kind of machine*"
 
 
 @pytest.fixture
-def clone(pytester):
+def clone(pytester, monkeypatch):
     """A tree with our conftest of the benchmarks and our settings, and one small benchmark."""
+    # The runs within are measured, whatever runs this one: pytest-benchmark looks here for xdist.
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        monkeypatch.delenv(name, raising=False)
     for name in ("benchmarks/conftest.py", "pyproject.toml"):
         target = pytester.path / name
         target.parent.mkdir(exist_ok=True)

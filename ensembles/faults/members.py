@@ -297,7 +297,7 @@ def swapped_outputs(architecture: Architecture, place: Place, broken: bool) -> S
 
 @fault("members", "coupling")
 def mixed_by_chance(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """In every second training call two members change features, as mixup of the wrong axis does."""
+    """In every second training call two members change features: mixup of the wrong axis."""
 
     class Mixing(Ensemble):
         def forward(self, x: Tensor) -> list[Tensor]:
