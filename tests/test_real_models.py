@@ -15,7 +15,7 @@ from torchvision.models.vgg import VGG, cfgs, make_layers
 
 from ensembles import Subject, check_ensemble, parametrize_with_checks
 from ensembles.claims import DEFAULT_ENSEMBLE_CLAIMS
-from ensembles.experiments.pretrained import PRETRAINED, CifarResNet, load_pretrained
+from ensembles.experiments.evaluation.pretrained import PRETRAINED, CifarResNet, load_pretrained
 
 DATA = Path(os.environ.get("ENSEMBLES_DATA", Path(__file__).parents[2] / "shared" / "data"))
 IMAGES = DATA / "cifar10_raw_prefix.npz"

@@ -16,10 +16,10 @@ import yaml
 from ensembles import __version__
 from ensembles.experiments.command_line import COMMANDS, main
 from ensembles.experiments.commands.parsing import values_of
-from ensembles.experiments.loading import CombinedNetwork, load_named
-from ensembles.experiments.networks import NetworkOptions, SingleNetwork
-from ensembles.experiments.results import read_result
-from ensembles.experiments.training_options import Execution, TrainingOptions
+from ensembles.experiments.evaluation.loading import CombinedNetwork, load_named
+from ensembles.experiments.evaluation.results import read_result
+from ensembles.experiments.training.networks import NetworkOptions, SingleNetwork
+from ensembles.experiments.training.options import Execution, TrainingOptions
 from ensembles.models.resnet import resnet18
 
 COMMAND_FILES = Path(__file__).parents[2] / "ensembles" / "experiments" / "commands"
@@ -351,7 +351,7 @@ def test_evaluate_says_what_is_wrong(options, told, runs, tmp_path, capsys, monk
 
 def test_the_same_images_are_found_by_their_index():
     from ensembles.experiments.commands.evaluate import _same
-    from ensembles.experiments.sources import load_images
+    from ensembles.experiments.data.sources import load_images
 
     whole = load_images("digits", "test")
     inside, outside = whole.select([5, 2, 9]), whole.select(list(range(20, -1, -1)))

@@ -29,8 +29,8 @@ def run(checkpoint: Path, out: Path, *, member: str | None = None) -> int:
     Returns:
         The exit status.
     """
-    from ensembles.experiments.checkpoints import convert
-    from ensembles.experiments.loading import checkpoint_of
+    from ensembles.experiments.evaluation.loading import checkpoint_of
+    from ensembles.experiments.training.checkpoints import convert
 
     found = checkpoint_of(checkpoint)
     convert(found, out, member=member)

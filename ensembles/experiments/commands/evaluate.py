@@ -15,8 +15,8 @@ from ensembles.message import aligned
 if TYPE_CHECKING:
     import torch
 
-    from ensembles.experiments.images import ImageSet
-    from ensembles.experiments.results import Result
+    from ensembles.experiments.data.images import ImageSet
+    from ensembles.experiments.evaluation.results import Result
 
 __all__ = ["main", "parser", "run"]
 
@@ -73,9 +73,9 @@ def run(
     """
     import torch
 
-    from ensembles.experiments.evaluation import evaluate
-    from ensembles.experiments.loading import load_named
-    from ensembles.experiments.results import Result, write_result
+    from ensembles.experiments.evaluation.loading import load_named
+    from ensembles.experiments.evaluation.results import Result, write_result
+    from ensembles.experiments.evaluation.scores import evaluate
 
     if out.suffix == ".json" and out.exists():  # before hours of computing
         raise FileExistsError(f"{out} exists, and is not overwritten: choose another name")
@@ -135,8 +135,8 @@ def _sets(
     seed: int,
     paired: bool,
 ) -> list[ImageSet]:
-    from ensembles.experiments.corruptions import LEVELS, corrupt
-    from ensembles.experiments.sources import SETS, load_images
+    from ensembles.experiments.data.corruptions import LEVELS, corrupt
+    from ensembles.experiments.data.sources import SETS, load_images
 
     def load(name: str) -> ImageSet:
         return load_images(name, split, root=root, download=download)

@@ -13,7 +13,7 @@ from ensembles.experiments.commands.parsing import parser_of, values_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ensembles.experiments.curves import Curves
+    from ensembles.experiments.plots.curves import Curves
 
 __all__ = ["main", "parser", "run"]
 
@@ -82,8 +82,8 @@ def run(
 
 
 def _robustness(places: Sequence[str], reduction: str) -> dict[str, Figure]:
+    from ensembles.experiments.evaluation.results import read_results
     from ensembles.experiments.plots import plot_results
-    from ensembles.experiments.results import read_results
 
     results = read_results(places)
     inside = results[0].evaluations[0].data.name
@@ -94,7 +94,12 @@ def _robustness(places: Sequence[str], reduction: str) -> dict[str, Figure]:
 def _curves(
     places: Sequence[str], training: str | None, validation: str | None, title: str | None
 ) -> Figure:
-    from ensembles.experiments.curves import TABLES, plot_training_curves, read_curves, read_runs
+    from ensembles.experiments.plots.curves import (
+        TABLES,
+        plot_training_curves,
+        read_curves,
+        read_runs,
+    )
 
     runs: dict[str, list[Curves]] = {}
     for place in places:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from ensembles.experiments.commands.parsing import parser_of, values_of
-from ensembles.experiments.networks import NetworkOptions
-from ensembles.experiments.training_options import Execution, TrainingOptions
+from ensembles.experiments.training.networks import NetworkOptions
+from ensembles.experiments.training.options import Execution, TrainingOptions
 from ensembles.message import aligned
 from ensembles.models.objectives import OBJECTIVES, Objective
 
@@ -71,7 +71,7 @@ def run(
     Returns:
         The exit status.
     """
-    from ensembles.experiments.sources import load_images
+    from ensembles.experiments.data.sources import load_images
 
     chosen = _objective(objective, {"lam": lam, "p": p, "beta": beta, "subnets": subnets})
     kept = training.validation
@@ -79,7 +79,7 @@ def run(
         training = replace(training, validation=int(kept))
     options = replace(training, objective=chosen, seed=seed, deterministic=deterministic)
     images = load_images(data, "train", root=root, download=download)
-    from ensembles.experiments.training import train  # Lightning: after what may be refused
+    from ensembles.experiments.training.trainer import train  # Lightning: after what may be refused
 
     done = train(network, options, images, folder, execution=execution)
     last = done.epochs()[-1]
