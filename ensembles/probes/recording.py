@@ -276,7 +276,7 @@ def _train(model: Model, recipe: Recipe, run: Run) -> Iterator[Entry]:
             ]
             if run.alike:
                 clock.rewind()
-            loss = loss_of(recipe.loss or _distance, outputs)
+            loss = _loss(recipe, outputs, step)
             _backward(loss, step)
             yield from log
             log.clear()
@@ -287,6 +287,18 @@ def _train(model: Model, recipe: Recipe, run: Run) -> Iterator[Entry]:
                 _step(optimizer)
             yield from tensors.entries(step)
             yield from tensors.states(step, optimizers)
+
+
+def _loss(recipe: Recipe, outputs: Mapping[str, tuple[Tensor, ...]], step: int) -> Tensor:
+    try:
+        return loss_of(recipe.loss or _distance, outputs)
+    except ValueError as error:
+        if step == 1:
+            raise
+        raise ValueError(
+            f"in step {step}, after {step - 1} of the optimizer: {error} Where training diverges "
+            "on this batch, give a smaller learning rate or a larger batch."
+        ) from error
 
 
 def _backward(loss: Tensor, step: int) -> None:

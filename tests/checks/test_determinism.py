@@ -378,6 +378,12 @@ def test_a_loss_that_is_not_finite_is_an_error():
         assert_bitwise(classifier, loss=lambda y: y["model"].sum() * torch.nan)
 
 
+def test_training_that_diverges_says_after_how_many_steps():
+    said = r"in step 2, after 1 of the optimizer: loss=.* is (nan|inf)[\s\S]*smaller learning rate"
+    with pytest.raises(ValueError, match=said):
+        assert_bitwise(classifier, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1e38))
+
+
 def test_fewer_than_no_steps_are_an_error():
     with pytest.raises(ValueError, match="steps=-1"):
         assert_bitwise(classifier, steps=-1)
