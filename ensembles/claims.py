@@ -336,7 +336,11 @@ def _run_round_trips(subject: Subject, model: Model, claim: Any) -> object:
         ]
         raise _unknown_claim("round_trips", claim, words)
     measured = round_trips.measure_round_trips(
-        subject.make, _batch(subject), conversions=names, factory=factory
+        subject.make,
+        _batch(subject),
+        outputs=subject.outputs,
+        conversions=names,
+        factory=factory,
     )
     round_trips.assert_round_trips_kept(measured, names)
     return measured

@@ -1262,13 +1262,16 @@ class RoundTripFixture:
         make: Callable[[], Model],
         batch: Any,
         *,
+        outputs: Outputs | None = None,
         conversions: Sequence[str] | str = "all",
         factory: str | None = None,
     ) -> RoundTrips:
         """What is left of a model after every conversion: `measure_round_trips`."""
         from ensembles.checks.round_trips import measure_round_trips
 
-        return measure_round_trips(make, batch, conversions=conversions, factory=factory)
+        return measure_round_trips(
+            make, batch, outputs=outputs, conversions=conversions, factory=factory
+        )
 
     def assert_kept(
         self,
@@ -1276,16 +1279,19 @@ class RoundTripFixture:
         batch: Any,
         conversions: Sequence[str] | str = "all",
         *,
+        outputs: Outputs | None = None,
         factory: str | None = None,
     ) -> None:
-        """Checks that conversions keep ties, function, registered parameters and the optimizer.
+        """Checks that conversions keep ties, function, owners, parameters and the optimizer.
 
         Of "all", those that PyTorch itself breaks are let pass.
         """
         __tracebackhide__ = True
         from ensembles.checks.round_trips import assert_round_trips_kept
 
-        measured = self.measure(make, batch, conversions=conversions, factory=factory)
+        measured = self.measure(
+            make, batch, outputs=outputs, conversions=conversions, factory=factory
+        )
         assert_round_trips_kept(measured, conversions)
 
 

@@ -6,13 +6,15 @@ order is that of hashes, layers that draw from generators of their own, and oper
 repeat.
 
 The model is built and trained twice from one seed, the second time with the clock a day ahead,
-and once more from another seed, which must give other weights. On request the same is done in two
+and once more from another seed, which must give other weights. Where runs part, two more with a log
+of every call name the operation. On request the same is done in two
 new processes, with other hash seeds and with generators in other states before the import.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from ensembles.message import aligned, broken, counted, listed
 from ensembles.message import seed as present_seed
+from ensembles.probes.calls import CallLog, first_unlike
 from ensembles.probes.partings import Parting, partings
 from ensembles.probes.processes import runs_in_processes
 from ensembles.probes.recording import Entry, Run, generator_entries, recorded_anew
@@ -51,6 +54,8 @@ class Determinism:
         drawn: Parameters whose initial elements are not all one number.
         unseeded: Those of them that another seed leaves as they are.
         constant: The generators that construction leaves in one state whatever the seed.
+        operation: The first operation of PyTorch whose result differs in two more runs, and the
+            function that called it; "" where none does, or between two processes.
     """
 
     seed: int
@@ -63,6 +68,7 @@ class Determinism:
     drawn: tuple[str, ...]
     unseeded: tuple[str, ...]
     constant: tuple[str, ...]
+    operation: str = ""
 
     def __str__(self) -> str:
         what = f"construction and {counted(range(self.steps), 'step')}"
@@ -71,7 +77,7 @@ class Determinism:
             f"{len(self.parted)} of {self.compared} values differ between two runs from seed "
             f"{self.seed}, {what if self.steps else 'construction only'}{where}"
         )
-        lines = aligned(_first_of_kinds(self.parted))
+        lines = aligned(_rows(self))
         if self.refused:
             lines.append(f"refused: {self.refused}")
         if self.constant:
@@ -158,6 +164,7 @@ def measure_determinism(
         if not refused:
             raise
     parted = tuple(partings(first, second))
+    operation = _first_operation(subject, run, algorithms) if parted else ""
     apart = False
     if factory is not None and not parted and not refused:
         here, there = runs_in_processes(factory, feed(), run, algorithms=algorithms)
@@ -179,6 +186,7 @@ def measure_determinism(
         drawn=drawn,
         unseeded=unseeded,
         constant=constant,
+        operation=operation,
     )
 
 
@@ -223,7 +231,7 @@ def assert_deterministic(determinism: Determinism, *, loaded: bool = False) -> N
                 f"one seed is claimed to give the same bits, and {runs} from seed "
                 f"{determinism.seed} part "
                 + (f"in step {first.step}" if first.step else "at construction"),
-                _first_of_kinds(determinism.parted),
+                _rows(determinism),
                 total=f"{len(determinism.parted)} of {determinism.compared} recorded values",
                 meaning="Everything before is the same; what comes later follows from the first "
                 "difference.",
@@ -298,10 +306,15 @@ def _cause(first: Parting, apart: bool) -> str:
     return _CAUSES.get(first.kind, _STEP)
 
 
-def _first_of_kinds(parted: Sequence[Parting]) -> list[tuple[str, ...]]:
-    """One row a kind: where it differs first, and how often in all."""
+def _rows(determinism: Determinism) -> list[tuple[str, ...]]:
+    """The first operation, and one row a kind: where it differs first, and how often in all."""
+    parted = determinism.parted
     kinds = dict.fromkeys(parting.kind for parting in parted)
-    return [
+    rows: list[tuple[str, ...]] = []
+    if determinism.operation:
+        name = f"operation {determinism.operation}"
+        rows.append((f"step {parted[0].step}", name, "the first that differs"))
+    return rows + [
         (f"step {found[0].step}", f"{kind} {found[0].place}".strip(), f"{len(found)} differ")
         for kind in kinds
         for found in [[parting for parting in parted if parting.kind == kind]]
@@ -321,6 +334,18 @@ def _checked_built_anew(one: Model, two: Model) -> None:
             "make() returned the same module, or the same parameters, at both calls, so that "
             "construction cannot be looked at. Build the model inside it: make=lambda: Net()."
         )
+
+
+def _first_operation(subject: Subject, run: Run, algorithms: bool) -> str:
+    """Runs twice more, and writes down every call: only where there is something to be found."""
+    logs = []
+    # What parts for another reason than the first two runs, or fails, tells nothing more.
+    with suppress(Exception):
+        for clock in (nullcontext(), later()):
+            with seeded(run.seed, algorithms=algorithms), clock, CallLog() as log:
+                recorded_anew(subject, run)
+            logs.append(log.calls)
+    return first_unlike(*logs) if len(logs) == 2 else ""
 
 
 def _refusal(error: Exception) -> str:

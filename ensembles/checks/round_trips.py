@@ -1,8 +1,8 @@
 """Promise: what is copied, saved, loaded, cast or wrapped is still the model that it was.
 
 Catches weights that were tied and come apart, masks and indices that no state_dict holds, copies
-that compute with the weights of their original, parameters that are no longer listed, and
-optimizers that are left with parameters of before.
+that compute with the weights of their original, or that gradients do not reach, parameters that
+are no longer listed, and optimizers that are left with parameters of before.
 
 Some conversions break ties by PyTorch's own rules. Those are shown as such, with the way to tie
 again, and break a claim only where it names them.
@@ -21,8 +21,8 @@ from ensembles.message import seed as present_seed
 from ensembles.probes.conversions import CONVERSIONS
 from ensembles.probes.ranks import DISTRIBUTED, trips_in_processes
 from ensembles.probes.state import generators_kept
-from ensembles.probes.trips import Trip, trip
-from ensembles.subject import Model, named_modules_of
+from ensembles.probes.trips import Trip, owners_of, trip
+from ensembles.subject import Model, Outputs, named_modules_of
 
 __all__ = [
     "RoundTrip",
@@ -42,6 +42,7 @@ class RoundTrip:
         conversion: Its name.
         ties: Whether names that were one tensor are one tensor, and no others.
         function: Whether outputs are the same, also after the same change of every weight.
+        ownership: Whether every element of every weight reaches the outputs of the same members.
         parameters: Whether the same parameters are registered and trainable.
         optimizer: Whether an optimizer made before still holds them; "-" for a new model, whose
             optimizer is made after.
@@ -52,12 +53,13 @@ class RoundTrip:
     conversion: str
     ties: str = "-"
     function: str = "-"
+    ownership: str = "-"
     parameters: str = "-"
     optimizer: str = "-"
     details: tuple[str, ...] = ()
     reason: str = ""
 
-    CELLS = ("ties", "function", "parameters", "optimizer")
+    CELLS = ("ties", "function", "ownership", "parameters", "optimizer")
 
     def broken(self, status: str = "broken") -> tuple[str, ...]:
         """The cells with this status."""
@@ -102,6 +104,7 @@ def measure_round_trips(
     make: Callable[[], Model],
     batch: Any,
     *,
+    outputs: Outputs | None = None,
     conversions: Sequence[str] | str = "all",
     factory: str | None = None,
 ) -> RoundTrips:
@@ -110,11 +113,14 @@ def measure_round_trips(
     Every conversion gets a model of its own, which is called once in train mode and whose weights
     are moved, so that what a conversion carries over is told from what the factory makes anew.
     Outputs are compared in eval mode within 1e-6 of the greatest where the same operations are
-    computed, 1e-4 where others are, 3e-2 after float16, and 0.1 after int8.
+    computed, 1e-4 where others are, 3e-2 after float16, and 0.1 after int8. Owners of weights are
+    compared by one transparent look (`ensembles.probes.influence`) where the result is a module
+    with modes and whole weights: not after functional_call, vmap, export, quantize_dynamic, fsdp2.
 
     Args:
         make: Builds a new model at each call: a module, or the members as a list or dict.
         batch: What the model is called with.
+        outputs: Splits what one module returns into member outputs, whose weights are compared.
         conversions: Names among "deepcopy", "pickle", "state_dict" (saved, and loaded into a new
             model), "strict=False", "assign=True" (of load_state_dict), "safetensors", "to_empty"
             (after construction on meta), "half" and "double" (and back), "channels_last",
@@ -137,9 +143,9 @@ def measure_round_trips(
         >>> names = ["deepcopy", "assign=True"]
         >>> print(measure_round_trips(tied, torch.randn(3, 4), conversions=names))
         2 conversions, 1 tied tensor: 1 kept, 0 broken, 1 broken by PyTorch
-                        ties                function   parameters   optimizer
-          deepcopy      kept                kept       kept         -
-          assign=True   broken by PyTorch   kept       kept         broken by PyTorch
+                        ties                function   ownership   parameters   optimizer
+          deepcopy      kept                kept       kept        kept         -
+          assign=True   broken by PyTorch   kept       kept        kept         broken by PyTorch
     """
     known = [*CONVERSIONS, *DISTRIBUTED]
     names = known if conversions == "all" else _listed(conversions)
@@ -152,8 +158,9 @@ def measure_round_trips(
     seed = present_seed.get()
     with generators_kept():
         _refuse_one_model(make)
+        owners = owners_of(make, batch, seed=seed, outputs=outputs)
         found = {
-            name: trip(make, batch, CONVERSIONS[name], seed=seed)
+            name: trip(make, batch, CONVERSIONS[name], seed=seed, outputs=outputs, owners=owners)
             for name in CONVERSIONS
             if name in names
         }
@@ -170,7 +177,7 @@ def measure_round_trips(
 
 
 def assert_round_trips_kept(trips: RoundTrips, conversions: Sequence[str] | str = "all") -> None:
-    """Checks that conversions keep ties, function, registered parameters and the optimizer.
+    """Checks that conversions keep ties, function, owners, registered parameters and optimizer.
 
     Args:
         trips: From `measure_round_trips`.
@@ -251,9 +258,9 @@ _BY_PYTORCH = {
 }
 
 _MAY_BREAK = {
-    "assign=True": ("ties", "optimizer"),
-    "to_empty": ("ties",),
-    "weight_norm": ("ties", "parameters", "optimizer"),
+    "assign=True": ("ties", "ownership", "optimizer"),
+    "to_empty": ("ties", "ownership"),
+    "weight_norm": ("ties", "ownership", "parameters", "optimizer"),
     "export": ("optimizer",),
     "fsdp2": ("optimizer",),
 }
@@ -264,6 +271,7 @@ _ALIASED = "a change of the copy changes the original"
 _MEANINGS = {
     "ties": "Weights that were one are trained apart from here on.",
     "function": "The model that comes back computes something else.",
+    "ownership": "Training moves other weights than before.",
     "parameters": "What is not registered is neither trained nor saved.",
     "optimizer": "An optimizer made before steps Parameters that the model no longer has.",
 }
@@ -272,6 +280,8 @@ _REMEDIES = {
     "ties": "Ties: tie by assigning the Parameter, b.weight = a.weight, in the constructor.",
     "function": "Function: state in a plain attribute, a closure or a hook is neither saved nor "
     "copied. Use register_buffer, nn.Parameter, and submodules.",
+    "ownership": "Ownership: forward detaches, or runs under no_grad, in what comes back. Keep no "
+    "tensor that was computed from weights, and switch no gradients off by state.",
     "parameters": "Parameters: register in the constructor what forward needs, with the same "
     "names at each call.",
     "optimizer": "Optimizer: build it after the conversion.",
@@ -288,6 +298,7 @@ def _judged(name: str, found: Trip) -> RoundTrip:
     said["ties"] += [f"came apart: {listed(group, 3)}" for group in found.untied]
     said["ties"] += [f"became one: {listed(group, 3)}" for group in found.newly_tied]
     said["function"] += _of_function(found, tolerance)
+    said["ownership"] += _capped(found.owned_otherwise)
     if found.lost:
         said["parameters"].append(f"no longer registered: {listed(found.lost, 3)}")
     if found.added:
@@ -297,6 +308,7 @@ def _judged(name: str, found: Trip) -> RoundTrip:
     looked = {
         "ties": found.registers and bool(found.tied or found.newly_tied),
         "function": found.difference is not None or bool(found.error),
+        "ownership": found.owned,
         "parameters": found.registers,
         "optimizer": found.optimized,
     }
@@ -314,10 +326,16 @@ def _judged(name: str, found: Trip) -> RoundTrip:
         name,
         ties=cells["ties"],
         function=cells["function"],
+        ownership=cells["ownership"],
         parameters=cells["parameters"],
         optimizer=cells["optimizer"],
         details=details,
     )
+
+
+def _capped(sentences: Sequence[str]) -> list[str]:
+    more = len(sentences) - 2
+    return [*sentences[:2], *([f"and {more} more weights"] if more > 0 else [])]
 
 
 def _of_function(found: Trip, tolerance: float) -> list[str]:

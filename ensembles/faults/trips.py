@@ -158,6 +158,24 @@ def pickled_without_a_part(architecture: Architecture, place: Place, broken: boo
     return with_head(architecture, place, Cached, claims)
 
 
+@fault("state", "round_trips")
+def loaded_without_gradients(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A head takes weights that were loaded for finished, and detaches them: no step moves them."""
+
+    class Pretrained(nn.Linear):
+        loaded = False
+
+        def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+            super()._load_from_state_dict(*args, **kwargs)
+            self.loaded = broken
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight.detach() if self.loaded else self.weight
+            return F.linear(x, weight, self.bias)
+
+    return with_head(architecture, place, lambda: Pretrained(WIDTH, CLASSES), SURVIVES)
+
+
 FAULTS: tuple[Fault, ...] = (
     unsaved_mask,
     copy_reads_original,
@@ -166,4 +184,5 @@ FAULTS: tuple[Fault, ...] = (
     cast_unties,
     view_of_a_layout,
     pickled_without_a_part,
+    loaded_without_gradients,
 )

@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 
 from ensembles.probes.conversions import OTHER_CODE, Conversion, Converted, Source
-from ensembles.probes.trips import Trip, trip
+from ensembles.probes.trips import Trip, owners_of, trip
 from ensembles.subject import Subject
 
 __all__ = ["DISTRIBUTED", "trip_in_rank", "trips_in_processes"]
@@ -140,14 +140,20 @@ def trip_in_rank(folder: str, factory: str, names: Sequence[str], rank: int, see
     made: Any = import_module(module)
     for part in attribute.split("."):
         made = getattr(made, part)
+    outputs = None
     if isinstance(made, Subject) or isinstance(thing := made(), Subject):
-        made = (made if isinstance(made, Subject) else thing).make
+        subject = made if isinstance(made, Subject) else thing
+        made, outputs = subject.make, subject.outputs
     batch: Any = torch.load(Path(folder, "batch.pt"), weights_only=False)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS
     )
     try:
-        seen = {name: trip(made, batch, DISTRIBUTED[name], seed=seed) for name in names}
+        owners = owners_of(made, batch, seed=seed, outputs=outputs)
+        seen = {
+            name: trip(made, batch, DISTRIBUTED[name], seed=seed, outputs=outputs, owners=owners)
+            for name in names
+        }
     finally:
         distributed.destroy_process_group()
     Path(folder, f"{rank}.json").write_text(

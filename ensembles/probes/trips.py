@@ -2,7 +2,8 @@
 
 The model has been trained a little first, so that what the factory makes anew is told from what
 the conversion carried over. Outputs are compared twice: as converted, and after the same change of
-every weight in both, because a copy may compute with weights of the original.
+every weight in both, because a copy may compute with weights of the original. Owners of weights
+are compared too, because the same function may be cut off from its weights in the backward pass.
 """
 
 from __future__ import annotations
@@ -16,13 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from ensembles.probes.conversions import Conversion, NotLookedAt, Source, converted
+from ensembles.probes.owned import Reach, owned_otherwise, reach_of
 from ensembles.probes.registers import registered
 from ensembles.probes.state import seed_generators
 from ensembles.probes.steps import distance
 from ensembles.probes.training import fresh
-from ensembles.subject import Model, call, is_one_module, member_outputs, named_modules_of, whole
+from ensembles.subject import (
+    Model,
+    Outputs,
+    call,
+    is_one_module,
+    member_outputs,
+    named_modules_of,
+    whole,
+)
 
-__all__ = ["Trip", "trip"]
+__all__ = ["Trip", "owners_of", "trip"]
 
 STEP = 0.1
 """Change of every weight, in multiples of its tensor's own spread: outputs differ clearly."""
@@ -46,6 +56,8 @@ class Trip:
         difference: Of outputs, relative to the greatest; None where the call raised.
         after_step: The same after a change of every weight; None where that was not looked at.
         aliased: Whether a change of the copy changed the model that it was made of.
+        owned: Whether owners of weights could be compared.
+        owned_otherwise: Weights whose elements reach other members than before, in sentences.
     """
 
     reason: str = ""
@@ -61,10 +73,28 @@ class Trip:
     difference: float | None = None
     after_step: float | None = None
     aliased: bool = False
+    owned: bool = False
+    owned_otherwise: tuple[str, ...] = ()
 
 
-def trip(make: Callable[[], Model], batch: Any, conversion: Conversion, *, seed: int) -> Trip:
+def trip(
+    make: Callable[[], Model],
+    batch: Any,
+    conversion: Conversion,
+    *,
+    seed: int,
+    outputs: Outputs | None = None,
+    owners: Reach | None = None,
+) -> Trip:
     """Builds a model, trains it a little, converts it, and compares; global generators move.
+
+    Args:
+        make: Builds a new model at each call.
+        batch: What it is called with.
+        conversion: What is done to it.
+        seed: From which models are built.
+        outputs: Splits what one module returns into member outputs.
+        owners: From `owners_of`; without them, who owns what is not compared.
 
     Example:
         >>> from ensembles.probes.conversions import CONVERSIONS
@@ -116,7 +146,45 @@ def trip(make: Callable[[], Model], batch: Any, conversion: Conversion, *, seed:
         facts["after_step"] = _difference(moved, _outputs(result.call, batch, seed))
         if conversion.result == "copy":
             facts["aliased"] = _changed(source, before, conversion.tolerance, seed)
+    if owners is not None and result.module is not None:
+        facts["owned"], facts["owned_otherwise"] = _owned(owners, result.module, batch, outputs)
     return Trip(**facts)
+
+
+def owners_of(
+    make: Callable[[], Model], batch: Any, *, seed: int, outputs: Outputs | None = None
+) -> Reach | None:
+    """Who owns what in a model of the factory; None where nothing can be said.
+
+    Example:
+        >>> owners = owners_of(lambda: nn.Linear(2, 1, bias=False), torch.ones(3, 2), seed=0)
+        >>> list(owners)
+        ['weight']
+    """
+    module = _trained(_built(make, seed), batch)
+    return _owners(module, batch, outputs)
+
+
+def _owners(module: nn.Module, batch: Any, outputs: Outputs | None) -> Reach | None:
+    split = None if isinstance(module, Together) else outputs
+    try:
+        return reach_of(module, batch, split)
+    except ValueError:
+        return None
+
+
+def _owned(
+    before: Reach, module: nn.Module, batch: Any, outputs: Outputs | None
+) -> tuple[bool, tuple[str, ...]]:
+    if any(hasattr(p, "device_mesh") for p in module.parameters()):
+        return False, ()  # each process holds a shard
+    try:
+        after = _owners(module, batch, outputs)
+    except NotImplementedError:  # an exported program has no modes
+        return False, ()
+    if after is None:
+        return True, ("no output depends on a weight by autograd any more",)
+    return True, owned_otherwise(before, after)
 
 
 def _changed(source: Source, before: tuple[Tensor, ...], tolerance: float, seed: int) -> bool:

@@ -108,23 +108,24 @@ def test_identical_members_of_a_summed_loss_follow_the_single_model_bit_by_bit(c
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("architecture", ["mlp", "residual"])
-def test_so_they_do_in_other_architectures(architecture, optimizer):
+def test_so_they_do_in_other_architectures(architecture, count, optimizer):
     assert_alone(
-        lambda: [ARCHITECTURES[architecture]() for _ in range(3)],
+        lambda: [ARCHITECTURES[architecture]() for _ in range(count)],
         identical=True,
         optimizer=for_all(OPTIMIZERS[optimizer]),
     )
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_independent_members_of_a_summed_loss_follow_their_own_separate_runs(architecture, count):
     assert_alone(lambda: [ARCHITECTURES[architecture]() for _ in range(count)])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, 4, 8])
 def test_a_mean_over_a_power_of_two_is_the_single_model_at_rescaled_rates(count, optimizer):
     assert_alone(
         lambda: [convnet() for _ in range(count)],
@@ -136,9 +137,10 @@ def test_a_mean_over_a_power_of_two_is_the_single_model_at_rescaled_rates(count,
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "nesterov and decay"])
-def test_a_mean_over_three_is_so_up_to_rounding(optimizer):
+@pytest.mark.parametrize("count", [3, 5])
+def test_a_mean_over_another_number_is_so_up_to_rounding(count, optimizer):
     assert_alone(
-        lambda: [convnet() for _ in range(3)],
+        lambda: [convnet() for _ in range(count)],
         identical=True,
         optimizer=for_all(OPTIMIZERS[optimizer]),
         loss=averaged,

@@ -129,11 +129,37 @@ class Backward(nn.Module):
 def test_a_backward_pass_that_does_not_repeat_is_named():
     # The gradient that arrives behind the function is the same; that before it is the first
     # that differs.
-    with pytest.raises(
-        AssertionError,
-        match=r"step 1   operation gradient in the output of model\.1 \(BatchNorm2d\)",
-    ):
+    with pytest.raises(AssertionError) as broken:
         assert_bitwise(lambda: with_layer(Backward()))
+    rows = [" ".join(line.split()) for line in str(broken.value).splitlines()[2:4]]
+    assert rows == [
+        "step 1 operation aten::rand in NoisyGradient.backward the first that differs",
+        "step 1 operation gradient in the output of model.1 (BatchNorm2d) 12 differ",
+    ]
+
+
+class Functional(nn.Module):
+    """Everything in one forward: no module inside it can be named."""
+
+    generator = torch.Generator()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(48, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.flatten(1).relu() @ self.weight
+        return self.shaken(y).softmax(1)
+
+    def shaken(self, y: torch.Tensor) -> torch.Tensor:
+        return y * torch.empty_like(y).bernoulli_(generator=self.generator)
+
+
+def test_the_first_operation_inside_one_forward_is_named():
+    found = measure_determinism(Functional, BATCH)
+    assert found.operation == "aten::bernoulli_ in Functional.shaken"
+    assert measure_determinism(Functional, BATCH, algorithms=False).operation == found.operation
+    assert measure_determinism(classifier, BATCH).operation == ""
 
 
 def test_a_seed_from_the_clock_is_broken(golden):
@@ -466,10 +492,15 @@ def test_the_fixture_seeds_the_test_and_checks(seeded_determinism):
 
 def test_the_fixture_restores_what_it_set(pytester):
     pytester.makepyfile("""
-        import os, torch
+        import os, random, numpy, torch
 
         def state():
-            return torch.get_rng_state().tolist(), torch.are_deterministic_algorithms_enabled()
+            cudnn = torch.backends.cudnn
+            return (
+                torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[2:],
+                numpy.random.get_state()[1].tolist(), os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+                torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark,
+            )
 
         before = []
 
@@ -477,7 +508,8 @@ def test_the_fixture_restores_what_it_set(pytester):
             before.append(state())
 
         def test_seeded(seeded_determinism):
-            torch.rand(3)
+            torch.rand(3), random.random(), numpy.random.rand(3)
+            assert all(now != then for now, then in zip(state()[-4:-1], before[0][-4:-1]))
 
         def test_after():
             assert [state()] == before

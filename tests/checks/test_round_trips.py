@@ -1,5 +1,3 @@
-import importlib.util
-
 import pytest
 import torch
 from torch import nn
@@ -63,6 +61,36 @@ def member() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
 
 
+class Pair(nn.Module):
+    """Two members whose first layers share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.right = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.right[0].weight = self.left[0].weight
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"left": self.left(x), "right": self.right(x)}
+
+
+class Finished(nn.Module):
+    """Takes what was loaded for finished, and computes with it without gradients."""
+
+    def __init__(self, cut: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.cut, self.loaded = cut, False
+        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "loaded", True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.loaded and self.cut == "everything":
+            with torch.no_grad():
+                return self.last(self.first(x).relu())
+        y = self.first(x).relu()
+        return self.last(y.detach() if self.loaded and self.cut == "first" else y)
+
+
 def by_name(trips):
     return {one.conversion: one for one in trips.trips}
 
@@ -87,7 +115,8 @@ def test_our_models_survive_every_conversion_that_pytorch_does_not_break(make):
     seen = by_name(found)
     for name in ("deepcopy", "pickle", "state_dict", "half", "double", "channels_last", "to_empty"):
         assert seen[name].reason == ""
-        assert seen[name].function == seen[name].parameters == "kept", seen[name]
+        kept = {seen[name].function, seen[name].ownership, seen[name].parameters}
+        assert kept == {"kept"}, seen[name]
         assert seen[name].ties in ("kept", "-")
     assert by_name(found)["assign=True"].broken("broken by PyTorch") == ("optimizer",)
 
@@ -133,8 +162,10 @@ def test_two_processes_keep_the_model(tmp_path, monkeypatch):
     names, factory = ["ddp", "fsdp2"], "tied_factory:build"
     found = measure_round_trips(Tied, ROWS, conversions=names, factory=factory)
     ddp, fsdp2 = found.trips
-    assert (ddp.ties, ddp.function, ddp.parameters, ddp.optimizer) == ("kept",) * 4
+    cells = (ddp.ties, ddp.function, ddp.ownership, ddp.parameters, ddp.optimizer)
+    assert cells == ("kept",) * 5
     assert (fsdp2.ties, fsdp2.function, fsdp2.parameters) == ("kept",) * 3
+    assert fsdp2.ownership == "-"  # each process holds a shard
     assert fsdp2.optimizer == "broken by PyTorch"
     with pytest.raises(ValueError, match="'tied_factory' names no factory"):
         measure_round_trips(Tied, ROWS, conversions=["ddp"], factory="tied_factory")
@@ -163,6 +194,57 @@ def test_what_pytorch_breaks_is_broken_where_it_is_claimed(golden):
     with pytest.raises(AssertionError) as broken:
         assert_round_trips_kept(measure_round_trips(Tied, ROWS, conversions=names), names)
     golden(str(broken.value), "messages/round_trips_by_pytorch.txt")
+
+
+@pytest.mark.parametrize(
+    ("cut", "told"),
+    [
+        ("first", "first.weight: 64 of 64 elements move nobody, and moved model"),
+        ("everything", "no output depends on a weight by autograd any more"),
+    ],
+)
+def test_the_same_function_that_gradients_do_not_pass_is_broken(cut, told):
+    found = measure_round_trips(
+        lambda: Finished(cut), ROWS, conversions=["deepcopy", "state_dict", "strict=False"]
+    )
+    assert [one.broken() for one in found.trips] == [(), ("ownership",), ("ownership",)]
+    assert found.trips[1].details[0] == f"ownership: {told}"
+    assert_round_trips_kept(found, ["deepcopy"])
+
+
+def test_the_message_of_a_loaded_weight_without_gradients(golden):
+    with pytest.raises(AssertionError) as broken:
+        assert_round_trips_kept(
+            measure_round_trips(lambda: Finished("first"), ROWS, conversions="state_dict")
+        )
+    golden(str(broken.value), "messages/round_trips_ownership.txt")
+
+
+@pytest.mark.parametrize("name", ["assign=True", "to_empty"])
+def test_weights_that_pytorch_unties_have_other_owners(name):
+    (found,) = measure_round_trips(Pair, ROWS, conversions=name).trips
+    assert found.ties == found.ownership == "broken by PyTorch"
+    (told,) = (detail for detail in found.details if detail.startswith("ownership: left"))
+    assert told == "ownership: left.0.weight: 64 of 64 elements move left, and moved left, right"
+
+
+def test_members_stacked_in_one_output_are_told_apart():
+    grouped = measure_round_trips(
+        lambda: nn.Conv1d(4, 2, 1, groups=2),
+        torch.linspace(-1, 1, 24).sin().view(2, 4, 3),
+        outputs=lambda y: [y[:, 0], y[:, 1]],
+        conversions=["deepcopy"],
+    )
+    assert grouped.trips[0].ownership == "kept"
+
+
+def test_what_detaches_all_the_time_has_no_owners_to_lose():
+    class Detached(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    found = measure_round_trips(lambda: Detached(8, 3), ROWS, conversions=["deepcopy"])
+    assert (found.trips[0].function, found.trips[0].ownership) == ("kept", "-")
 
 
 def test_a_copy_that_is_the_model_itself_is_broken():
@@ -205,8 +287,19 @@ def test_a_load_that_raises_is_a_broken_claim():
 # --- wrong use, and what was not looked at --------------------------------------------------------
 
 
-@pytest.mark.skipif(importlib.util.find_spec("safetensors") is not None, reason="it is installed")
-def test_a_claim_that_could_not_be_looked_at_is_an_error():
+def test_safetensors_keep_what_is_tied_by_a_module():
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    found = measure_round_trips(Tied, ROWS, conversions="safetensors")
+    assert_round_trips_kept(found, "safetensors")
+    assert found.trips[0].ties == found.trips[0].ownership == "kept"
+    with pytest.raises(AssertionError, match="function: outputs differ"):
+        assert_round_trips_kept(
+            measure_round_trips(Masked, ROWS, conversions="safetensors"), "safetensors"
+        )
+
+
+def test_a_claim_that_could_not_be_looked_at_is_an_error(monkeypatch):
+    monkeypatch.setattr("ensembles.probes.conversions.find_spec", lambda name: None)
     found = measure_round_trips(Tied, ROWS, conversions=["deepcopy", "safetensors"])
     assert_round_trips_kept(found)
     with pytest.raises(ValueError, match="not looked at: safetensors \\(safetensors is not inst"):
