@@ -86,6 +86,7 @@ def run(
         data, _listed(shifted), split, root=root, download=download, seed=seed, paired=same_images
     )
     loaded = load_named(_listed(model), root=root)
+    (out.parent if out.suffix == ".json" else out).mkdir(parents=True, exist_ok=True)
     evaluations = []
     for images in sets:
         print(f"{loaded.name} on {images}, {device}", file=sys.stderr)

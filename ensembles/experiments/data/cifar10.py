@@ -96,13 +96,13 @@ def load_cifar10(split: str, root: Path, *, download: bool = False) -> ImageSet:
             raise ValueError(
                 f"{folder / name} holds other content than CIFAR-10's: its md5 is not {md5}. It "
                 "was left as it is. Usual cause: a copy or an unpacking that was interrupted. "
-                "Move it away and load with download=True."
+                "Move it away and load with download=True (--download)."
             )
     if missing and not download:
         raise FileNotFoundError(
             f"CIFAR-10 is not in {folder.absolute()}: {', '.join(missing)} missing. Load with "
-            f"download=True (170 MB), or name the folder that holds {CIFAR10.base_folder} by "
-            "root=... or the variable ENSEMBLES_DATA."
+            f"download=True (--download, 170 MB), or name the folder that holds "
+            f"{CIFAR10.base_folder} by root=... or the variable ENSEMBLES_DATA."
         )
     if missing:
         archive = download_file(CIFAR10.url, root / CIFAR10.filename, sha256=ARCHIVE_SHA256)

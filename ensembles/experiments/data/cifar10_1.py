@@ -70,8 +70,9 @@ class CIFAR10Point1:
         if missing and not download:
             raise FileNotFoundError(
                 f"CIFAR-10.1 {self.version} is not in {images.parent.absolute()}: "
-                f"{', '.join(missing)} missing. Load with download=True (6 MB), name the folder by "
-                f"root=... or the variable ENSEMBLES_DATA, or put there what is at {self.url}."
+                f"{', '.join(missing)} missing. Load with download=True (--download, 6 MB), name "
+                "the folder by root=... or the variable ENSEMBLES_DATA, or put there what is at "
+                f"{self.url}."
             )
         for path in (images, answers):
             if path.name in missing:

@@ -30,7 +30,8 @@ class Curves:
     """Accuracies of one run by epoch.
 
     Args:
-        training: Accuracy on the training images by number of epochs trained; a fraction.
+        training: Accuracy on the training images by number of epochs trained; a fraction. Empty
+            where it was not measured: members that see images of their own have no mean prediction.
         validation: On the validation images; empty where none were kept.
         validation_n: Validation images, where the table says so.
     """
@@ -89,8 +90,9 @@ def read_curves(
         validation=_curve(rows, validation, path) if validation else {},
         validation_n=int(float(sizes.pop())) if len(sizes) == 1 else None,
     )
-    if not curves.training:
-        raise ValueError(f"{path} has no value in column {training!r}: has an epoch ended?")
+    for column, curve in ((training, curves.training), (validation, curves.validation)):
+        if column and not curve and (column == given_training or not curves.validation):
+            raise ValueError(f"{path} has no value in column {column!r}: has an epoch ended?")
     return curves
 
 
@@ -162,6 +164,10 @@ def plot_training_curves(
             style = "-" if number < len(COLOURS) else "--"
             colour = COLOURS[number % len(COLOURS)]
             _draw_runs(axes, name, [getattr(c, side) for c in several], colour, style)
+        absent = [n for n, several in grouped.items() if not any(getattr(c, side) for c in several)]
+        if absent:
+            told = "\n".join(["not measured:", *absent])
+            axes.text(0.98, 0.02, told, transform=axes.transAxes, ha="right", color="#666666")
         axes.set_title(f"{side}{_size(grouped, side)}", loc="left")
         axes.set_xlabel("epochs trained")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -169,7 +175,9 @@ def plot_training_curves(
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy (%)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    drawn = [axes.get_legend_handles_labels() for axes in panels]
+    lines = {label: line for found in drawn for line, label in zip(*found, strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False)
     if title:
         figure.suptitle(title, fontweight="bold")
     return figure

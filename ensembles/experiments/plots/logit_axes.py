@@ -38,7 +38,7 @@ TICKS = (
 def _ticks(low: float, high: float) -> list[float]:
     """Round accuracies to label, between the two ends."""
     steepness = [p * (1 - p) for p in (low, high)]  # one over the derivative of the logit
-    if max(steepness) < 2 * min(steepness) and (high - 0.5) * (low - 0.5) > 0:
+    if max(steepness) < 3 * min(steepness) and (high - 0.5) * (low - 0.5) > 0:
         # The axis is nearly linear: steps of one size are what the eye expects.
         even = MaxNLocator(nbins=7, steps=[1, 2, 5, 10]).tick_values(100 * low, 100 * high)
         return [percent / 100 for percent in even if low <= percent / 100 <= high]

@@ -225,8 +225,8 @@ PUBLISHED_SHIFTS = MappingProxyType({"cifar10_1_v4": "v4", "cifar10_1_v6": "v6"}
 SET_NAMES = MappingProxyType(
     {
         "cifar10": "CIFAR-10",
-        "cifar10_lossless": "CIFAR-10, official pixels",
-        "cifar10_jpeg": "CIFAR-10 as JPEG",
+        "cifar10_lossless": "lossless CIFAR-10",
+        "cifar10_jpeg": "JPEG CIFAR-10",
         "cifar10_1_v4": "CIFAR-10.1 v4",
         "cifar10_1_v6": "CIFAR-10.1 v6",
     }

@@ -26,6 +26,7 @@ from ensembles.experiments.training.checkpoints import (
 from ensembles.experiments.training.networks import Network, batch_names
 from ensembles.experiments.training.options import TrainingOptions
 from ensembles.experiments.training.schedules import make_scheduler
+from ensembles.models.objectives import Labels
 from ensembles.models.predictions import predict
 
 __all__ = ["ENSEMBLE", "MemberTraining"]
@@ -73,6 +74,8 @@ class MemberTraining(LightningModule):
         self.names = tuple(network.member_names)
         if reserved := {"loss", ENSEMBLE} & set(self.names):
             raise ValueError(f"no member can be named {reserved.pop()!r}: it is a column of tables")
+        options.objective.asked(self.names, step=0, seed=options.seed)  # refuses other members
+        self._own = dict(zip(self.names, batch_names(network), strict=True))
         self.averaged = tuple(name for name in self.names if name != "parent")
         self.step_row: dict[str, Any] = {}
         self.epoch_row: dict[str, Any] = {}
@@ -172,12 +175,15 @@ class MemberTraining(LightningModule):
         asked = self.options.objective.asked(self.names, step=step, seed=seed)
         logits = self._logits(x, asked)
         if isinstance(labels, dict):
-            logits, labels = self._aligned(logits, labels)
+            labels = {name: labels[self._own[name]] for name in asked}
         try:
             loss = self.options.objective(logits, labels)
         except FloatingPointError as error:
             raise self._diverged(str(error)) from error
-        self._record = asked, self._measured(loss.detach(), logits, labels, batch)
+        self._record = (
+            asked,
+            self._measured(loss.detach(), logits, labels, shared=isinstance(x, Tensor)),
+        )
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -297,31 +303,14 @@ class MemberTraining(LightningModule):
         """The logits of some members, each of its own images where it has them."""
         if isinstance(x, Tensor):
             return self.network(self._laid_out(x), asked)
-        own = dict(zip(self.names, batch_names(self.network), strict=True))
         logits: dict[str, Tensor] = {}
         for name in asked:
-            logits |= self.network(self._laid_out(x[own[name]]), [name])
+            logits |= self.network(self._laid_out(x[self._own[name]]), [name])
         return logits
 
     def _laid_out(self, x: Tensor) -> Tensor:
         layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
         return x.contiguous(memory_format=layout)
-
-    def _aligned(
-        self, logits: dict[str, Tensor], labels: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Moves every sample's class to 0, so that members with other labels have the same ones.
-
-        Cross-entropy does not depend on which class is called which.
-        """
-        own = dict(zip(self.names, batch_names(self.network), strict=True))
-        aligned = {}
-        for name, given in logits.items():
-            places = torch.arange(given.shape[1], device=given.device)
-            turned = (places + labels[own[name]][:, None]) % given.shape[1]
-            aligned[name] = given.gather(1, turned)
-        first = next(iter(labels.values()))
-        return aligned, torch.zeros_like(first)
 
     def _measured_names(self, asked: Iterable[str], *, shared: bool = True) -> list[str]:
         """The members with rows in a record, and their ensemble where it has a prediction."""
@@ -329,29 +318,30 @@ class MemberTraining(LightningModule):
         whole = shared and len(self.averaged) > 1 and set(self.averaged) <= set(asked)
         return [*asked, ENSEMBLE] if whole else asked
 
-    def _rows(self, logits: Mapping[str, Tensor], labels: Tensor, *, shared: bool) -> list[Tensor]:
+    def _rows(self, logits: Mapping[str, Tensor], labels: Labels, *, shared: bool) -> list[Tensor]:
         """Samples, summed loss and correct ones, of each member and of their ensemble."""
         with torch.no_grad():
             rows = []
             for name in self._measured_names(logits, shared=shared):
+                classes = labels if isinstance(labels, Tensor) else labels[name]
                 if name == ENSEMBLE:
                     scores = predict({n: logits[n].detach() for n in self.averaged})
-                    losses = F.nll_loss(scores, labels, reduction="sum")
+                    losses = F.nll_loss(scores, classes, reduction="sum")
                 else:
                     scores = logits[name].detach()
                     kind = torch.promote_types(scores.dtype, torch.float32)
-                    losses = F.cross_entropy(scores.to(kind), labels, reduction="sum")
-                correct = (scores.argmax(1) == labels).sum()
-                count = torch.tensor(len(labels), device=labels.device)
+                    losses = F.cross_entropy(scores.to(kind), classes, reduction="sum")
+                correct = (scores.argmax(1) == classes).sum()
+                count = torch.tensor(len(classes), device=classes.device)
                 rows.append(torch.stack([self._sum(value) for value in (count, losses, correct)]))
             return rows
 
     def _measured(
-        self, loss: Tensor, logits: Mapping[str, Tensor], labels: Tensor, batch: Batch
+        self, loss: Tensor, logits: Mapping[str, Tensor], labels: Labels, *, shared: bool
     ) -> Tensor:
         """The objective's row and those of the members, as one vector."""
-        n = self._sum(torch.tensor(len(labels), device=loss.device))
-        rows = self._rows(logits, labels, shared=isinstance(batch[0], Tensor))
+        rows = self._rows(logits, labels, shared=shared)
+        n = rows[0][0]  # every member has as many samples
         return torch.cat([torch.stack([n, self._sum(loss) * n, torch.zeros_like(n)]), *rows])
 
     def _sum(self, value: Tensor) -> Tensor:

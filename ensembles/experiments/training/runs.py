@@ -288,7 +288,8 @@ def _explained(path: Path) -> Iterator[None]:
         raise OSError(
             error.errno,
             f"{os.strerror(error.errno or 0)} while writing {path}. What was written before is "
-            f"whole. {advice}, and start the same run again: it goes on from its last checkpoint",
+            f"whole. {advice}, and give the same command again: a training run goes on from its "
+            "last checkpoint",
         ) from error
 
 

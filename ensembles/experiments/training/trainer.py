@@ -129,7 +129,7 @@ def train(
         except FloatingPointError as error:
             good = last_checkpoint(run_folder.checkpoints)
             kept = f"The last good checkpoint is {good}" if good else "There is no checkpoint yet"
-            raise FloatingPointError(f"{error}. {kept}. Usual cause: too high a rate.") from error
+            raise FloatingPointError(f"{error}\n{kept}. Usual cause: too high a rate.") from error
         last = last_checkpoint(run_folder.checkpoints)
         assert last is not None
         return _run(run_folder, last)

@@ -95,7 +95,7 @@ def test_missing_files_are_told_with_folder_and_option(files, tmp_path):
         load_images("cifar10", "test", root=tmp_path)
     told = str(caught.value)
     assert f"CIFAR-10 is not in {tmp_path}/cifar-10-batches-py: data_batch_1, " in told
-    assert "download=True (170 MB)" in told
+    assert "download=True (--download, 170 MB)" in told
     home = stored(tmp_path, raw)
     (home / "data_batch_3").unlink()
     with pytest.raises(FileNotFoundError, match=r"py: data_batch_3 missing"):

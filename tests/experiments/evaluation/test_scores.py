@@ -126,14 +126,16 @@ def test_batches_of_another_size_change_no_prediction(kind):
             )
 
 
-def test_the_network_is_as_it_was():
+def test_the_network_is_as_it_was(monkeypatch):
     network = build_network(NetworkOptions(base_channels=2))
     network.train()
     frozen = network.network.layer1[0].bn1
     frozen.eval()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     modes = [module.training for module in network.modules()]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     evaluate(network, load_images("digits", "test").select(slice(0, 50)))
+    assert torch.backends.cudnn.allow_tf32
     assert [module.training for module in network.modules()] == modes
     assert not frozen.training
     assert network.training

@@ -145,6 +145,22 @@ def test_seeds_of_one_run_are_drawn_as_mean_and_range():
     assert {(1, 20), (1, 40), (2, 50), (2, 60)} <= corners
 
 
+def test_a_curve_that_was_not_measured_is_named_and_the_other_is_drawn(tmp_path):
+    """Members that see images of their own have no mean prediction in training."""
+    columns = "epoch,train/ensemble/accuracy,val/ensemble/accuracy,val/ensemble/n\n"
+    table(tmp_path / "own", "epochs.csv", columns + "0,,0.25,100\n1,,0.5,100\n")
+    own = read_curves(tmp_path / "own")
+    assert own == Curves({}, {1: 0.25, 2: 0.5}, 100)
+    with pytest.raises(ValueError, match="has no value in column 'train/ensemble/accuracy'"):
+        read_curves(tmp_path / "own", training="train/ensemble/accuracy")
+    figure = plot_training_curves({"own": own, "other": Curves({1: 0.5}, {1: 0.25}, 100)})
+    left, right = figure.axes
+    assert [text.get_text() for text in left.texts] == ["not measured:\nown"]
+    assert [len(axes.lines) for axes in (left, right)] == [1, 2]
+    assert not right.texts
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"own", "other"}
+
+
 def test_different_validation_sizes_are_not_passed_off_as_one():
     figure = plot_training_curves(
         {"a": Curves({1: 0.5}, {1: 0.5}, 100), "b": Curves({1: 0.5}, {1: 0.5}, 200)}

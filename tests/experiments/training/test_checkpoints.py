@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ensembles.checks.trajectory import TrainingTrajectory, assert_trajectories_equal
-from ensembles.experiments.data.sources import load_images
+from ensembles.experiments.data.batches import evaluation_batches
+from ensembles.experiments.data.sources import load_images, split_validation
 from ensembles.experiments.training import checkpoints as module
 from ensembles.experiments.training.checkpoints import (
     Checkpoint,
@@ -168,6 +169,28 @@ def test_two_processes_throw_the_same_coins_and_count_all_images(killed_runs):
         assert row["val/parent/n"] == row["val/ensemble/n"] == 20
 
 
+def test_two_processes_validate_what_their_checkpoint_holds(killed_runs):
+    """BatchNorm's statistics too, of which each process has its own until the first's are taken."""
+    place, *_ = killed_runs
+    state = read_checkpoint(last_checkpoint(place / "pair" / "checkpoints")).state
+    parent = nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Identity(),  # dropout, which evaluation leaves out
+        nn.Flatten(),
+        nn.Linear(216, 10),
+    )
+    begin = "members.0."
+    load_matching(parent, {n.removeprefix(begin): v for n, v in state.items() if begin in n})
+    _, validation = split_validation(load_images("digits", "train").select(range(100)), 20, 0)
+    ((x, labels),) = evaluation_batches(validation, 20)
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(parent.eval()(x), labels).item()
+    last = table(place / "pair", "epochs.csv")[-1]
+    assert last["val/parent/loss"] == pytest.approx(loss, rel=1e-6)
+
+
 def test_two_processes_compute_what_one_does(killed_runs):
     """In double precision, without BatchNorm, whose statistics are of each one's part."""
     place, report, told = killed_runs
@@ -224,7 +247,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(saved, monke
         with pytest.raises(OSError, match="No space left on device while writing") as caught:
             WholeFileIO().save_checkpoint({"a": 1}, checkpoint_path(saved, step))
         assert caught.value.errno == errno.ENOSPC
-        assert "Free some space, and start the same run again" in str(caught.value)
+        assert "Free some space, and give the same command again" in str(caught.value)
     assert checkpoint_path(saved, 4).read_bytes() == before
     assert sorted(path.name for path in saved.iterdir()) == [
         "step_00000002.ckpt",
@@ -388,6 +411,23 @@ def test_a_subnet_is_converted_to_a_narrow_network(images, tmp_path):
     torch.testing.assert_close(narrow.eval()(x), expected, rtol=1e-4, atol=1e-5)
     # Not one byte of the parent is in the file.
     assert (tmp_path / "subnet.pt").stat().st_size < run.checkpoint.stat().st_size / 6
+
+
+def test_a_conversion_stores_no_more_than_the_values_it_is_asked_for(tmp_path):
+    """A view would bring all of its storage along, and channels last its strides."""
+    whole = torch.rand(4, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    path = checkpoint_path(tmp_path, 1)
+    content = {
+        "state_dict": {"network.slice": whole[:2]},
+        "global_step": 1,
+        module.RUN_KEY: {"run": {}, "steps": 1},
+    }
+    WholeFileIO().save_checkpoint(content, path)
+    convert(path, tmp_path / "plain.pt")
+    (value,) = torch.load(tmp_path / "plain.pt", weights_only=True).values()
+    assert torch.equal(value, whole[:2])
+    assert value.is_contiguous()
+    assert value.untyped_storage().nbytes() == value.nbytes
 
 
 def test_a_conversion_overwrites_nothing(trained, tmp_path):

@@ -74,14 +74,21 @@ def plain_loop(network, options, images, optimizer):
     """The same training without any of our training code but batches and rates."""
     training, _ = split_validation(images, options.validation, options.split_seed)
     batches = MemberBatches(
-        training, batch_size=options.batch_size, seed=options.seed, augment=options.augment
+        training,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        members=network.member_names,
+        order=options.order,
+        augment=options.augment,
     )
     rates = options.schedule.shares(epochs=options.epochs, steps_per_epoch=len(batches))
     losses = []
     for epoch in range(options.epochs):
         for step, (x, labels) in enumerate(batches.epoch(epoch)):
             optimizer.param_groups[0]["lr"] = options.lr * rates[epoch * len(batches) + step]
-            loss = options.objective(network(x), labels)
+            shared = isinstance(x, torch.Tensor)
+            logits = network(x) if shared else {n: network(x[n], [n])[n] for n in x}
+            loss = options.objective(logits, labels)
             optimizer.zero_grad()
             loss.backward()
             if options.clip_norm is not None:
@@ -103,6 +110,10 @@ def plain_loop(network, options, images, optimizer):
             lambda p: torch.optim.SGD(p, 0.1),
         ),
         (
+            {"order": "own", "augment": "own"},
+            lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+        ),
+        (
             {"optimizer": "adam", "lr": 1e-3, "eps": 1e-4, "schedule": Schedule(name="step")},
             lambda p: torch.optim.Adam(p, 1e-3, eps=1e-4, weight_decay=5e-4),
         ),
@@ -111,7 +122,7 @@ def plain_loop(network, options, images, optimizer):
             lambda p: torch.optim.AdamW(p, 1e-3, weight_decay=0.1),
         ),
     ],
-    ids=["sgd", "clipped", "adam", "adamw"],
+    ids=["sgd", "clipped", "own", "adam", "adamw"],
 )
 def test_training_is_the_plain_loop_bit_by_bit(images, tmp_path, options, optimizer):
     options = TrainingOptions(**{**STEP, "epochs": 3, **options})
@@ -472,6 +483,15 @@ def test_validation_images_are_never_trained_on(images, tmp_path):
     }
     assert (len(rows[True]), len(rows[False])) == (80, 20)
     assert not rows[True] & rows[False]
+
+
+def test_an_objective_of_other_members_is_refused_before_the_folder_is_taken(images, tmp_path):
+    """The folder stays free for the run with the right options."""
+    options = TrainingOptions(**STEP, objective=Interpolated(0.5))
+    network = NetworkOptions(kind="ensemble", members=2, base_channels=2)
+    with pytest.raises(ValueError, match="no member is named 'parent', as the parent is"):
+        train(network, options, images, tmp_path, execution=QUIET)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_network_of_other_classes_is_refused(images, tmp_path):
