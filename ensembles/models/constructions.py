@@ -26,13 +26,21 @@ a CPU where blocks are large, as the sum of block products. Only members that ar
 computed, and of the stem only the rows that they read.
 
 Kept for the backward pass is 1 + k times what the parent keeps, less the stem's product, which is
-kept once. Weights are not copied. An inf in a block reaches the parent and the one subnet that
-owns the block.
+kept once (from width 3 on a CPU twice, see below). Weights are not copied. An inf in a block
+reaches the parent and the one subnet that owns the block.
 
-On a CPU, narrow activations are laid out channels last while blocks are small, unless the image or
-the stem's weight has that layout already: normalisation, max-pool and convs of few channels are
-faster so, and wide convs are not. A layout is no part of the function. On other devices the layout
-is left as it is.
+A layout is no part of the function. On a CPU, unless the image or the stem's weight is channels
+last already, members are computed channels last behind the stem for as long as the weights that
+they compute with are small: normalisation, max-pool and convs of few channels are faster so, and
+wide convs are not. From width 3 on the stem's product is channels last too, and each of its row
+blocks is copied together for the k subnets that read it: normalising a row block of a wider
+product takes three times as long. On other devices the layout is left as it is.
+
+What the time cannot go below: only products are shared out, so they cost 2 whatever k. What is
+done for each activation (normalisation, max-pool, sums) costs 1 + k, as there are 1 + k times as
+many activations. One CPU thread, ResNet-18 of 16 channels, width 4, 32 images of 32x32: such work
+is 15 % of a parent's train step and products are 85 %, so 0.85 * 2 + 0.15 * 5 = 2.45 is what k = 4
+costs if narrow convs are as fast as wide ones; 2.46 is measured.
 """
 
 import math
@@ -55,11 +63,17 @@ __all__ = ["Construction", "ConstructionName", "known_construction", "make_const
 # images 0.85 to 1.05; one of 256 channels 1.05 to 1.2.
 _LARGE_BLOCK = 2 * 2**20
 
-# Where a block has no more bytes, a subnet on a CPU computes channels last. Same machine, batch 32,
-# ResNet-18, train step of parent and subnets in steps of the parent alone, all contiguous against
-# this bound: 1.67 and 1.60 at width 2; at a quarter of the channels 2.57 and 2.21 at width 2, 3.18
-# and 2.59 at width 4. Without the bound 1.71, 2.19 and 2.69.
-_SMALL_BLOCK = 2**18
+# Where the weight that is computed with has more bytes, a CPU computes contiguous. Same machine,
+# batch 32, ResNet-18, train step of parent and subnets in steps of the parent alone, all
+# contiguous against subnets in this bound: 1.67 and 1.60 at width 2; at a quarter of the channels
+# 2.57 and 2.21 at width 2, 3.18 and 2.59 at width 4. Without the bound 1.71, 2.19 and 2.69.
+_SMALL_WEIGHT = 2**18
+
+# From this width on the stem's rows are copied for the subnets. Same machine, a quarter of the
+# channels, steps of the parent alone without and with: 2.29 and 2.07 at width 2, 2.52 and 2.34 at
+# width 3, 2.67 and 2.47 at width 4. The copy is kept: 0.16 of what the parent alone keeps, at any
+# width. At width 2 that is much (2.84 in place of 2.68), and there the stem is kept once.
+_COPIED_STEM = 3
 
 ConstructionName: TypeAlias = Literal["zero_padded", "sum_of_subnets"]
 
@@ -138,12 +152,16 @@ class _SumOfSubnets:
         if starts:
             convs = [module for module in parent.modules() if isinstance(module, SubnetConv2d)]
             self._blocks = {conv: conv.split_weight() for conv in convs}
-        if with_parent:
-            self._whole_stem = stem(x)
-            rows = self._whole_stem.chunk(stem.width, dim=1)
-            self._stems = {start: rows[start] for start in starts}
-        else:
-            self._stems = {start: self._block(stem, x, (start, 0)) for start in starts}
+        if not with_parent:
+            self._stems = {start: self._stem(stem, x, (start, 0)) for start in starts}
+            return
+        self._lays_out = _layout_is_free(stem, x)
+        copied = self._lays_out and bool(starts) and stem.width >= _COPIED_STEM
+        self._whole_stem = stem(_channels_last(x) if copied else x)
+        rows = self._whole_stem.chunk(stem.width, dim=1)
+        self._stems = {
+            start: _channels_last(rows[start]) if copied else rows[start] for start in starts
+        }
 
     def whole(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         assert isinstance(conv, SubnetConv2d)
@@ -155,18 +173,18 @@ class _SumOfSubnets:
             and x.device.type == "cpu"
             and conv.weight.nbytes > _LARGE_BLOCK * len(blocks)
         )
+        x = self._laid_out(x, conv.weight.nbytes)
         y: Tensor = conv(x, blocks) if in_blocks else conv(x)
         return y
 
     def conv(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
         self._behind_stem = not conv.split_input
         if self._behind_stem:
-            self._lays_out = _layout_is_free(conv, x)
             stem = self._stems.get(block[0])
-            return self._block(conv, x, block) if stem is None else stem
-        if self._lays_out and not _is_small(conv):
-            x = x.contiguous()
-        return self._block(conv, x, block)
+            return self._stem(conv, x, block) if stem is None else stem
+        return self._block(
+            conv, self._laid_out(x, conv.weight.nbytes // math.prod(conv.grid)), block
+        )
 
     def own(self, x: Tensor, group: int, width: int, *modules: nn.Module) -> Tensor:
         first, *others = modules
@@ -174,7 +192,7 @@ class _SumOfSubnets:
         # Not before the stem's BatchNorm, which keeps its input: that is shared, and a copy of it
         # is not.
         if self._behind_stem and self._lays_out:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = _channels_last(x)
         for module in others:
             x = module(x)
         return x
@@ -185,8 +203,15 @@ class _SumOfSubnets:
     def leave(self, x: Tensor, group: int, width: int) -> Tensor:
         return x
 
+    def _stem(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
+        self._lays_out = _layout_is_free(conv, x)
+        return self._block(conv, _channels_last(x) if self._lays_out else x, block)
+
     def _block(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
         return conv.narrow(x, *block, blocks=self._blocks.get(conv))
+
+    def _laid_out(self, x: Tensor, weight_bytes: int) -> Tensor:
+        return x.contiguous() if self._lays_out and weight_bytes > _SMALL_WEIGHT else x
 
 
 def _layout_is_free(stem: SubnetConv2d, x: Tensor) -> bool:
@@ -194,8 +219,8 @@ def _layout_is_free(stem: SubnetConv2d, x: Tensor) -> bool:
     return x.device.type == "cpu" and x.is_contiguous() and stem.weight.is_contiguous()
 
 
-def _is_small(conv: SubnetConv2d) -> bool:
-    return conv.weight.nbytes <= _SMALL_BLOCK * math.prod(conv.grid)
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def make_construction(name: ConstructionName) -> Construction:

@@ -163,7 +163,7 @@ class TestEquality:
     @pytest.mark.parametrize("depth", [18, 50])
     def test_subnets_in_every_layout_are_equal(self, monkeypatch, depth):
         # A block of 4 x 4 x 3 x 3 in float64 has 1,152 bytes: the bound falls between the layers.
-        monkeypatch.setattr(constructions, "_SMALL_BLOCK", 1500)
+        monkeypatch.setattr(constructions, "_SMALL_WEIGHT", 1500)
         pair = make_both(depth, seed=5, stem="cifar_maxpool")
         laid_out = layouts(pair[1], "subnets.subnet_0_1", images(16))
         assert set(laid_out) == {True, False}
@@ -278,7 +278,18 @@ class TestCost:
         parent = kept_bytes(network.parent, x)
         subnet = kept_bytes(narrow, x)
         shared = width * stem_bytes  # k*k subnets have 1/k of the stem each
-        assert kept_bytes(network, x) == parent + width**2 * subnet - shared
+        # From width 3 on all subnets have one copy of it, in the layout of the image's copy.
+        copied = stem_bytes + x.nbytes if width >= 3 else 0
+        assert kept_bytes(network, x) == parent + width**2 * subnet - shared + copied
+
+    @pytest.mark.parametrize("width", [2, 3])
+    def test_where_the_layout_was_chosen_the_stem_is_kept_once_at_every_width(self, width):
+        network = make(width=width).to(memory_format=torch.channels_last)
+        x = images(16).contiguous(memory_format=torch.channels_last)
+        narrow = network.subnets["subnet_0_0"].extract()
+        stem_bytes = network.parent.conv1(x).nbytes
+        subnets = width**2 * kept_bytes(narrow, x) - width * stem_bytes
+        assert kept_bytes(network, x) == kept_bytes(network.parent, x) + subnets
 
     def test_weights_are_not_copied(self):
         network = make(width=2)
@@ -318,7 +329,7 @@ def kept_bytes(network, x):
     return sum(storage.nbytes() for at, storage in kept.items() if at not in known)
 
 
-def layouts(network, prefix, x):
+def layouts(network, prefix, x, members=None):
     """Whether the output of every BatchNorm that has more than one pixel is channels last."""
     found = []
     hooks = [
@@ -332,7 +343,8 @@ def layouts(network, prefix, x):
         for name, module in network.named_modules()
         if name.startswith(prefix) and isinstance(module, nn.BatchNorm2d)
     ]
-    network.eval()(x)  # statistics stay as they are
+    network.eval()  # statistics stay as they are
+    network(x) if members is None else network(x, members=members)
     for hook in hooks:
         hook.remove()
     return found
@@ -341,17 +353,40 @@ def layouts(network, prefix, x):
 class TestLayout:
     def test_narrow_subnets_on_a_cpu_compute_channels_last_behind_the_stem(self):
         stem, *others = layouts(make(base_channels=4), "subnets.subnet_1_0", images(32))
-        assert not stem  # it keeps the shared product
+        assert not stem  # it keeps the product that the parent keeps
         assert len(others) >= 15
         assert all(others)
 
-    def test_the_parent_keeps_the_layout_of_its_image(self):
+    def test_the_parent_of_two_groups_keeps_the_layout_of_its_image(self):
         assert not any(layouts(make(base_channels=4), "parent", images(32)))
 
-    def test_subnets_of_large_blocks_keep_the_layout_of_the_image(self, monkeypatch):
-        monkeypatch.setattr(constructions, "_SMALL_BLOCK", 0)
+    @pytest.mark.parametrize("member", ["parent", "subnets.subnet_1_0"])
+    def test_from_width_three_on_the_stem_is_channels_last_too(self, member):
+        found = layouts(make(width=3), member, images(32))
+        assert len(found) >= 15
+        assert all(found)
+
+    @pytest.mark.parametrize("alone", [True, False], ids=["alone", "asked for"])
+    def test_without_the_parent_a_stem_is_channels_last_at_once(self, alone):
+        network = make(base_channels=4)
+        members = None if alone else ["subnet_1_0", "subnet_1_1"]
+        owner = network.subnets["subnet_1_0"] if alone else network
+        found = layouts(owner, "" if alone else "subnets.subnet_1_0", images(32), members)
+        assert len(found) >= 15
+        assert all(found)
+
+    def test_members_of_large_weights_keep_the_layout_of_the_image(self, monkeypatch):
+        monkeypatch.setattr(constructions, "_SMALL_WEIGHT", 0)
         found = layouts(make(base_channels=4), "subnets.subnet_1_0", images(32))
         assert not any(found)
+
+    def test_the_parent_leaves_channels_last_where_its_own_weight_is_large(self, monkeypatch):
+        # In float64 its 3x3 convs have 2,592, 10,368, ... bytes, the blocks a ninth of that.
+        monkeypatch.setattr(constructions, "_SMALL_WEIGHT", 3000)
+        found = layouts(make(width=3), "parent", images(32))
+        assert found[:5] == 5 * [True]  # the stem and the first layer
+        assert found[5] is False
+        assert layouts(make(width=3), "subnets.subnet_1_0", images(32))[5] is True
 
 
 class TestUse:
