@@ -1,12 +1,13 @@
 """Promise: members differ at the start in every parameter that is drawn, and in their outputs.
 
 Catches members that are copies of one initialised network, copies whose re-initialisation does
-not reach every layer, a constructor that seeds, members built from one state dict, and permuted
-twins: other weights, the same function.
+not reach every layer, a constructor that seeds, members built from one state dict, copies that
+were scaled or moved a little, and permuted twins: other weights, the same function.
 
 A parameter is drawn if a second construction gives it other values, or, where a constructor
 leaves the generators in one state, or only a model was given, if its elements are not all one
-number. Zeros, ones and what a file gives are by design: members may have them in common, as long
+number. In tensors of 32 elements and more, a correlation above 0.9 of what is drawn is no accident
+either. Zeros, ones and what a file gives are by design: members may have them in common, as long
 as their outputs differ. Outputs are compared in float64 where the model can be converted, within
 a relative 1e-9; otherwise within 64 units in the last place.
 
@@ -244,8 +245,8 @@ def assert_members_distinct(diversity: MemberDiversity) -> None:
     A parameter that construction is seen to draw must be drawn for each member. Where that cannot
     be seen, because members were given as objects or construction seeds, a parameter that is the
     same in several may come from a file, and members are one network where every parameter is
-    alike, or their outputs are. Seeds of their own, one tensor that members share, and members
-    that hold nothing but zeros, ones and other constants are no finding.
+    alike, or their outputs are. Seeds of their own, one tensor that members share, copies with
+    noise, and members that hold nothing but zeros, ones and other constants are no finding.
 
     Args:
         diversity: From `measure_member_diversity`.
@@ -274,7 +275,8 @@ def assert_members_distinct(diversity: MemberDiversity) -> None:
     found = [
         likeness
         for likeness in diversity.alike
-        if set(likeness.members) & one_network or (seen and likeness.how != "one tensor")
+        if set(likeness.members) & one_network
+        or (seen and likeness.how != "one tensor" and not likeness.how.startswith("correlated"))
     ]
     if found or diversity.twins:
         raise AssertionError(_alike(diversity, found))
@@ -284,8 +286,8 @@ def _one_network(diversity: MemberDiversity) -> set[str]:
     """Members that are alike with one other in every drawn parameter."""
     names: dict[tuple[str, str], set[str]] = {}
     for likeness in diversity.alike:
-        if likeness.how != "one tensor" and "in" in likeness.how.split():
-            continue  # equal in a part
+        if likeness.how != "one tensor" and {"in", "correlated"} & {*likeness.how.split()}:
+            continue  # equal in a part, or not at all
         for pair in combinations(likeness.members, 2):
             names.setdefault(pair, set()).add(likeness.name)
     return {m for pair, alike in names.items() if alike >= set(diversity.drawn) for m in pair}
@@ -324,6 +326,7 @@ def _alike(diversity: MemberDiversity, found: Sequence[Likeness]) -> str:
     rows += [
         ("outputs", f"equal to rounding in members {listed(group)}") for group in diversity.twins
     ]
+    related = [likeness for likeness in found if likeness.how.startswith("correlated")]
     every = whole | {likeness.name for likeness in reordered} >= set(diversity.drawn)
     if reordered and every and diversity.twins:
         meaning = "They are permuted twins: the weights differ, and the function is the same."
@@ -344,6 +347,9 @@ def _alike(diversity: MemberDiversity, found: Sequence[Likeness]) -> str:
         remedy = _SEEDED if diversity.constant else _COPIED
     elif reordered and len(reordered) == len(found):
         meaning = "These tensors hold the same numbers in another order: they were not drawn anew."
+        remedy = _COPIED
+    elif related and len(related) == len(found):
+        meaning = "These tensors were scaled, negated or moved a little: they were not drawn anew."
         remedy = _COPIED
     else:
         meaning = (

@@ -41,7 +41,8 @@ class RoundTrip:
     Attributes:
         conversion: Its name.
         ties: Whether names that were one tensor are one tensor, and no others.
-        function: Whether outputs are the same, also after the same change of every weight.
+        function: Whether outputs are the same, also after the same change of every weight, and in
+            train mode, where the same operations are computed.
         ownership: Whether every element of every weight reaches the outputs of the same members.
         parameters: Whether the same parameters are registered and trainable.
         optimizer: Whether an optimizer made before still holds them; "-" for a new model, whose
@@ -113,7 +114,8 @@ def measure_round_trips(
     Every conversion gets a model of its own, which is called once in train mode and whose weights
     are moved, so that what a conversion carries over is told from what the factory makes anew.
     Outputs are compared in eval mode within 1e-6 of the greatest where the same operations are
-    computed, 1e-4 where others are, 3e-2 after float16, and 0.1 after int8. Owners of weights are
+    computed, and there in train mode too; within 1e-4 where others are, 3e-2 after float16, and 0.1
+    after int8. Owners of weights are
     compared by one transparent look (`ensembles.probes.influence`) where the result is a module
     with modes and whole weights: not after functional_call, vmap, export, quantize_dynamic, fsdp2.
 
@@ -313,6 +315,9 @@ def _judged(name: str, found: Trip) -> RoundTrip:
         "optimizer": found.optimized,
     }
     by_rule = {*_MAY_BREAK.get(name, ())}
+    if name == "to_empty" and found.unsaved and said["function"]:
+        by_rule.add("function")
+        said["function"].append(f"no state_dict holds {listed(found.unsaved, 3)}")
     if name in ("functional_call", "vmap") and said["function"] == [_ALIASED]:
         by_rule.add("function")
     cells = {
@@ -353,6 +358,10 @@ def _of_function(found: Trip, tolerance: float) -> list[str]:
             f"after a change of every weight outputs differ by {found.after_step:.0e}: it "
             "computes with other weights than it registers"
         ]
+    if found.statistics:
+        return [f"training the copy moves the original's {listed(found.statistics, 3)}"]
+    if found.in_training is not None and not found.in_training <= tolerance:
+        return [f"in train mode outputs or statistics differ by {found.in_training:.0e}"]
     return []
 
 

@@ -94,6 +94,22 @@ def permuted_twin(architecture: Architecture, place: Place, broken: bool) -> Sub
     return _diverse(architecture, place, plant)
 
 
+# The MLP's tensors are too small for a correlation to tell.
+@fault("members", "diversity", architectures=("convnet", "attention"))
+def perturbed_copies(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A member is another one with a little noise in every weight: no number is the same."""
+
+    def plant(members: list[Network]) -> None:
+        source = members[place.other] if broken else architecture.network()
+        state = {
+            name: t + 1e-2 * torch.randn_like(t) if t.is_floating_point() else t
+            for name, t in source.state_dict().items()
+        }
+        members[place.member].load_state_dict(state)
+
+    return _diverse(architecture, place, plant)
+
+
 # --- data ---------------------------------------------------------------------------------------
 
 
@@ -187,6 +203,7 @@ FAULTS: tuple[Fault, ...] = (
     partly_reset,
     same_seed,
     permuted_twin,
+    perturbed_copies,
     same_bootstrap,
     bootstrap_without_replacement,
     unpaired_loaders,

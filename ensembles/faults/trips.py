@@ -176,6 +176,44 @@ def loaded_without_gradients(architecture: Architecture, place: Place, broken: b
     return with_head(architecture, place, lambda: Pretrained(WIDTH, CLASSES), SURVIVES)
 
 
+@fault("state", "round_trips")
+def copy_shares_statistics(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """An own `__deepcopy__` hands the running statistics on: the copy's training moves them."""
+
+    class Norm(nn.BatchNorm1d):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Norm:
+            new = Norm(WIDTH).train(self.training)
+            new.load_state_dict(self.state_dict())
+            if broken:
+                new.running_mean, new.running_var = self.running_mean, self.running_var
+            return new
+
+    def head() -> nn.Module:
+        return nn.Sequential(Norm(WIDTH), nn.Linear(WIDTH, CLASSES))
+
+    return with_head(architecture, place, head, SURVIVES)
+
+
+@fault("state", "round_trips")
+def copy_without_dropout(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """An own `__deepcopy__` builds a layer anew, without its rate of dropout: eval is the same."""
+
+    class Dropped(nn.Linear):
+        def __init__(self, rate: float = 0.0) -> None:
+            super().__init__(WIDTH, CLASSES)
+            self.rate = rate
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.dropout(x, self.rate, self.training))
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Dropped:
+            new = (Dropped() if broken else Dropped(self.rate)).train(self.training)
+            new.load_state_dict(self.state_dict())
+            return new
+
+    return with_head(architecture, place, lambda: Dropped(0.5), SURVIVES)
+
+
 FAULTS: tuple[Fault, ...] = (
     unsaved_mask,
     copy_reads_original,
@@ -185,4 +223,6 @@ FAULTS: tuple[Fault, ...] = (
     view_of_a_layout,
     pickled_without_a_part,
     loaded_without_gradients,
+    copy_shares_statistics,
+    copy_without_dropout,
 )

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from ensembles.probes.registers import registered
 
-__all__ = ["CONVERSIONS", "Conversion", "Converted", "NotLookedAt", "Source", "converted"]
+__all__ = [
+    "CONVERSIONS",
+    "SAME_CODE",
+    "Conversion",
+    "Converted",
+    "NotLookedAt",
+    "Source",
+    "converted",
+]
 
 SAME_CODE = 1e-6
 """Greatest difference, relative to the greatest output, where the same operations are computed."""

@@ -1,6 +1,7 @@
 """Where tensors live that a model computes with and does not register: a name for each.
 
-Attributes, containers, closures and globals below the model are looked into.
+Attributes of objects and classes, containers, closures, default arguments and globals below the
+model are looked into.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import types
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,9 @@ from ensembles.probes.training import leaves_of
 from ensembles.subject import Model, named_modules_of
 
 __all__ = ["homes_of", "things_below"]
+
+HOLDERS = (Tensor, nn.Module, list, dict, tuple)
+"""What is looked for in places that hold much else: classes, defaults and global variables."""
 
 MOST_OBJECTS = 100_000
 """Objects looked into for a name: a data set that hangs on a model is not walked to its end."""
@@ -58,7 +63,7 @@ def homes_of(model: Model, wanted: Mapping[int, Tensor]) -> dict[int, str]:
 
 
 def things_below(model: Model) -> Iterator[tuple[str, str, Any]]:
-    """All that is in attributes, containers and closures below the model.
+    """All that is in attributes, containers, functions and classes below the model.
 
     Breadth first, so that the shortest path names a thing.
 
@@ -93,6 +98,11 @@ def _inside(path: str, how: str, thing: Any) -> Iterator[tuple[str, str, Any]]:
         for name, value in held.items():
             if name not in ("_parameters", "_buffers", "_modules"):
                 yield f"{path}.{name}", how, value
+        for ancestor in type(thing).__mro__:
+            if not ancestor.__module__.startswith("torch."):
+                for name, value in list(vars(ancestor).items()):
+                    if name not in held and isinstance(value, HOLDERS):
+                        yield f"{path}.{name}", how or "a class attribute", value
         yield from _inside_function(path, "forward", type(thing).forward)
     elif isinstance(thing, Mapping):
         for key, value in list(thing.items()):
@@ -106,13 +116,25 @@ def _inside(path: str, how: str, thing: Any) -> Iterator[tuple[str, str, Any]]:
             yield path, how or "in a partial", value
     elif isinstance(thing, (types.FunctionType, types.MethodType)):
         yield from _inside_function(path, "", thing)
-    elif not isinstance(thing, (type, types.ModuleType)) and hasattr(thing, "__dict__"):
-        for name, value in list(vars(thing).items()):
+    elif not isinstance(thing, (type, types.ModuleType)):
+        for name, value in _attributes(thing):
             yield f"{path}.{name}", how or f"in an object of type {type(thing).__name__}", value
 
 
+def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
+    """What an object keeps in its dict and in its slots."""
+    yield from list(getattr(thing, "__dict__", {}).items())
+    for kind in type(thing).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            member = vars(kind).get(name)
+            if isinstance(member, types.MemberDescriptorType):
+                with suppress(AttributeError):  # not set yet
+                    yield name, member.__get__(thing)
+
+
 def _inside_function(path: str, name: str, function: Any) -> Iterator[tuple[str, str, Any]]:
-    """What a function closes over, and the globals that it names."""
+    """What a function closes over, its default arguments, and the globals that it names."""
     function = getattr(function, "__func__", function)
     if not isinstance(function, types.FunctionType):
         return
@@ -124,7 +146,10 @@ def _inside_function(path: str, name: str, function: Any) -> Iterator[tuple[str,
         except ValueError:  # not yet bound
             continue
         yield f"{variable} of {place}", "in a closure", value
+    for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        if isinstance(value, HOLDERS):
+            yield place, "a default argument", value
     for word in code.co_names:
         value = function.__globals__.get(word)
-        if isinstance(value, (Tensor, nn.Module, list, dict, tuple)):
+        if isinstance(value, HOLDERS):
             yield f"{word} of {place}", "a global variable", value

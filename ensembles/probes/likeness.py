@@ -39,6 +39,12 @@ ENOUGH_BITS = 20
 SOME = 0.1
 """Share of drawn elements from which on two tensors agree in part: floats agree in none."""
 
+CORRELATED = 0.9
+"""Correlation of drawn elements, from which on one tensor was made from the other."""
+
+ENOUGH_TO_CORRELATE = 32
+"""Elements from which on such a correlation is no accident: of two draws less than one in 1e11."""
+
 EXACT = 1e-9
 """Relative difference of outputs in float64, below which two functions are one."""
 
@@ -60,7 +66,8 @@ class Likeness:
     Attributes:
         name: The parameter's name in the members, or in the model.
         members: The members that are alike.
-        how: "one tensor", "equal", "equal in 50%" of its elements, or "equal but for the order".
+        how: "one tensor", "equal", "equal in 50%" of its elements, "equal but for the order", or
+            "correlated by 0.99".
     """
 
     name: str
@@ -199,6 +206,7 @@ class Separate:
         self.drawn: dict[str, None] = {}
         self._holders: dict[Any, dict[str, tuple[Tensor, Tensor]]] = {}
         self._tensors: dict[tuple[str, str], int] = {}
+        self._draws: dict[tuple[str, str], Tensor] = {}
         loaded: defaultdict[Any, list[str]] = defaultdict(list)
         holders: Any = defaultdict(dict)
         for member, module in modules.items():
@@ -220,6 +228,10 @@ class Separate:
                     kind = (name, parameter.shape, parameter.dtype)
                     holders[kind][member] = (parameter.detach().cpu(), elements)
                     self._tensors[name, member] = id(parameter)
+                    if len(told) > 1 and not seeded:
+                        # What is the same in all constructions, such as an identity to which noise
+                        # is added, is in neither.
+                        self._draws[name, member] = _difference(*told)
         for kind, held in holders.items():
             if len(held) > 1:
                 self.drawn[kind[0]] = None
@@ -249,6 +261,21 @@ class Separate:
                     yield Likeness(name, (one, two), f"equal in {share:.0%}")
                 elif x.numel() > 1 and _reordered(x, y):
                     yield Likeness(name, (one, two), "equal but for the order")
+                elif abs(by := self._correlation(name, one, two)) > CORRELATED:
+                    yield Likeness(name, (one, two), f"correlated by {by:.2f}")
+
+    def _correlation(self, name: str, one: str, two: str) -> float:
+        """Of what two constructions draw differently; 0.0 where that is not known."""
+        x, y = self._draws.get((name, one)), self._draws.get((name, two))
+        if x is None or y is None or x.numel() < ENOUGH_TO_CORRELATE:
+            return 0.0
+        return float(torch.corrcoef(torch.stack([x, y]))[0, 1].nan_to_num(0.0))
+
+
+def _difference(one: Tensor, two: Tensor) -> Tensor:
+    """In float64, of the first elements."""
+    x, y = (tensor.detach().flatten()[:LOOKED_AT].cpu().double() for tensor in (one, two))
+    return x - y
 
 
 def _reordered(one: Tensor, two: Tensor) -> bool:

@@ -263,17 +263,26 @@ def _updates(entries: Sequence[Registered], before: Mapping[str, Tensor]) -> dic
 def _frozen_statistics(
     model: Model, by_forward: Mapping[str, float], moved: set[str]
 ) -> Iterator[Disorder]:
-    """Buffers that a call moved in modules whose own parameters are all frozen and at rest."""
+    """Buffers that a call moved in modules whose parameters are all frozen and at rest."""
     first = {id(e.tensor): e.names[0] for e in registered(model)}
     for module in named_modules_of(model).values():
-        for inner in module.modules():
-            own = list(inner.parameters(recurse=False))
+        for name, inner in module.named_modules():
+            own = _governing(module, name)
             if not own or any(p.requires_grad or first[id(p)] in moved for p in own):
                 continue
             for _, buffer in inner.named_buffers(recurse=False):
-                name = first[id(buffer)]
-                if name in by_forward and not name.endswith("num_batches_tracked"):
-                    yield Disorder("frozen moves", name, "its module is frozen, a call moves it")
+                place = first[id(buffer)]
+                if place in by_forward and not place.endswith("num_batches_tracked"):
+                    yield Disorder("frozen moves", place, "its module is frozen, a call moves it")
+
+
+def _governing(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameters that tell whether a module is frozen: its own, or those around it."""
+    own = list(module.get_submodule(name).parameters(recurse=False))
+    while not own and name:
+        name = name.rpartition(".")[0]
+        own = list(module.get_submodule(name).parameters())
+    return own
 
 
 def _frozen_parameters(

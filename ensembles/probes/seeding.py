@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -18,6 +19,8 @@ CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_REPEATS = (":4096:8", ":16:8")
 """The two values with which cuBLAS repeats its sums: docs.nvidia.com/cuda/cublas, "Results
 reproducibility"."""
+
+CLOCKS = ("time", "monotonic", "perf_counter", "process_time", "thread_time")
 
 A_DAY_AND_A_SECOND = 86_401
 """Neither the hour, the minute nor the second of the clock is the same."""
@@ -53,23 +56,37 @@ def seeded(seed: int, *, algorithms: bool = True) -> Iterator[None]:
 
 @contextmanager
 def later() -> Iterator[None]:
-    """Inside, `time.time` and `time.time_ns` are a day ahead: a seed from the clock is another.
+    """Inside, every clock of `time` is a day ahead: a seed from one of them is another.
+
+    Of `datetime`, whose types cannot be replaced where they were imported, the clock stays.
 
     Example:
         >>> import time
-        >>> now = time.time()
+        >>> now, day = time.time(), time.strftime("%d")
         >>> with later():
-        ...     time.time() - now > 86_400
-        True
+        ...     time.time() - now > 86_400, time.strftime("%d") == day
+        (True, False)
     """
 
-    def moved(clock: Callable[[], float], by: int) -> Callable[[], float]:
+    def moved(clock: Callable[[], Any], by: int) -> Callable[[], Any]:
         return lambda: clock() + by
 
-    with (
-        mock.patch.object(time, "time", moved(time.time, A_DAY_AND_A_SECOND)),
-        mock.patch.object(time, "time_ns", moved(time.time_ns, A_DAY_AND_A_SECOND * 10**9)),
-    ):
+    def told(function: Callable[..., Any], now: Callable[[], Any], given: int) -> Any:
+        """A function whose last argument, after those given, is the present time by default."""
+        return lambda *args: function(*args, *(() if len(args) > given else (now(),)))
+
+    with ExitStack() as stack:
+        ahead = {clock: moved(getattr(time, clock), A_DAY_AND_A_SECOND) for clock in CLOCKS}
+        for clock in CLOCKS:
+            name = f"{clock}_ns"
+            ahead[name] = moved(getattr(time, name), A_DAY_AND_A_SECOND * 10**9)
+        now = ahead["time"]
+        ahead |= {name: told(getattr(time, name), now, 0) for name in ("localtime", "gmtime")}
+        ahead["ctime"] = told(time.ctime, now, 0)
+        ahead["asctime"] = told(time.asctime, ahead["localtime"], 0)
+        ahead["strftime"] = told(time.strftime, ahead["localtime"], 1)
+        for name, function in ahead.items():
+            stack.enter_context(mock.patch.object(time, name, function))
         yield
 
 

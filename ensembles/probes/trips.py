@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensembles.probes.conversions import Conversion, NotLookedAt, Source, converted
+from ensembles.probes.conversions import SAME_CODE, Conversion, NotLookedAt, Source, converted
 from ensembles.probes.owned import Reach, owned_otherwise, reach_of
 from ensembles.probes.registers import registered
 from ensembles.probes.state import seed_generators
 from ensembles.probes.steps import distance
 from ensembles.probes.training import fresh
+from ensembles.probes.training_calls import TrainingCall, training_call, unlike
 from ensembles.subject import (
     Model,
     Outputs,
@@ -56,6 +57,10 @@ class Trip:
         difference: Of outputs, relative to the greatest; None where the call raised.
         after_step: The same after a change of every weight; None where that was not looked at.
         aliased: Whether a change of the copy changed the model that it was made of.
+        in_training: The difference in train mode, of outputs and of the statistics that it moves;
+            None where that was not looked at.
+        statistics: Buffers of the model that a training call of the copy moved.
+        unsaved: Buffers that no state_dict holds.
         owned: Whether owners of weights could be compared.
         owned_otherwise: Weights whose elements reach other members than before, in sentences.
     """
@@ -73,6 +78,9 @@ class Trip:
     difference: float | None = None
     after_step: float | None = None
     aliased: bool = False
+    in_training: float | None = None
+    statistics: tuple[str, ...] = ()
+    unsaved: tuple[str, ...] = ()
     owned: bool = False
     owned_otherwise: tuple[str, ...] = ()
 
@@ -108,6 +116,9 @@ def trip(
     noise = _noise(source.module)
     moved = _outputs_moved(source, noise, seed)
     names, parameters = _names(source.module), _parameters(source.module)
+    unsaved = _unsaved(source.module)
+    same_code = conversion.tolerance == SAME_CODE
+    trained = _in_training(source.module, batch, seed) if same_code else None
     try:
         result = converted(conversion, source)
     except NotLookedAt as told:
@@ -131,6 +142,7 @@ def trip(
         "added": after.added,
         "optimized": conversion.result != "copy" and result.module is not None,
         "stale": after.stale if conversion.result != "copy" else (),
+        "unsaved": unsaved,
     }
     try:
         found = _outputs(result.call, batch, seed)
@@ -140,6 +152,11 @@ def trip(
             return Trip(reason=f"calling it raised {said}")
         return Trip(error=said, **facts)
     facts["difference"] = _difference(before, found)
+    if trained is not None and result.module is not None:
+        original = source.module if conversion.result == "copy" else None
+        again = _in_training(result.module, batch, seed, original)
+        facts["in_training"] = float("inf") if again is None else unlike(trained, again)
+        facts["statistics"] = () if again is None else again.others
     held = _held(result.module) if result.module is not None else result.tensors
     if held is not None and noise.keys() <= held.keys():
         _move({name: held[name] for name in noise}, noise)
@@ -185,6 +202,21 @@ def _owned(
     if after is None:
         return True, ("no output depends on a weight by autograd any more",)
     return True, owned_otherwise(before, after)
+
+
+def _in_training(
+    module: nn.Module, batch: Any, seed: int, bystander: nn.Module | None = None
+) -> TrainingCall | None:
+    def called(given: nn.Module) -> tuple[Tensor, ...]:
+        found = member_outputs(given, fresh(batch), outputs=whole)
+        return tuple(y.detach().clone() for y in found["model"])
+
+    return training_call(module, called, seed=seed, bystander=bystander)
+
+
+def _unsaved(module: nn.Module) -> tuple[str, ...]:
+    saved = module.state_dict().keys()
+    return tuple(e.names[0] for e in registered(module) if saved.isdisjoint(e.names))
 
 
 def _changed(source: Source, before: tuple[Tensor, ...], tolerance: float, seed: int) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ensembles.checks.determinism import assert_deterministic, measure_determinism
 from ensembles.conformance import check_ensemble
-from ensembles.probes.seeding import CUBLAS, seeded
+from ensembles.probes.seeding import CUBLAS, later, seeded
 from ensembles.subject import Subject
 
 BATCH = torch.linspace(-1, 1, 6 * 3 * 16).sin().view(6, 3, 4, 4)
@@ -170,6 +170,36 @@ def test_a_seed_from_the_clock_is_broken(golden):
     with pytest.raises(AssertionError) as broken:
         assert_bitwise(from_clock)
     golden(str(broken.value), "messages/determinism_clock.txt")
+
+
+CLOCKS = {
+    "strftime": lambda: int(time.strftime("%d%H")),
+    "localtime": lambda: time.localtime().tm_mday,
+    "gmtime": lambda: time.gmtime().tm_mday,
+    "ctime": lambda: sum(time.ctime().encode()),
+    "asctime": lambda: sum(time.asctime().encode()),
+    "perf_counter": lambda: int(time.perf_counter()) // 1000,
+    "monotonic": lambda: time.monotonic_ns() // 10**12,
+}
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_one_layer_that_is_drawn_by_any_clock_is_broken(clock):
+    def make() -> nn.Module:
+        model = classifier()
+        generator = torch.Generator().manual_seed(CLOCKS[clock]())
+        nn.init.normal_(model[0].weight, generator=generator)
+        return model
+
+    with pytest.raises(AssertionError, match=r"parameter model\.0\.weight +\d+ differ"):
+        assert_bitwise(make)
+
+
+def test_times_that_are_given_stay_as_they_are():
+    with later():
+        assert time.gmtime(0).tm_year == 1970
+        assert time.strftime("%Y", time.gmtime(0)) == "1970"
+        assert time.asctime(time.gmtime(0)) == "Thu Jan  1 00:00:00 1970"
 
 
 def test_a_factory_that_keeps_a_generator_between_calls_is_broken():

@@ -6,7 +6,11 @@ import torch
 from torch import nn
 
 from ensembles import Subject, check_ensemble, split_axis
-from ensembles.checks.diversity import assert_members_diverse, measure_member_diversity
+from ensembles.checks.diversity import (
+    assert_members_distinct,
+    assert_members_diverse,
+    measure_member_diversity,
+)
 
 
 def classifier() -> nn.Sequential:
@@ -262,6 +266,52 @@ def test_the_same_numbers_in_another_order_are_broken():
     told = message(pair)
     assert "0.weight   equal but for the order in members 0, 1" in told
     assert "hold the same numbers in another order" in told
+
+
+@pytest.mark.parametrize(
+    ("change", "by"),
+    [
+        (lambda w: w + 1e-3 * torch.randn_like(w), "1.00"),
+        (lambda w: 0.3 * w, "1.00"),
+        (lambda w: -w, "-1.00"),
+    ],
+    ids=["noise", "scaled", "negated"],
+)
+def test_what_was_made_from_another_members_weights_is_broken(change, by):
+    def make():
+        pair = [classifier(), classifier()]
+        pair[1][3].weight.data = change(pair[0][3].weight.data)
+        return pair
+
+    assert f"3.weight   correlated by {by} in members 0, 1\n  (1 of 6" in message(make)
+    assert_members_distinct(measure_member_diversity(make, BATCH))
+
+
+def test_the_message_of_copies_with_noise(golden):
+    def make():
+        first = classifier()
+        second = copy.deepcopy(first)
+        with torch.no_grad():
+            for parameter in second.parameters():
+                if parameter.ndim > 1:
+                    parameter += 1e-3 * torch.randn_like(parameter)
+                else:
+                    nn.init.normal_(parameter)
+        return [first, second]
+
+    golden(message(make), "messages/diversity_perturbed.txt")
+
+
+def test_noise_around_what_is_there_by_design_is_no_relation():
+    class Identity(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(4, 8) + 1e-3 * torch.randn(4, 8))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    assert_members_diverse(measure_member_diversity(lambda: [Identity(), Identity()], BATCH))
 
 
 def test_scaled_twins_are_one_function():

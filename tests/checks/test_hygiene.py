@@ -170,6 +170,31 @@ def test_a_mask_that_is_an_attribute_is_broken(golden):
     golden(message(model), "messages/hygiene_mask.txt")
 
 
+class OfTheClass(nn.Linear):
+    """A mask that all instances have in common, and none registers."""
+
+    mask = torch.tensor([1.0, 0.0])
+
+    def forward(self, x):
+        return super().forward(x) * self.mask
+
+
+class ByDefault(nn.Linear):
+    def forward(self, x, mask=OfTheClass.mask):
+        return super().forward(x) * mask
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        (OfTheClass, "model.mask   hidden tensor:   shape (2,), a class attribute"),
+        (ByDefault, "model.forward   hidden tensor:   shape (2,), a default argument"),
+    ],
+)
+def test_a_mask_outside_of_every_instance_is_broken(kind, place):
+    assert place in message(kind(4, 2))
+
+
 def test_a_hidden_module_is_broken(golden):
     model = Calling(lambda m, x: m.parts[0](x), parts=[nn.BatchNorm1d(4, affine=False)])
     golden(message(model), "messages/hygiene_hidden_module.txt")
@@ -224,6 +249,19 @@ def test_a_frozen_norm_whose_statistics_move_is_broken(golden):
     model = net()
     model[1].requires_grad_(False)
     golden(message(model), "messages/hygiene_frozen.txt")
+
+
+def test_a_norm_without_weights_in_a_frozen_part_is_frozen_too():
+    def with_trunk(*, frozen: bool) -> nn.Module:
+        trunk = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False))
+        return nn.Sequential(trunk.requires_grad_(not frozen), nn.Linear(4, 2))
+
+    assert "0.1.running_mean   frozen moves:" in message(with_trunk(frozen=True))
+    assert_state_clean(measure_state_hygiene(with_trunk(frozen=False), ROWS))
+    # Nothing is frozen of a norm whose neighbours train.
+    standardised = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))
+    standardised[1].bias.requires_grad_(False)
+    assert_state_clean(measure_state_hygiene(standardised, ROWS))
 
 
 def test_a_gradient_of_before_the_freeze_is_broken():

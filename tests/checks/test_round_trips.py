@@ -220,6 +220,81 @@ def test_the_message_of_a_loaded_weight_without_gradients(golden):
     golden(str(broken.value), "messages/round_trips_ownership.txt")
 
 
+class ByHand(nn.Sequential):
+    """Copies itself as one would by hand, and not quite."""
+
+    def __init__(self, defect: str) -> None:
+        super().__init__(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+        self.defect = defect
+        self[1].momentum = 0.3
+
+    def __deepcopy__(self, memo):
+        new = ByHand(self.defect).train(self.training)
+        new.load_state_dict(self.state_dict())
+        if self.defect == "statistics":
+            new[1].running_mean = self[1].running_mean
+        elif self.defect == "momentum":
+            new[1].momentum = 0.1
+        elif self.defect == "dropout":
+            new[2].p = 0.0
+        return new
+
+
+@pytest.mark.parametrize(
+    ("defect", "told"),
+    [
+        ("statistics", "training the copy moves the original's 1.running_mean"),
+        ("momentum", "in train mode outputs or statistics differ by"),
+        ("dropout", "in train mode outputs or statistics differ by"),
+    ],
+)
+def test_a_copy_that_is_the_same_in_eval_mode_only_is_broken(defect, told):
+    found = measure_round_trips(lambda: ByHand(defect), ROWS, conversions=["deepcopy"])
+    assert found.trips[0].broken() == ("function",)
+    with pytest.raises(AssertionError, match=told):
+        assert_round_trips_kept(found)
+
+
+def test_a_copy_that_is_the_same_in_both_modes_is_kept():
+    names = ["deepcopy", "pickle", "state_dict", "double", "averaged_model"]
+    found = measure_round_trips(lambda: ByHand("none"), ROWS, conversions=names)
+    assert_round_trips_kept(found, names)
+
+
+def test_what_does_not_repeat_in_train_mode_is_compared_in_eval_mode():
+    class Noisy(nn.Linear):
+        generator = torch.Generator()
+
+        def forward(self, x):
+            noise = torch.rand(x.shape, generator=self.generator) if self.training else 0.0
+            return super().forward(x + noise)
+
+    found = measure_round_trips(lambda: Noisy(8, 3), ROWS, conversions=["deepcopy", "state_dict"])
+    assert_round_trips_kept(found, ["deepcopy", "state_dict"])
+
+
+def test_a_batch_of_one_row_has_no_train_mode():
+    found = measure_round_trips(Tied, ROWS[:1], conversions=["deepcopy"])
+    assert_round_trips_kept(found, ["deepcopy"])
+
+
+def test_memory_without_values_is_pytorchs_and_what_is_not_saved_is_named():
+    class Causal(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 8)
+            self.register_buffer("mask", torch.ones(8, 8).tril(), persistent=False)
+
+        def forward(self, x):
+            return F.linear(x, self.weight * self.mask, self.bias)
+
+    found = measure_round_trips(Causal, ROWS, conversions=["state_dict", "to_empty"])
+    assert_round_trips_kept(found)
+    assert found.trips[1].function == "broken by PyTorch"
+    assert found.trips[1].details[1] == "function: no state_dict holds mask"
+    with pytest.raises(AssertionError, match="fill what state_dict does not hold"):
+        assert_round_trips_kept(found, ["to_empty"])
+
+
 @pytest.mark.parametrize("name", ["assign=True", "to_empty"])
 def test_weights_that_pytorch_unties_have_other_owners(name):
     (found,) = measure_round_trips(Pair, ROWS, conversions=name).trips

@@ -49,6 +49,42 @@ def test_a_tensor_is_named_by_where_it_is_kept(wrap, place):
     assert found(with_attribute(wrap(tensor)), tensor) == place
 
 
+class Slotted:
+    __slots__ = ("empty", "scale")
+
+    def __init__(self, scale: torch.Tensor) -> None:
+        self.scale = scale
+
+
+def test_slots_class_attributes_and_default_arguments_are_places():
+    in_slot, in_class, in_default, by_keyword = lost(), lost(), lost(), lost()
+
+    class Parent(nn.Linear):
+        scale = in_class
+
+    class Net(Parent):
+        def forward(self, x, *, bias=by_keyword, factor=(in_default,)):
+            return super().forward(x) * factor[0] + bias
+
+    net = Net(2, 2)
+    net.kept = Slotted(in_slot)
+    assert found(net, in_slot) == "model.kept.scale (in an object of type Slotted)"
+    assert found(net, in_class) == "model.scale (a class attribute)"
+    assert found(net, by_keyword) == "model.forward (a default argument)"
+    assert found(net, in_default) == "model.forward[0] (a default argument)"
+
+
+def test_an_attribute_hides_that_of_the_class():
+    in_class = lost()
+
+    class Net(nn.Linear):
+        scale = in_class
+
+    net = Net(2, 2)
+    net.scale = None
+    assert found(net, in_class) is None
+
+
 def test_members_are_named_by_their_name():
     tensor = lost()
     assert found({"first": nn.Linear(1, 1), "second": with_attribute([tensor])}, tensor) == (
