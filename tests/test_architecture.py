@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ensembles.claims import CHECKS
+
 PACKAGE = Path(__file__).parents[1] / "ensembles"
 
 ARROWS = {
@@ -20,8 +22,8 @@ ARROWS = {
     "claims": {"checks.*", "subject"},
     "conformance": {"claims", "inputs", "probes.*", "subject", "message"},
     "suite": {"conformance", "subject", "message"},
-    "fixtures": {"message"},
-    "plugin": {"fixtures", "message"},
+    "fixtures.*": {"fixtures.*", "message"},
+    "plugin": {"fixtures.*", "message"},
     "faults.*": {"faults.*", "subject", "message"},
     "models.*": {"models.*"},
     "models.example": {"models.*", "subject"},
@@ -31,7 +33,7 @@ ARROWS = {
 
 WHEN_USED = {
     "__init__": {"*"},
-    "fixtures": {"checks.*", "drawings", "probes.*", "subject", "inputs"},
+    "fixtures.*": {"checks.*", "drawings", "probes.*", "subject", "inputs"},
     "plugin": {"claims"},
     "faults.*": {"checks.*", "conformance"},
 }
@@ -99,7 +101,9 @@ def test_every_file_imports_only_what_stands_below_it(name):
     assert upwards == []
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if n in ("__init__", "plugin", "fixtures")])
+@pytest.mark.parametrize(
+    "name", [n for n in FILES if n in ("__init__", "plugin") or n.startswith("fixtures.")]
+)
 def test_what_pytest_always_loads_imports_only_itself_and_the_standard_library(name):
     import sys
 
@@ -134,7 +138,12 @@ def test_a_check_makes_only_measurements_and_assertions_public(name):
     assert {f for f in functions if f.startswith(verbs)} <= public
 
 
+def test_a_fixture_stands_in_the_file_that_is_called_as_its_check():
+    named = {n.partition(".")[2] for n in FILES if n.startswith("fixtures.")}
+    assert named - {"__init__"} == set(CHECKS)
+
+
 def test_an_upward_arrow_would_be_seen():
     assert dict(imported("claims"))["checks.sharing"] is False
-    assert dict(imported("fixtures"))["checks.sharing"] is True
+    assert dict(imported("fixtures.sharing"))["checks.sharing"] is True
     assert not any(fnmatchcase("conformance", p) for p in allowed(ARROWS, "checks.sharing"))

@@ -11,12 +11,13 @@ import ensembles
 from ensembles import fixtures, plugin
 
 ROOT = Path(__file__).parents[1]
-FIXTURES = sorted(
-    node.name
-    for node in ast.parse((ROOT / "ensembles" / "fixtures.py").read_text()).body
+FIXTURES = {
+    node.name: node
+    for path in sorted((ROOT / "ensembles" / "fixtures").glob("*.py"))
+    for node in ast.parse(path.read_text()).body
     if isinstance(node, ast.FunctionDef)
     and any(ast.unparse(d).startswith("pytest.fixture") for d in node.decorator_list)
-)
+}
 
 
 @pytest.mark.parametrize("name", ensembles.__all__)
@@ -43,13 +44,7 @@ def test_the_version_is_that_of_the_project():
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_a_fixture_states_promise_fault_example_and_failure(name):
-    source = inspect.getsource(fixtures)
-    (function,) = (
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.name == name
-    )
-    documented = ast.get_docstring(function)
+    documented = ast.get_docstring(FIXTURES[name])
     assert documented
     parts = ["Promises", "Catches ", "Example::", "Prints on failure::"]
     places = [documented.find(part) for part in parts]
