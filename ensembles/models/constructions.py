@@ -34,7 +34,9 @@ last already, members are computed channels last behind the stem for as long as 
 they compute with are small: normalisation, max-pool and convs of few channels are faster so, and
 wide convs are not. From width 3 on the stem's product is channels last too, and each of its row
 blocks is copied together for the k subnets that read it: normalising a row block of a wider
-product takes three times as long. On other devices the layout is left as it is.
+product takes three times as long. Elsewhere a layout changes only between a product and its
+normalisation, or a normalisation and its activation, where the tensor that is left is not kept.
+On other devices the layout is left as it is.
 
 What the time cannot go below: only products are shared out, so they cost 2 whatever k. What is
 done for each activation (normalisation, max-pool, sums) costs 1 + k, as there are 1 + k times as
@@ -173,17 +175,16 @@ class _SumOfSubnets:
             and x.device.type == "cpu"
             and conv.weight.nbytes > _LARGE_BLOCK * len(blocks)
         )
-        x = self._laid_out(x, conv.weight.nbytes)
         y: Tensor = conv(x, blocks) if in_blocks else conv(x)
-        return y
+        return self._laid_out(y, conv.weight.nbytes)
 
     def conv(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
         self._behind_stem = not conv.split_input
         if self._behind_stem:
             stem = self._stems.get(block[0])
             return self._stem(conv, x, block) if stem is None else stem
-        return self._block(
-            conv, self._laid_out(x, conv.weight.nbytes // math.prod(conv.grid)), block
+        return self._laid_out(
+            self._block(conv, x, block), conv.weight.nbytes // math.prod(conv.grid)
         )
 
     def own(self, x: Tensor, group: int, width: int, *modules: nn.Module) -> Tensor:
@@ -210,8 +211,10 @@ class _SumOfSubnets:
     def _block(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
         return conv.narrow(x, *block, blocks=self._blocks.get(conv))
 
-    def _laid_out(self, x: Tensor, weight_bytes: int) -> Tensor:
-        return x.contiguous() if self._lays_out and weight_bytes > _SMALL_WEIGHT else x
+    # What a conv computed and not what it computes with: its input is kept already, by the
+    # activation, and a copy of it would be kept too.
+    def _laid_out(self, y: Tensor, weight_bytes: int) -> Tensor:
+        return y.contiguous() if self._lays_out and weight_bytes > _SMALL_WEIGHT else y
 
 
 def _layout_is_free(stem: SubnetConv2d, x: Tensor) -> bool:

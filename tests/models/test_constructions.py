@@ -283,6 +283,15 @@ class TestCost:
         assert kept_bytes(network, x) == parent + width**2 * subnet - shared + copied
 
     @pytest.mark.parametrize("width", [2, 3])
+    def test_nothing_is_kept_twice_where_the_layout_changes(self, monkeypatch, width):
+        network = make(width=width)
+        at_once = kept_bytes(network, images(16))
+        # In float64 the 3x3 blocks have 288, 576, 1,152, 2,304, ... bytes.
+        monkeypatch.setattr(constructions, "_SMALL_WEIGHT", 1500)
+        assert {True, False} == set(layouts(network, "subnets.subnet_0_1", images(32)))
+        assert kept_bytes(network, images(16)) == at_once
+
+    @pytest.mark.parametrize("width", [2, 3])
     def test_where_the_layout_was_chosen_the_stem_is_kept_once_at_every_width(self, width):
         network = make(width=width).to(memory_format=torch.channels_last)
         x = images(16).contiguous(memory_format=torch.channels_last)
