@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ from ensembles.checks import (
     effective_rates,
     graph,
     hygiene,
+    loading,
     loss_scale,
     ownership,
     prediction,
     round_trips,
     sharing,
+    trajectory,
 )
 from ensembles.subject import Model, Subject, is_one_module, member_outputs, named_members
 
@@ -162,10 +165,18 @@ def _run_determinism(subject: Subject, model: Model, claim: Any) -> object:
     __tracebackhide__ = True
     options = dict(claim) if isinstance(claim, Mapping) else {}
     weights, factory = options.pop("weights", "drawn"), options.pop("factory", None)
+    loaders, steps = options.pop("loaders", None), options.pop("steps", determinism.STEPS)
     known = claim == "bitwise" or (isinstance(claim, Mapping) and claim and not options)
-    if not known or weights not in ("drawn", "loaded"):
-        words = ["bitwise", '{"weights": "loaded"}', '{"factory": "package.module:factory"}']
-        raise _unknown_claim("determinism", claim, words)
+    words = (weights in ("drawn", "loaded"), loaders in (None, "augmented", "plain"))
+    if not known or not all(words) or not _is_count(steps):
+        raise _unknown_claim(
+            "determinism",
+            claim,
+            [
+                *("bitwise", '{"weights": "loaded"}', '{"factory": "package.module:factory"}'),
+                *('{"loaders": "augmented"}', '{"loaders": "plain"}', '{"steps": a number}'),
+            ],
+        )
     measured = determinism.measure_determinism(
         subject.make,
         subject.batch,
@@ -173,9 +184,17 @@ def _run_determinism(subject: Subject, model: Model, claim: Any) -> object:
         members=subject.members,
         optimizer=subject.optimizer,
         loss=subject.loss,
+        steps=steps,
         factory=factory,
     )
     determinism.assert_deterministic(measured, loaded=weights == "loaded")
+    if loaders is not None:
+        read, names = _data_of(subject), _members_of_data(subject, model)
+        for name in range(names) if isinstance(names, int) else names:
+            loading.assert_loader_deterministic(
+                loading.measure_loader_determinism(partial(read, name)),
+                augmented=loaders == "augmented",
+            )
     return measured
 
 
@@ -183,10 +202,12 @@ def _run_trajectory(subject: Subject, model: Model, claim: Any) -> object:
     __tracebackhide__ = True
     options = dict(claim) if isinstance(claim, Mapping) else {}
     follow, loss_is = options.pop("members", None), options.pop("loss", "sum")
-    tolerance = options.pop("tolerance", 0.0)
-    if follow not in ("single", "separate") or loss_is not in ("sum", "mean") or options:
+    tolerance, steps = options.pop("tolerance", 0.0), options.pop("steps", trajectory.STEPS)
+    known = follow in ("single", "separate") and loss_is in ("sum", "mean") and not options
+    if not known or not _is_count(steps):
         words = ['{"members": "single"}', '{"members": "separate"}', 'with "loss": "mean"']
-        raise _unknown_claim("trajectory", claim, [*words, 'with "tolerance": a number'])
+        words += ['with "tolerance": a number', 'with "steps": a number']
+        raise _unknown_claim("trajectory", claim, words)
     measured = alone.measure_member_trajectories(
         model,
         _batch(subject),
@@ -194,6 +215,7 @@ def _run_trajectory(subject: Subject, model: Model, claim: Any) -> object:
         members=subject.members,
         optimizer=subject.optimizer,
         loss=subject.loss,
+        steps=steps,
         identical=follow == "single",
         loss_is=loss_is,
         values=bool(tolerance),
@@ -294,21 +316,29 @@ def _run_data(subject: Subject, model: Model, claim: Any) -> object:
     __tracebackhide__ = True
     if not isinstance(claim, str) or claim not in _DATA:
         raise _unknown_claim("data", claim, list(_DATA))
+    measured = data.measure_member_data(
+        _data_of(subject), _members_of_data(subject, model), size=subject.data_size
+    )
+    _DATA[claim](measured)
+    return measured
+
+
+def _data_of(subject: Subject) -> Callable[[Any], Any]:
     if subject.data is None:
         raise ValueError(
             f"subject {subject.name!r} has no data: give Subject(data=...), a function of the "
             "member to its sample indices or its loader."
         )
+    return subject.data
+
+
+def _members_of_data(subject: Subject, model: Model) -> int | list[str]:
+    """How many members read data, or their names where they have any."""
     if is_one_module(model) and subject.members is None:
         names = list(member_outputs(model, _batch(subject), outputs=subject.outputs))
     else:
         names = list(named_members(model, subject.members))
-    numbered = names == [str(i) for i in range(len(names))]
-    measured = data.measure_member_data(
-        subject.data, len(names) if numbered else names, size=subject.data_size
-    )
-    _DATA[claim](measured)
-    return measured
+    return len(names) if names == [str(i) for i in range(len(names))] else names
 
 
 def _run_batch(subject: Subject, model: Model, claim: Any) -> object:
@@ -363,6 +393,10 @@ def _run_hygiene(subject: Subject, model: Model, claim: Any) -> object:
     )
     hygiene.assert_state_clean(measured, updates=updates)
     return measured
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number > 0
 
 
 def _unknown_claim(check: str, claim: Any, words: Sequence[str]) -> ValueError:

@@ -2,7 +2,8 @@
 
 Catches members that are copies of one initialised network, copies whose re-initialisation does
 not reach every layer, a constructor that seeds, members built from one state dict, copies that
-were scaled or moved a little, and permuted twins: other weights, the same function.
+were scaled or moved a little, members that draw from one stream, a few numbers apart, and permuted
+twins: other weights, the same function.
 
 A parameter is drawn if a second construction gives it other values, or, where a constructor
 leaves the generators in one state, or only a model was given, if its elements are not all one
@@ -327,6 +328,7 @@ def _alike(diversity: MemberDiversity, found: Sequence[Likeness]) -> str:
         ("outputs", f"equal to rounding in members {listed(group)}") for group in diversity.twins
     ]
     related = [likeness for likeness in found if likeness.how.startswith("correlated")]
+    shifted = [likeness for likeness in found if likeness.how.endswith("at other places")]
     every = whole | {likeness.name for likeness in reordered} >= set(diversity.drawn)
     if reordered and every and diversity.twins:
         meaning = "They are permuted twins: the weights differ, and the function is the same."
@@ -348,6 +350,14 @@ def _alike(diversity: MemberDiversity, found: Sequence[Likeness]) -> str:
     elif reordered and len(reordered) == len(found):
         meaning = "These tensors hold the same numbers in another order: they were not drawn anew."
         remedy = _COPIED
+    elif shifted and len(shifted) == len(found):
+        meaning = (
+            "Members draw from one stream of random numbers, each from another place in it: what "
+            "one draws first, another draws later."
+        )
+        remedy = (
+            "Usual cause: one seed for each, behind draws of another number. Seed once, outside."
+        )
     elif related and len(related) == len(found):
         meaning = "These tensors were scaled, negated or moved a little: they were not drawn anew."
         remedy = _COPIED

@@ -1,10 +1,11 @@
 """Promise: the state of a model is where PyTorch finds it, and moves only when it is claimed to.
 
 Catches modules and tensors in lists, dicts and closures, masks that are plain attributes, eval()
-and train() that do not reach everything, a forward pass that changes buffers in eval mode or drops
-out in it, BatchNorm statistics that move several times a step or though their layer is frozen,
-weights that drift in steps whose loss does not use them or behind a mask, averaged weights with
-statistics of others, and snapshots that alias live weights.
+and train() that do not reach everything, tensors that .to() leaves behind, a forward pass that
+changes buffers or modes in eval mode, drops out in it, or writes into the batch, BatchNorm
+statistics that move several times a step or though their layer is frozen, weights that drift in
+steps whose loss does not use them or behind a mask, averaged weights with statistics of others, and
+snapshots that alias live weights.
 
 Healthy networks stay silent: a frozen BatchNorm kept in eval mode by an own train(), a teacher
 that forward moves, dropped paths, and branches that start at zero are no findings.
@@ -23,6 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ensembles.message import aligned, broken, counted
 from ensembles.probes.disorders import (
     Disorder,
+    left_behind,
     live_snapshots,
     memory_of,
     mode_disorders,
@@ -122,7 +124,7 @@ def measure_state_hygiene(
     given = named_modules_of(model)
     hidden = unlisted_modules(model)
     everything = [*given.values(), *(module for _, module in hidden)]
-    found = [*live_snapshots(model), *stale_gradients(model, optimizer)]
+    found = [*left_behind(model), *live_snapshots(model), *stale_gradients(model, optimizer)]
     with (
         torch.inference_mode(False),
         generators_kept(),
@@ -138,7 +140,8 @@ def measure_state_hygiene(
             trained = moved_in_training(
                 model, batch, outputs, everything, used=used, optimizer=optimizer, loss=loss
             )
-        found += trained.findings
+        known = {(one.kind, one.place) for one in found}
+        found += [one for one in trained.findings if (one.kind, one.place) not in known]
     found += [
         Disorder("hidden module", place, f"{type(module).__name__} that modules() does not list")
         for place, module in hidden
@@ -245,10 +248,12 @@ _MEANINGS = {
     "hidden module": "What is hidden is absent from to(), train(), eval() and state_dict().",
     "hidden tensor": "A tensor that is no buffer stays where it is when the model moves, and is "
     "not saved.",
+    "stays behind": "A move of the model leaves part of it on the device where it was.",
     "mode": "Part of the model stays in another mode than the rest.",
     "moves in eval": "Evaluation changes the model: what it reports depends on how often and on "
     "what it was called before.",
     "random in eval": "Evaluation depends on the random state.",
+    "changes the batch": "Whoever reads the batch next, as another member does, reads another.",
     "norm updates": "Running statistics move n times a step: momentum m acts as 1 - (1 - m)^n.",
     "frozen moves": "What is frozen changes in training, and with it every output.",
     "drifting": "Weights move in steps whose loss does not use them.",
@@ -260,10 +265,14 @@ _MEANINGS = {
 _REMEDIES = {
     "hidden module": "Hidden module: nn.ModuleList, nn.ModuleDict, or an attribute.",
     "hidden tensor": "Hidden tensor: self.register_buffer(name, tensor).",
+    "stays behind": "Stays behind: an own _apply() calls super()._apply(fn, recurse), and puts "
+    "nothing back.",
     "mode": "Mode: an own train() sets the mode of every child and returns self; call "
-    "super().train(mode).",
+    "super().train(mode). forward() sets no mode.",
     "moves in eval": "Moves in eval: change buffers only if self.training.",
     "random in eval": "Random in eval: F.dropout(x, p, training=self.training).",
+    "changes the batch": "Changes the batch: nothing in place on what forward is given; write "
+    "x = x * 2, and ReLU(inplace=True) behind a layer only.",
     "norm updates": "Norm updates: several streams, subnets or a recomputed checkpoint go through "
     "one norm. Give each its own, or claim the number.",
     "frozen moves": "Frozen moves: requires_grad_(False) leaves statistics running. Keep the norm "

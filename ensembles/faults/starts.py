@@ -110,6 +110,22 @@ def perturbed_copies(architecture: Architecture, place: Place, broken: bool) -> 
     return _diverse(architecture, place, plant)
 
 
+@fault("members", "diversity")
+def one_stream(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Members are drawn from one seed, each after one number more than the last."""
+
+    def plant(members: list[Network]) -> None:
+        seed = int(torch.randint(2**31, ()))
+        for i in range(place.members):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed if broken else seed + i)
+                torch.rand(i)
+                members[i] = architecture.network()
+
+    subject = separate(architecture, place, plant)
+    return replace(subject, claims={**subject.claims, "diversity": "independent"})
+
+
 # --- data ---------------------------------------------------------------------------------------
 
 
@@ -197,6 +213,45 @@ def workers_of_one_stream(architecture: Architecture, place: Place, broken: bool
     return _trained_on(architecture, place, data, "paired")
 
 
+@fault("members", "determinism")
+def loader_by_entropy(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """One member's loader shuffles by a seed of the operating system: no seed repeats its order."""
+
+    def data(member: int) -> Iterable[Any]:
+        unknown = broken and member == place.member
+        drawn = torch.seed() if unknown else int(torch.randint(2**31, ()))
+        return RandomSampler(range(SAMPLES), generator=torch.Generator().manual_seed(drawn))
+
+    claims = {"sharing": "independent", "determinism": {"loaders": "plain"}}
+    return replace(_trained_on(architecture, place, data, "shuffled"), claims=claims)
+
+
+class _Seeds:
+    """Seeds a worker by its number, or as PyTorch does."""
+
+    def __init__(self, *, by_number: bool) -> None:
+        self.by_number = by_number
+
+    def __call__(self, worker: int) -> None:
+        torch.manual_seed(worker if self.by_number else torch.initial_seed())
+
+
+# Worker processes take their time, and do the same in every architecture.
+@fault("members", "determinism", architectures=("mlp",))
+def workers_by_number(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Workers are seeded by their number, and augment alike in every epoch."""
+
+    def data(member: int) -> Iterable[Any]:
+        seeds = _Seeds(by_number=broken and member == place.member)
+        samples = _Augmented(architecture.shape, None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of machines with one core
+            return DataLoader(samples, batch_size=6, num_workers=1, worker_init_fn=seeds)
+
+    claims = {"sharing": "independent", "determinism": {"loaders": "augmented"}}
+    return replace(_trained_on(architecture, place, data, "paired"), claims=claims)
+
+
 FAULTS: tuple[Fault, ...] = (
     copied_members,
     one_state_dict,
@@ -204,9 +259,12 @@ FAULTS: tuple[Fault, ...] = (
     same_seed,
     permuted_twin,
     perturbed_copies,
+    one_stream,
     same_bootstrap,
     bootstrap_without_replacement,
     unpaired_loaders,
     one_order,
     workers_of_one_stream,
+    loader_by_entropy,
+    workers_by_number,
 )

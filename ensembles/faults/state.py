@@ -203,6 +203,54 @@ def snapshot_by_reference(architecture: Architecture, place: Place, broken: bool
     return replace(separate(architecture, place, plant), claims=CLEAN)
 
 
+@fault("state", "hygiene")
+def batch_in_place(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A stem scales its inputs in place: the members after it are given another batch."""
+
+    class Halved(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x.mul_(0.5) if broken else x * 0.5)  # type: ignore[no-untyped-call]
+
+    def plant(members: list[Network]) -> None:
+        members[place.member].stem = Halved(members[place.member].stem)
+
+    return replace(separate(architecture, place, plant), claims=CLEAN)
+
+
+@fault("state", "hygiene")
+def wakes_after_a_call(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A head ends its forward pass in train mode: the next call of an evaluation drops out."""
+
+    class Waking(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(WIDTH, CLASSES)
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(self.drop(x))
+            self.drop.train(broken or self.training)
+            return y
+
+    return with_head(architecture, place, Waking)
+
+
+@fault("state", "hygiene")
+def stays_behind(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """An own `_apply` puts a mask back where it was: a model that moves leaves it behind."""
+
+    class Staying(MaskedHead):
+        def __init__(self) -> None:
+            super().__init__(lambda head, mask: head.register_buffer("mask", mask))
+
+        def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Staying:
+            mask = self.mask
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self.mask = mask if broken else self.mask
+            return self
+
+    return with_head(architecture, place, Staying)
+
+
 FAULTS: tuple[Fault, ...] = (
     mask_not_buffer,
     norm_in_a_list,
@@ -213,4 +261,7 @@ FAULTS: tuple[Fault, ...] = (
     norm_updated_twice,
     drifting_unused,
     snapshot_by_reference,
+    batch_in_place,
+    wakes_after_a_call,
+    stays_behind,
 )

@@ -5,10 +5,12 @@ A `Disorder` is one place where state is not where PyTorch finds it, or moves wh
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -22,6 +24,7 @@ from ensembles.subject import Model, named_modules_of
 
 __all__ = [
     "Disorder",
+    "left_behind",
     "live_snapshots",
     "memory_of",
     "mode_disorders",
@@ -47,9 +50,11 @@ class Disorder:
     KINDS = (
         "hidden module",
         "hidden tensor",
+        "stays behind",
         "mode",
         "moves in eval",
         "random in eval",
+        "changes the batch",
         "norm updates",
         "frozen moves",
         "drifting",
@@ -131,6 +136,36 @@ def stale_gradients(model: Model, optimizer: Any) -> Iterator[Disorder]:
     for one in built:
         for p in (p for group in one.param_groups for p in group["params"] if id(p) in frozen):
             yield Disorder("frozen moves", frozen[id(p)], "the optimizer steps its old gradient")
+
+
+def left_behind(model: Model) -> Iterator[Disorder]:
+    """Parameters and buffers that `.to` does not move; looked at in a copy, without its values.
+
+    Example:
+        >>> class Stays(nn.BatchNorm1d):
+        ...     def _apply(self, fn, recurse=True):
+        ...         return self
+        >>> [found.place for found in left_behind(nn.Sequential(Stays(2, affine=False)))][:1]
+        ['0.running_mean']
+    """
+    try:
+        empty = {id(e.tensor): _empty(e.tensor) for e in registered(model)}
+        copied: Any = copy.deepcopy(model, empty)
+        for module in named_modules_of(copied).values():
+            module.to("meta")
+    except Exception:  # what cannot be copied, or computes as it moves, tells nothing
+        return
+    for entry in registered(copied):
+        if not entry.tensor.is_meta:
+            yield Disorder("stays behind", entry.names[0], f"{entry.kind} that .to() leaves")
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    """In memory that is never written, and so takes no room."""
+    like = torch.empty_like(tensor, device="cpu")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(like, requires_grad=tensor.requires_grad)
+    return like
 
 
 def memory_of(tensor: Tensor) -> tuple[str, int]:

@@ -55,6 +55,9 @@ ROUNDING = 64
 WOKEN = 0.5
 """What a trainable matrix of zeros is set to, to see what it will multiply: any number would do."""
 
+HASH = 6364136223846793005
+"""Odd, so that no bit is lost; Knuth's multiplier of the linear congruential generator MMIX."""
+
 LOOKED_AT = 4096
 """Elements of a tensor that are counted: enough to tell numbers from a few values."""
 
@@ -66,8 +69,8 @@ class Likeness:
     Attributes:
         name: The parameter's name in the members, or in the model.
         members: The members that are alike.
-        how: "one tensor", "equal", "equal in 50%" of its elements, "equal but for the order", or
-            "correlated by 0.99".
+        how: "one tensor", "equal", "equal in 50%" of its elements, "equal but for the order",
+            "equal in 90% at other places", or "correlated by 0.99".
     """
 
     name: str
@@ -261,6 +264,8 @@ class Separate:
                     yield Likeness(name, (one, two), f"equal in {share:.0%}")
                 elif x.numel() > 1 and _reordered(x, y):
                     yield Likeness(name, (one, two), "equal but for the order")
+                elif (share := _shifted(x, y)) > SOME:
+                    yield Likeness(name, (one, two), f"equal in {share:.0%} at other places")
                 elif abs(by := self._correlation(name, one, two)) > CORRELATED:
                     yield Likeness(name, (one, two), f"correlated by {by:.2f}")
 
@@ -284,6 +289,28 @@ def _reordered(one: Tensor, two: Tensor) -> bool:
     return extremes[0] == extremes[1] and torch.equal(
         one.flatten().sort()[0], two.flatten().sort()[0]
     )
+
+
+def _shifted(one: Tensor, two: Tensor) -> float:
+    """The share of neighbours that are neighbours in the other tensor too, at any place.
+
+    One stream of random numbers, of which one member has drawn a few before, gives the same numbers
+    a few places on.
+    """
+    x, y = _neighbours(one), _neighbours(two)
+    few = [min(len(pairs), LOOKED_AT // 2) for pairs in (x, y)]
+    if min(few) < 2:
+        return 0.0
+    ahead, behind = torch.isin(x[: few[0]], y), torch.isin(y[: few[1]], x)
+    return max(float(found.double().mean()) for found in (ahead, behind))
+
+
+def _neighbours(tensor: Tensor) -> Tensor:
+    """A number for every two elements in a row that stand there once, as zeros in a row do not."""
+    bits = tensor.flatten()[:LOOKED_AT].double().view(torch.int64)
+    pairs = bits[:-1] * HASH + (bits[1:] >> 1)  # of other signs, the highest bits would cancel
+    _, place, often = torch.unique(pairs, return_inverse=True, return_counts=True)
+    return pairs[often[place] == 1]
 
 
 class Packed:

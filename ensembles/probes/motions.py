@@ -30,6 +30,7 @@ from ensembles.probes.training import (
     values_of,
 )
 from ensembles.probes.usage import Usage
+from ensembles.probes.writes import Writes
 from ensembles.subject import Model, Outputs, member_outputs, named_modules_of
 
 __all__ = ["Trained", "moved_in_eval", "moved_in_training"]
@@ -72,19 +73,21 @@ def moved_in_eval(
     named = [(e.names[0], e.tensor) for e in registered(model)]
     named += [(f"{place}.{n}", b) for place, m in hidden for n, b in m.named_buffers()]
 
-    def called(seed: int) -> list[Tensor]:
+    def called(seed: int, given: Any) -> list[Tensor]:
         start.restore()
         for module in named_modules_of(model).values():
             module.eval()
         seed_generators(seed)
-        yielded = member_outputs(model, fresh(batch), outputs=outputs)
+        yielded = member_outputs(model, given, outputs=outputs)
         return [y.detach().clone() for ys in yielded.values() for y in ys]
 
     found = []
     seed = present_seed.get()
-    with Usage({key: tensor for key, (_, _, tensor) in places.items()}) as usage:
+    watched = {key: tensor for key, (_, _, tensor) in places.items()}
+    with Usage(watched) as usage, Writes(model, batch) as writes:
         before = {name: tensor.detach().clone() for name, tensor in named}
-        called(seed)
+        called(seed, writes.batch)
+    found += _written(writes, "eval")
     for name, tensor in named:
         by = distance(before[name], tensor)
         if by:
@@ -93,14 +96,49 @@ def moved_in_eval(
         path, how, tensor = places[key]
         what = f"shape {tuple(tensor.shape)}, {how or 'a plain attribute'}"
         found.append(Disorder("hidden tensor", path, what))
+    found += _woken(model, start)
     # Without the recorder, in whose presence PyTorch takes no fused kernels.
-    first, again, other = called(seed), called(seed), called(seed + 1)
+    first, again, other = (called(each, fresh(batch)) for each in (seed, seed, seed + 1))
     unlike = [_most(first, again), _most(first, other)]
     if any(unlike):
         drawn = f": {listed(list(usage.random), 3)}" if usage.random else ""
         which = "outputs of two calls" if unlike[0] else "outputs under two seeds"
         found.append(Disorder("random in eval", which, f"differ by {max(unlike):.0e}{drawn}"))
     return set(usage.modules), found
+
+
+def _written(writes: Writes, mode: str) -> list[Disorder]:
+    return [
+        Disorder(
+            "changes the batch",
+            place,
+            f"by {by:.0e} in one call in {mode} mode" + (f", first in {where}" if where else ""),
+        )
+        for place, by, where in writes.found()
+    ]
+
+
+def _woken(model: Model, start: Snapshot) -> list[Disorder]:
+    """Modules that a call in eval mode left in train mode, each without those inside it."""
+    after = _in_train_mode(model)
+    start.restore()
+    for module in named_modules_of(model).values():
+        module.eval()
+    woken = [name for name in after if name not in _in_train_mode(model)]
+    return [
+        Disorder("mode", name, "in train mode after a call in eval mode")
+        for name in woken
+        if name.rpartition(".")[0] not in woken
+    ]
+
+
+def _in_train_mode(model: Model) -> list[str]:
+    return [
+        f"{member}.{name}" if name else member
+        for member, module in named_modules_of(model).items()
+        for name, inner in module.named_modules()
+        if inner.training
+    ]
 
 
 def _most(one: list[Tensor], other: list[Tensor]) -> float:
@@ -168,17 +206,20 @@ def moved_in_training(
     for step in range(steps):
         at_start = Snapshot(everything)
         before = _values(entries)
-        yielded = _train_call(model, batch, outputs, step)
+        with Writes(model, batch) as writes:
+            yielded = _train_call(model, writes.batch, outputs, step)
+        found += _written(writes, "train")
         by_forward = dict(_changed(entries, before))
         flat = [y for ys in yielded.values() for y in ys]
         if masked:
             now = masked_elements(flat)
             masked = {k: mask & now[k] for k, mask in masked.items() if k in now}
-        if loss is None:
-            gradients = projected_gradients(flat, list(trainable.values()))
-        else:
-            value = loss_of(loss, yielded)
-            gradients = gradients_of([value], [torch.ones_like(value)], list(trainable.values()))
+        try:
+            gradients = _gradients(yielded, loss, list(trainable.values()))
+        except RuntimeError:
+            if writes.found():  # autograd keeps the batch, and refuses another one
+                break
+            raise
         if step == 0:
             updates = _updates(entries, before)
         between = _values(entries)
@@ -200,7 +241,7 @@ def moved_in_training(
         if zero and loss is not None:
             after = Snapshot(everything)
             at_start.restore()
-            yielded = _train_call(model, batch, outputs, step)
+            yielded = _train_call(model, fresh(batch), outputs, step)
             flat = [y for ys in yielded.values() for y in ys]
             reach = projected_gradients(flat, [trainable[name] for name in zero])
             after.restore()
@@ -214,13 +255,22 @@ def moved_in_training(
     return Trained(steps, updates, list(first_of_each.values()))
 
 
+def _gradients(
+    yielded: Mapping[str, tuple[Tensor, ...]], loss: Loss | None, trainable: list[Tensor]
+) -> list[Tensor | None]:
+    if loss is None:
+        return projected_gradients([y for ys in yielded.values() for y in ys], trainable)
+    value = loss_of(loss, yielded)
+    return gradients_of([value], [torch.ones_like(value)], trainable)
+
+
 def _train_call(
     model: Model, batch: Any, outputs: Outputs | None, step: int
 ) -> dict[str, tuple[Tensor, ...]]:
     for module in named_modules_of(model).values():
         module.train()
     seed_generators(present_seed.get() + step)
-    return member_outputs(model, fresh(batch), outputs=outputs)
+    return member_outputs(model, batch, outputs=outputs)
 
 
 def _step(optimizer: Optimizer) -> None:

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,6 +123,29 @@ def test_so_they_do_in_other_architectures(architecture, count, optimizer):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_independent_members_of_a_summed_loss_follow_their_own_separate_runs(architecture, count):
     assert_alone(lambda: [ARCHITECTURES[architecture]() for _ in range(count)])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_so_they_do_under_every_optimizer(architecture, optimizer):
+    assert_alone(
+        lambda: [ARCHITECTURES[architecture]() for _ in range(3)],
+        optimizer=for_all(OPTIMIZERS[optimizer]),
+    )
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("architecture", ["mlp", "residual"])
+def test_a_mean_of_two_is_the_single_model_at_rescaled_rates_in_other_architectures(
+    architecture, optimizer
+):
+    assert_alone(
+        lambda: [ARCHITECTURES[architecture]() for _ in range(2)],
+        identical=True,
+        optimizer=for_all(OPTIMIZERS[optimizer]),
+        loss=averaged,
+        loss_is="mean",
+    )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -357,8 +381,39 @@ def test_the_gate_breaks_what_is_not(loss, claim):
     assert {r.status for r in check_ensemble(subject(loss, claim)) if r.claim} == {"broken"}
 
 
+class MeetsInTheFourthStep(torch.optim.SGD):
+    """Averages the two members that it holds, once."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.steps += 1
+        held = self.param_groups[0]["params"]
+        if self.steps == 4 and len(held) > 6:  # both
+            with torch.no_grad():
+                for one, two in zip(held[: len(held) // 2], held[len(held) // 2 :], strict=True):
+                    one.lerp_(two, 0.5)
+
+
+@pytest.mark.parametrize(("steps", "status"), [(3, "held"), (5, "broken")])
+def test_the_gate_takes_as_many_steps_as_are_claimed(steps, status):
+    given = replace(
+        subject(summed, {"members": "separate", "steps": steps}),
+        optimizer=for_all(lambda p: MeetsInTheFourthStep(p, lr=0.1)),
+    )
+    assert [r.status for r in check_ensemble(given) if r.claim] == [status]
+
+
 @pytest.mark.parametrize(
-    "claim", ["single", {}, {"members": "alike"}, {"members": "single", "speed": 3}]
+    "claim",
+    [
+        "single",
+        {},
+        {"members": "alike"},
+        {"members": "single", "speed": 3},
+        {"members": "single", "steps": 0},
+    ],
 )
 def test_the_gate_refuses_a_claim_that_it_does_not_know(claim):
     (result,) = (r for r in check_ensemble(subject(summed, claim)) if r.check == "trajectory")

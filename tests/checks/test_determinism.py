@@ -109,6 +109,14 @@ def test_a_layer_with_a_generator_of_its_own_is_named(golden):
     golden(str(broken.value), "messages/determinism_noise.txt")
 
 
+class FromTheThirdCall(Noise):
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x) if self.calls > 2 else x
+
+
 class NoisyGradient(torch.autograd.Function):
     generator = torch.Generator()
 
@@ -561,8 +569,39 @@ def test_the_fixture_restores_what_it_set(pytester):
         (classifier, {}, "error"),
         (classifier, {"weights": "new"}, "error"),
         (classifier, {"weights": "loaded", "speed": 3}, "error"),
+        (classifier, {"steps": 1}, "held"),
+        (classifier, {"steps": 0}, "error"),
+        (lambda: with_layer(FromTheThirdCall()), {"steps": 2}, "held"),
+        (lambda: with_layer(FromTheThirdCall()), {"steps": 3}, "broken"),
     ],
 )
 def test_the_gate_tells_what_is_claimed(make, claim, status):
     results = check_ensemble(Subject(make=make, batch=lambda: BATCH, claims={"determinism": claim}))
     assert [result.status for result in results if result.check == "determinism"] == [status]
+
+
+def shuffled_by(seed) -> list[torch.Tensor]:
+    return list(torch.randperm(9, generator=torch.Generator().manual_seed(seed)).split(3))
+
+
+@pytest.mark.parametrize(
+    ("data", "claim", "status"),
+    [
+        (lambda member: torch.randperm(9).split(3), "plain", "held"),
+        (lambda member: shuffled_by(int(member == "b") * torch.seed()), "plain", "broken"),
+        (lambda member: torch.randperm(9).split(3), "augmented", "error"),
+        (None, "plain", "error"),
+        (lambda member: [torch.ones(2)], "shuffled", "error"),
+    ],
+)
+def test_the_gate_reads_the_loaders_of_every_member(data, claim, status):
+    subject = Subject(
+        make=lambda: {"a": classifier(), "b": classifier()},
+        batch=lambda: BATCH,
+        data=data,
+        claims={"determinism": {"loaders": claim}},
+    )
+    (result,) = (r for r in check_ensemble(subject) if r.check == "determinism")
+    assert result.status == status, result.message
+    if status == "broken":
+        assert "batches are claimed to repeat" in result.message

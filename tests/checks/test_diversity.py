@@ -314,6 +314,40 @@ def test_noise_around_what_is_there_by_design_is_no_relation():
     assert_members_diverse(measure_member_diversity(lambda: [Identity(), Identity()], BATCH))
 
 
+def from_one_stream(*, apart: int, seeds: tuple[int, int] = (0, 0)) -> list[nn.Module]:
+    members = []
+    for position, seed in enumerate(seeds):
+        torch.manual_seed(seed)
+        torch.rand(apart * position)
+        members.append(classifier())
+    return members
+
+
+@pytest.mark.parametrize("apart", [1, 2, 7])
+def test_members_that_draw_from_one_stream_are_broken(apart):
+    def make():
+        return from_one_stream(apart=apart)
+
+    measured = measure_member_diversity(make, BATCH)
+    with pytest.raises(AssertionError, match=r"0\.weight   equal in \d+% at other places in"):
+        assert_members_diverse(measured, seeded=True)
+    other = measure_member_diversity(lambda: from_one_stream(apart=apart, seeds=(0, 1)), BATCH)
+    assert_members_diverse(other, seeded=True)
+
+
+def test_the_message_of_one_stream(golden):
+    golden(message(lambda: from_one_stream(apart=1)), "messages/diversity_one_stream.txt")
+
+
+def test_zeros_at_other_places_are_no_relation():
+    """A layer that was pruned before it is given away: no second construction tells zeros."""
+    members = [nn.Linear(40, 40) for _ in range(2)]
+    with torch.no_grad():
+        for member in members:
+            member.weight *= torch.rand(40, 40) > 0.5
+    assert_members_diverse(measure_member_diversity(members))
+
+
 def test_scaled_twins_are_one_function():
     first = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     second = copy.deepcopy(first)

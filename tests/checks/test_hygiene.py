@@ -229,6 +229,117 @@ def test_dropout_in_eval_is_broken(golden):
     golden(message(model), "messages/hygiene_dropout.txt")
 
 
+class Woken(nn.Module):
+    """Wakes up after each call, as an evaluation inside a training loop does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5))
+
+    def forward(self, x):
+        y = self.layers(x)
+        self.layers.train()
+        return y
+
+
+def test_a_call_that_leaves_train_mode_behind_is_broken():
+    place = "model.layers   mode:   in train mode after a call in eval mode"
+    assert place in message(Woken())
+
+
+def test_a_part_that_forward_puts_into_eval_mode_is_clean():
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.head = net().requires_grad_(False), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.head(self.trunk.eval()(x))
+
+    assert_state_clean(measure_state_hygiene(Frozen(), ROWS))
+
+
+# --- moves ----------------------------------------------------------------------------------------
+
+
+class KeptBack(nn.Linear):
+    """Moves, and puts its mask back where it was."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+        self.register_buffer("mask", torch.ones(2))
+
+    def forward(self, x):
+        return super().forward(x) * self.mask
+
+    def _apply(self, fn, recurse=True):
+        mask = self.mask
+        super()._apply(fn, recurse)
+        self.mask = mask
+        return self
+
+
+class Deaf(nn.Linear):
+    def _apply(self, fn, recurse=True):
+        return self
+
+
+def test_a_buffer_that_a_move_leaves_behind_is_broken(golden):
+    golden(message(nn.Sequential(nn.Linear(4, 4), KeptBack())), "messages/hygiene_stays.txt")
+
+
+def test_a_layer_that_no_move_reaches_is_broken():
+    found = measure_state_hygiene([nn.Linear(4, 2), Deaf(4, 2)], ROWS)
+    assert found.places("stays behind") == ("1.bias", "1.weight")
+
+
+def test_what_cannot_be_copied_may_move_as_it_does():
+    class Uncopied(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise TypeError("holds a lock")
+
+    assert_state_clean(measure_state_hygiene(Uncopied(4, 2), ROWS))
+
+
+# --- the batch ------------------------------------------------------------------------------------
+
+
+class Scales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.layer(x.mul_(0.5))
+
+
+def test_a_member_that_writes_into_the_batch_is_broken(golden):
+    golden(message(Ensemble([net(), Scales(), net()])), "messages/hygiene_batch.txt")
+
+
+def test_a_batch_is_watched_in_all_its_parts_and_in_train_mode():
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x, masks):
+            if self.training:
+                masks["kept"].mul_(0)
+            return self.layer(x * masks["kept"])
+
+    told = message(Noisy(), (ROWS, {"kept": torch.ones(5, 4), "second": torch.ones(2)}))
+    place = "batch[1]['kept']   changes the batch:   by 1e+00 in one call in train mode, first in"
+    assert place in told
+    assert "second" not in told
+
+
+def test_an_activation_in_place_is_clean_behind_a_layer_and_broken_before_it():
+    layers = nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)
+    assert_state_clean(measure_state_hygiene(nn.Sequential(*layers), ROWS))
+    assert "first in 0 (ReLU)" in message(nn.Sequential(nn.ReLU(inplace=True), *layers))
+
+
 def test_two_updates_of_a_norm_are_broken(golden):
     golden(message(NStreams(net(), 2)), "messages/hygiene_updates.txt")
 
