@@ -1,20 +1,26 @@
 """Parent and all k*k subnets, in every construction, against the parent network alone.
 
-Ratios are measured side by side in one run, and exact costs are compared by equality or against a
-budget; no wall time is asserted. Peers hold independent narrow networks beside the parent, which is
-easier than to share: they neither cut weights nor add their gradients.
+Each construction is a benchmark of its own, in a group of phase, width, device and type. The parent
+takes a step by itself before each of its steps: the ratio of the medians is what holds on another
+day, and is stored beside the times. What CI holds are ratios within one run and exact costs; no
+wall time is asserted. Peers hold independent narrow networks beside the parent, which is easier
+than to share: they neither cut weights nor add their gradients.
 
+    pytest benchmarks -k construction --benchmark-autosave
     pytest benchmarks/bench_construction.py -k "train_step and k2"
     python benchmarks/bench_construction.py docs/cost_of_constructions.png
 
-The second draws cost against k; it needs matplotlib.
+The first measures all there is on this machine, on a GPU too, where it takes channels-last images
+and plain, compiled and captured steps (CUDA graphs), and says what it could not measure. The last
+draws cost against k; it needs matplotlib.
 """
 
 import gc
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from statistics import median
 from time import perf_counter, process_time
 
@@ -23,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from ensembles import measure_compute_cost
+from ensembles import ComputeCost, measure_compute_cost
 from ensembles.models.resnet import ResNet
 from ensembles.models.subnets import SubnetResNet
 
@@ -33,6 +39,7 @@ BATCH = 32
 QUARTER = 16
 FULL = 64
 ROUNDS = 5
+WARM_STEPS = 3  # before a capture: the number of PyTorch's own examples
 STEM = "cifar_maxpool"
 
 
@@ -136,6 +143,9 @@ CONSTRUCTIONS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {"parent_alone": plain, **CONSTRUCTIONS}
+
+
 def outputs_of(network: nn.Module, x: Tensor) -> list[Tensor]:
     outputs = network(x)
     if isinstance(outputs, Mapping):
@@ -145,7 +155,7 @@ def outputs_of(network: nn.Module, x: Tensor) -> list[Tensor]:
 
 def loss_of(outputs: list[Tensor]) -> Tensor:
     labels = torch.arange(len(outputs[0]), device=outputs[0].device) % CLASSES
-    return sum((nn.functional.cross_entropy(o, labels) for o in outputs), start=torch.zeros(()))
+    return torch.stack([nn.functional.cross_entropy(o.float(), labels) for o in outputs]).sum()
 
 
 # --- exact costs ----------------------------------------------------------------------------------
@@ -179,145 +189,235 @@ def test_bench_exact_cost_of_sum_of_subnets(k):
 
 # --- ratios ---------------------------------------------------------------------------------------
 
-DEVICES = ["cpu", "cuda"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Race:
-    """Networks that take steps in turn, so that a machine that drifts slows all of them."""
+@dataclass(frozen=True)
+class Setting:
+    """What is measured where. Modes: "eager", "compiled", or "graphs" (a captured CUDA graph)."""
 
-    def __init__(self, networks: Mapping[str, nn.Module], x: Tensor, dtype: torch.dtype) -> None:
-        self.networks = networks
-        self.x = x
-        self.dtype = dtype
-        self.device = x.device.type
-        self.optimizers = {
-            name: torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)
-            for name, network in networks.items()
-        }
-        self.seconds: dict[str, list[float]] = {name: [] for name in networks}
-        self.peak: dict[str, int] = {}
+    k: int
+    base_channels: int
+    batch: int = BATCH
+    device: str = "cpu"
+    dtype: str = "float32"
+    mode: str = "eager"
 
-    def forward(self, name: str) -> None:
-        with torch.no_grad(), self._cast():
-            outputs_of(self.networks[name], self.x)
-
-    def train_step(self, name: str) -> None:
-        self.optimizers[name].zero_grad()
-        with self._cast():
-            outputs = outputs_of(self.networks[name], self.x)
-        loss_of([output.float() for output in outputs]).backward()
-        self.optimizers[name].step()
-
-    def run(self, phase: str) -> None:
-        """One step of everybody."""
-        for name in self.networks:
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            start = self._now()
-            getattr(self, phase)(name)
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-                self.peak[name] = torch.cuda.max_memory_allocated()
-            self.seconds[name].append(self._now() - start)
-
-    def ratios(self, reference: str) -> dict[str, float]:
-        # The first round pays for what is made once.
-        middle = {name: median(seconds[1:]) for name, seconds in self.seconds.items()}
-        return {name: seconds / middle[reference] for name, seconds in middle.items()}
-
-    def shares(self, phase: str) -> dict[str, float]:
-        """The share of the device's rate of matrix products, measured here, that each reaches."""
-        rate = matrix_rate(self.device, self.dtype)
-        two = torch.randn(2, *self.x.shape[1:], device=self.device)  # operations grow with images
-        shares = {}
-        for name, network in self.networks.items():
-            cost = measure_compute_cost(network, two)
-            flops = (cost.forward if phase == "forward" else cost.flops) * len(self.x) / 2
-            shares[name] = flops / median(self.seconds[name][1:]) / rate
-        return shares
-
-    def _cast(self) -> torch.autocast:
-        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
-
-    def _now(self) -> float:
-        return now(self.device)
+    def __str__(self) -> str:
+        channels = f"{self.base_channels}channels"
+        return f"k{self.k}-{channels}-{self.device}-{self.dtype}-{self.mode}"
 
 
-def now(device: str) -> float:
+# A GPU is filled by whole networks and a large batch; what a CPU takes minutes for.
+SETTINGS = [
+    *(
+        Setting(k, base_channels, dtype=dtype)
+        for k, base_channels in [(2, QUARTER), (3, QUARTER), (4, QUARTER), (2, FULL)]
+        for dtype in DTYPES
+    ),
+    *(
+        Setting(k, FULL, 256, "cuda", dtype, mode)
+        for k in (2, 3, 4)
+        for dtype, mode in [
+            ("float32", "eager"),
+            ("bfloat16", "eager"),
+            ("bfloat16", "compiled"),
+            ("bfloat16", "graphs"),
+        ]
+    ),
+]
+
+
+class Runner:
+    """A network that takes steps; it is warm when it is made.
+
+    Attributes:
+        peak: Bytes that network, optimizer and step took at most, on a GPU; else None.
+    """
+
+    def __init__(self, make: Callable[[], nn.Module], setting: Setting, phase: str) -> None:
+        self.on_gpu = setting.device == "cuda"
+        self.peak: int | None = None
+        before = torch.cuda.memory_allocated() if self.on_gpu else 0
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        layout = torch.channels_last if self.on_gpu else torch.contiguous_format
+        network = make().to(setting.device, memory_format=layout)
+        x = torch.randn(setting.batch, 3, 32, 32, device=setting.device)
+        x = x.contiguous(memory_format=layout)
+        called = torch.compile(network) if setting.mode == "compiled" else network
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)
+
+        def cast() -> torch.autocast:
+            dtype = DTYPES[setting.dtype]
+            return torch.autocast(setting.device, dtype, enabled=dtype != torch.float32)
+
+        def forward() -> None:
+            with torch.no_grad(), cast():
+                outputs_of(called, x)
+
+        def train_step() -> None:
+            optimizer.zero_grad()
+            with cast():
+                outputs = outputs_of(called, x)
+            loss_of(outputs).backward()
+            optimizer.step()
+
+        self.step = {"forward": forward, "train_step": train_step}[phase]
+        if self.on_gpu:
+            # Beside the default stream, as a capture wants it.
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(WARM_STEPS):
+                    self.step()
+            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.synchronize()
+            self.peak = torch.cuda.max_memory_allocated() - before
+        else:
+            self.step()
+        if setting.mode == "graphs":
+            optimizer.zero_grad()  # gradients belong into the graph's memory
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.step()
+            self.step = graph.replay
+            self.step()
+
+    def seconds(self) -> float:
+        """Takes a step, and waits until it is done."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        start = now(self.on_gpu)
+        self.step()
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return now(self.on_gpu) - start
+
+
+def now(on_gpu: bool) -> float:
     # Time of this process, on the CPU: what others do on the machine counts less.
-    return perf_counter() if device == "cuda" else process_time()
+    return perf_counter() if on_gpu else process_time()
 
 
-def matrix_rate(device: str, dtype: torch.dtype) -> float:
+@cache
+def matrix_rate(device: str, dtype: str) -> float:
     """The best of several products of square matrices, in operations a second."""
-    side = 8192 if device == "cuda" else 1024
-    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    on_gpu = device == "cuda"
+    side = 8192 if on_gpu else 1024
+    a, b = torch.randn(2, side, side, device=device, dtype=DTYPES[dtype])
     taken = []
     for _ in range(8):
-        start = now(device)
+        start = now(on_gpu)
         a @ b
-        if device == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
-        taken.append(now(device) - start)
+        taken.append(now(on_gpu) - start)
     return 2 * side**3 / min(taken)
 
 
+@cache
+def cost_of(name: str, k: int, base_channels: int, batch: int) -> ComputeCost:
+    """The exact cost of a train step. It needs no numbers, so it is counted without memory."""
+    with torch.device("meta"):
+        network = NETWORKS[name](k, base_channels)
+        x = torch.empty(batch, 3, 32, 32)
+    return measure_compute_cost(network, x)
+
+
 @pytest.fixture
-def single_thread():
+def single_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def networks_of(k: int, base_channels: int) -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    made = {name: make(k, base_channels) for name, make in CONSTRUCTIONS.items()}
-    return {"parent_alone": plain(k, base_channels), **made}
+@pytest.fixture
+def tuned() -> Iterator[None]:
+    """Lets a GPU choose its fastest kernels."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    yield
+    torch.backends.cudnn.benchmark = before
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("k", "base_channels"),
-    [(2, QUARTER), (3, QUARTER), (4, QUARTER), (2, FULL)],
-    ids=["k2", "k3", "k4", "k2_full_width"],
-)
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
 @pytest.mark.parametrize("phase", ["forward", "train_step"])
-def test_bench_construction(
-    phase, k, base_channels, device, dtype, benchmark, capsys, single_thread
-):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip(f"not measured: {phase} of k={k} in {dtype} on CUDA, no GPU is here")
-    benchmark.group = f"construction-{phase}-k{k}-{base_channels}-{device}-{dtype}"
-    layout = torch.channels_last if device == "cuda" else torch.contiguous_format
-    networks = {
-        name: network.to(device, memory_format=layout)
-        for name, network in networks_of(k, base_channels).items()
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param(
+            setting,
+            id=str(setting),
+            marks=[
+                pytest.mark.benchmark(
+                    timer=process_time if setting.device == "cpu" else perf_counter
+                ),
+                pytest.mark.skipif(
+                    setting.device == "cuda" and not torch.cuda.is_available(),
+                    reason=f"not measured, no GPU is here: {setting}",
+                ),
+            ],
+        )
+        for setting in SETTINGS
+    ],
+)
+def test_bench_construction(setting, phase, name, benchmark, capsys, single_thread, tuned):
+    benchmark.group = f"construction-{phase}-{setting}"
+    torch.manual_seed(0)
+    k, base_channels = setting.k, setting.base_channels
+    alone, ours = (
+        Runner(partial(NETWORKS[each], k, base_channels), setting, phase)
+        for each in ("parent_alone", name)
+    )
+    of_parent: list[float] = []
+    taken: list[float] = []
+    benchmark.pedantic(
+        lambda: taken.append(ours.seconds()),
+        setup=lambda: of_parent.append(alone.seconds()),
+        rounds=ROUNDS if setting.device == "cpu" else 5 * ROUNDS,
+    )
+    ratio = median(taken) / median(of_parent)
+    cost = cost_of(name, k, base_channels, setting.batch)
+    flops = cost.forward if phase == "forward" else cost.flops
+    share = flops / median(taken) / matrix_rate(setting.device, setting.dtype)
+    benchmark.extra_info |= {
+        "device": torch.cuda.get_device_name() if ours.on_gpu else "CPU, one thread",
+        "ratio_to_parent_alone": ratio,
+        "share_of_matrix_rate": share,
+        "peak_bytes": ours.peak,
     }
-    x = torch.randn(BATCH, 3, 32, 32, device=device).contiguous(memory_format=layout)
-    race = Race(networks, x, DTYPES[dtype])
-    benchmark.pedantic(race.run, args=(phase,), rounds=1 + ROUNDS, iterations=1)
-    ratios = race.ratios("parent_alone")
-    shares = race.shares(phase)
-    benchmark.extra_info |= {"ratios": ratios, "peak_bytes": race.peak, "rate_shares": shares}
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU, one thread"
-    told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+    peak = "peak memory not measured on a CPU" if ours.peak is None else f"{ours.peak:,} bytes peak"
     with capsys.disabled():
-        print(f"\n  {phase}, k={k}, {base_channels} channels, {dtype}, {where}: {told}")
-        told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        print(f"    share of the measured rate of matrix products: {told}")
-        for name, peak in race.peak.items():
-            print(f"    peak memory of {name}: {peak / 2**20:.0f} MiB")
-    # The gate is a ratio within this run, with room for the noise of a shared machine.
-    assert ratios["sum_of_subnets"] < ratios["zero_padded"]
-    del networks, race
+        print(
+            f"\n  {phase} {setting} {name}: {ratio:.2f} times the parent alone, {share:.0%} of the "
+            f"measured rate of matrix products, {peak}"
+        )
+    # With room for the noise of a shared machine.
+    if name == "sum_of_subnets":
+        assert ratio < 0.8 * (1 + k * k)
+    del alone, ours
     gc.collect()
 
 
 # --- the gate -------------------------------------------------------------------------------------
+
+
+class Race:
+    """Train steps of several networks in turn, so that a machine that drifts slows all of them."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], nn.Module]], setting: Setting) -> None:
+        torch.manual_seed(0)
+        self.runners = {name: Runner(make, setting, "train_step") for name, make in makers.items()}
+        self.seconds: dict[str, list[float]] = {name: [] for name in makers}
+
+    def run(self, rounds: int) -> None:
+        for _ in range(rounds):
+            for name, runner in self.runners.items():
+                self.seconds[name].append(runner.seconds())
+
 
 # Bounds on a train step at k=2 and a quarter of the channels. Measured on one core of an AMD EPYC:
 # 2.2 to 2.3 parents and 0.46 of zero_padded; the construction of zeros takes 5 parents. So the
@@ -333,17 +433,15 @@ def missed_bounds(make: Callable[[int, int], nn.Module], *, rounds: int, tries: 
     A race that other processes disturb is run again; a slow construction is slow each time.
     """
     missed = []
+    makers = {
+        "ours": partial(make, 2, QUARTER),
+        "parent_alone": partial(plain, 2, QUARTER),
+        "zero_padded": partial(sharing, "zero_padded", 2, QUARTER),
+    }
     for _ in range(tries):
-        torch.manual_seed(0)
-        networks = {
-            "ours": make(2, QUARTER),
-            "parent_alone": plain(2, QUARTER),
-            "zero_padded": sharing("zero_padded", 2, QUARTER),
-        }
-        race = Race(networks, torch.randn(BATCH, 3, 32, 32), torch.float32)
-        for _ in range(1 + rounds):
-            race.run("train_step")
-        best = {name: min(seconds[1:]) for name, seconds in race.seconds.items()}
+        race = Race(makers, Setting(2, QUARTER))
+        race.run(rounds)
+        best = {name: min(seconds) for name, seconds in race.seconds.items()}
         missed = [
             f"{best['ours'] / best[name]:.2f} times {name}, at most {bound} allowed"
             for name, bound in GATE.items()
@@ -374,21 +472,30 @@ def draw(path: str, *, ks: tuple[int, ...] = (1, 2, 3, 4), rounds: int = ROUNDS)
     from matplotlib import pyplot
 
     torch.set_num_threads(1)
-    x = torch.randn(BATCH, 3, 32, 32)
     operations, times, memory = ({name: [] for name in CONSTRUCTIONS} for _ in range(3))
     for k in ks:
-        networks = networks_of(k, QUARTER)
-        costs = {name: measure_compute_cost(network, x) for name, network in networks.items()}
-        race = Race(networks, x, torch.float32)
-        for _ in range(1 + rounds):
-            race.run("train_step")
-        ratios = race.ratios("parent_alone")
+        race = Race(
+            {name: partial(make, k, QUARTER) for name, make in NETWORKS.items()},
+            Setting(k, QUARTER),
+        )
+        race.run(rounds)
+        costs = {name: cost_of(name, k, QUARTER, BATCH) for name in NETWORKS}
+        # On a CPU it keeps a copy more from width 3 on, which is chosen by the device.
+        x = torch.randn(BATCH, 3, 32, 32)
+        costs["sum_of_subnets"] = measure_compute_cost(sharing("sum_of_subnets", k, QUARTER), x)
+        middle = {name: median(seconds) for name, seconds in race.seconds.items()}
+        least = {name: min(seconds) for name, seconds in race.seconds.items()}
         alone = costs["parent_alone"]
         for name in CONSTRUCTIONS:
             operations[name].append(costs[name].flops / alone.flops)
             memory[name].append(costs[name].kept_bytes / alone.kept_bytes)
-            times[name].append(ratios[name])
-        print(f"k={k}", {name: f"{ratio:.2f}" for name, ratio in ratios.items()}, flush=True)
+            times[name].append(middle[name] / middle["parent_alone"])
+            print(
+                f"k={k} {name}: {times[name][-1]:.2f} (of the fastest steps "
+                f"{least[name] / least['parent_alone']:.2f}), {operations[name][-1]:.3f} of the "
+                f"operations, {memory[name][-1]:.3f} of the bytes kept",
+                flush=True,
+            )
 
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 4.2), sharex=True)
     titles = ("operations", "time on one CPU thread", "kept for backward")

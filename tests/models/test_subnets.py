@@ -47,13 +47,13 @@ ACTIVATIONS = {
 
 
 def make(depth=18, *, width=2, stem="cifar", seed=0, **options):
-    """A small network in float64 whose BatchNorms are not at ones and zeros.
+    """A small network in float64, zero-padded, whose BatchNorms are not at ones and zeros.
 
     Their eps is large: over the few values of these images a variance may vanish, and an eps of
     1e-5 would then magnify roundings 300-fold in each of up to 53 layers.
     """
     torch.manual_seed(seed)
-    options = {"num_classes": 3, "base_channels": 4, **options}
+    options = {"num_classes": 3, "base_channels": 4, "construction": "zero_padded", **options}
     network = SubnetResNet(depth, width=width, stem=stem, **options).double()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
