@@ -366,6 +366,7 @@ def tuned() -> Iterator[None]:
 )
 def test_bench_construction(setting, phase, name, benchmark, capsys, single_thread, tuned):
     benchmark.group = f"construction-{phase}-{setting}"
+    gc.collect()  # the networks of the benchmark before
     torch.manual_seed(0)
     k, base_channels = setting.k, setting.base_channels
     alone, ours = (
@@ -398,8 +399,6 @@ def test_bench_construction(setting, phase, name, benchmark, capsys, single_thre
     # With room for the noise of a shared machine.
     if name == "sum_of_subnets":
         assert ratio < 0.8 * (1 + k * k)
-    del alone, ours
-    gc.collect()
 
 
 # --- the gate -------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 A multiply-add is two FLOPs; only products of matrices and convolutions are counted, as
 `torch.utils.flop_counter` does, whose formulas are used. Own here is what it counts too high (the
 weight gradient of a grouped convolution, by the factor `groups`) or as nothing (products with a
-vector, recurrent layers that run as one kernel).
+vector, recurrent layers that run as one kernel, and, before PyTorch 2.15, fused attention on a
+CPU).
 
 A convolution multiplies every tap at every output position, those on the padding too. They are
 work, as `torch.utils.flop_counter` has it, and waste only where their channel is zero everywhere:
@@ -37,6 +38,12 @@ _RECURRENT = _packets("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")
 _RECURRENT_BACKWARD = _packets(
     "mkldnn_rnn_layer_backward", "_cudnn_rnn_backward", "miopen_rnn_backward"
 )
+_ATTENTION = _packets(
+    *(f"_scaled_dot_product_{kernel}_attention" for kernel in ("flash", "efficient", "cudnn")),
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+_ATTENTION_BACKWARD = _packets(*(f"{packet.__name__}_backward" for packet in _ATTENTION))
 UNCOUNTED = frozenset(
     _packets("_trilinear", "_native_multi_head_attention", "_transformer_encoder_layer_fwd")
 )
@@ -62,7 +69,7 @@ def flops_of(packet: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any)
     """
     own = _OWN.get(packet)
     if own is not None:
-        return own(*args)
+        return own(*args, **kwargs)
     formula = flop_registry.get(packet)
     return None if formula is None else int(formula(*args, **kwargs, out_val=out))
 
@@ -89,6 +96,23 @@ def _recurrent(x: Tensor, *rest: Any) -> int:
     return 2 * (x.numel() // x.shape[-1]) * used
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Scores, and their product with the values; masked ones too."""
+    return 2 * _pairs_of(query, key) * (query.shape[-1] + value.shape[-1])
+
+
+def _attention_backward(
+    _grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> int:
+    """The scores again, the gradients of query and key, and those of probabilities and values."""
+    return 2 * _pairs_of(query, key) * (3 * query.shape[-1] + 2 * value.shape[-1])
+
+
+def _pairs_of(query: Tensor, key: Tensor) -> int:
+    # Keys and values may have fewer heads, each read by several of the query's.
+    return query.numel() // query.shape[-1] * key.shape[-2]
+
+
 _OWN: dict[Any, Callable[..., int]] = {
     _aten.convolution_backward: _convolution_backward,
     _aten.mv: _vector,
@@ -97,6 +121,8 @@ _OWN: dict[Any, Callable[..., int]] = {
     _aten.addmv: lambda _bias, matrix, *_: _vector(matrix),
     **dict.fromkeys(_RECURRENT, _recurrent),
     **dict.fromkeys(_RECURRENT_BACKWARD, lambda *args: 2 * _recurrent(*args)),
+    **dict.fromkeys(_ATTENTION, _attention),
+    **dict.fromkeys(_ATTENTION_BACKWARD, _attention_backward),
 }
 
 
@@ -122,18 +148,22 @@ _KINDS = {
 # --- FLOPs without zeros ------------------------------------------------------------------------
 
 
-def useful_flops_of(packet: Any, args: Sequence[Any]) -> int | None:
+def useful_flops_of(packet: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
     """The FLOPs of one operation whose two factors are both not zero; None where all are.
 
     Args:
         packet: The operation.
         args: What it was called with: tensors that hold numbers.
+        kwargs: The same, by name.
 
     Example:
         >>> a, b = torch.tensor([[1.0, 0.0]]), torch.ones(2, 4)
-        >>> useful_flops_of(torch.ops.aten.mm, (a, b))
+        >>> useful_flops_of(torch.ops.aten.mm, (a, b), {})
         8
     """
+    if packet in _ATTENTION or packet in _ATTENTION_BACKWARD:
+        names = [argument.name for argument in packet.default._schema.arguments]
+        return 2 * _attended(**(dict(zip(names, args, strict=False)) | kwargs))
     rule = _USEFUL.get(packet)
     if rule is None or not any(
         isinstance(x, Tensor) and x.numel() and int(x.count_nonzero()) < x.numel() for x in args[:3]
@@ -149,6 +179,49 @@ def _matrices(a: Tensor, b: Tensor, *_: Any) -> int:
 
 def _matrix_and_vector(a: Tensor, b: Tensor, *_: Any) -> int:
     return int(((a != 0) & (b != 0)).sum())
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    scale: float | None = None,
+    grad_out: Tensor | None = None,
+    grad_out_: Tensor | None = None,
+    **_: Any,
+) -> int:
+    """Attention as its plain products, in which a masked probability is a zero.
+
+    What dropout would draw is left out.
+    """
+    heads = query.shape[-3]
+    key, value = (x.repeat_interleave(heads // x.shape[-3], dim=-3) for x in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        scores = scores.masked_fill(scores.new_ones(scores.shape[-2:]).tril() == 0, -torch.inf)
+    mask = attn_bias if attn_mask is None else attn_mask
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    # A row in which everything is masked attends to nothing.
+    attends = scores.softmax(-1).nan_to_num(0.0)
+    grad = grad_out if grad_out_ is None else grad_out_
+    if grad is None:
+        return _matrices(query, key.mT) + _matrices(attends, value)
+    of_attends = grad @ value.mT
+    of_scores = attends * (of_attends - (attends * of_attends).sum(-1, keepdim=True))
+    return (
+        _matrices(query, key.mT)
+        + _matrices(grad, value.mT)
+        + _matrices(attends.mT, grad)
+        + _matrices(of_scores, key)
+        + _matrices(of_scores.mT, query)
+    )
 
 
 def _forward(x: Tensor, weight: Tensor, _bias: Any, *geometry: Any) -> int:

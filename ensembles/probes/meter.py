@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -100,7 +101,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         registers = [entry.tensor for entry in registered(modules)]
         self.own = {_storage(t) for t in registers}
         inputs = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
-        self.origins = {
+        self.origins: dict[StorageWeakRef | int, int] = {
             **dict.fromkeys(self.own, _WEIGHTS),
             **{_storage(x): _DATA for x in inputs},
         }
@@ -166,14 +167,16 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         flops = flops_of(packet, args, kwargs, out)
         if flops is not None:
-            self._count(packet, args, flops)
+            self._count(packet, args, kwargs, flops)
         elif known or isinstance(func, torch._ops.HigherOrderOperator):
             self.uncounted[packet.__name__] = None
         if not self.backward:
             self._trace(args, kwargs, out)
         return out
 
-    def _count(self, packet: Any, args: tuple[Any, ...], flops: int) -> None:
+    def _count(
+        self, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flops: int
+    ) -> None:
         again = len(self._frames) > 1
         node: Any = torch._C._current_autograd_node() if self.backward else None
         if self.backward and node is None and not again:
@@ -190,7 +193,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             counts.backward += flops
         else:
             counts.forward += flops
-        useful = useful_flops_of(packet, args) if self.zeros else None
+        useful = useful_flops_of(packet, args, kwargs) if self.zeros else None
         if useful is not None:
             counts.wasted += flops - useful
 
@@ -215,7 +218,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def kept(self) -> list[Kept]:
         """What is kept at present, each piece of memory once; the model's own left out."""
-        found: dict[int, Kept] = {}
+        found: dict[StorageWeakRef | int, Kept] = {}
         for saved in sorted(self.saved, key=lambda s: s.order):
             storage = _storage(saved.tensor)
             if storage not in self.own and storage not in found:
@@ -270,14 +273,15 @@ def _paths(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
     return found
 
 
-def _storage(tensor: Tensor) -> int:
+def _storage(tensor: Tensor) -> StorageWeakRef | int:
     """What tells pieces of memory apart, on the meta device too; tensors without one are their own.
 
-    Only live memory is compared: an address that was freed is noted anew when it is used again.
+    While a weak reference is held, no other storage gets the address: PyTorch makes tensors that no
+    dispatch mode sees (a number that is written into a slice), and they are of no known origin.
     """
     if tensor.layout is not torch.strided:
         return id(tensor)
-    return int(tensor.untyped_storage()._cdata)
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -83,7 +83,7 @@ def test_convolutions_equal_brute_force(geometry, seed, transposed):
 
 
 def useful(packet, *args):
-    return useful_flops_of(packet, args)
+    return useful_flops_of(packet, args, {})
 
 
 @settings(max_examples=40, deadline=None)
@@ -106,9 +106,64 @@ def test_products_equal_brute_force(m, k, n, seed):
     assert flops_of(aten.mv, (a[0], vector), {}, None) == 2 * m * k
 
 
+def met(a, b):
+    """How many pairs of factors of a product of matrices are both not zero."""
+    return int(((a[..., :, :, None] != 0) & (b[..., None, :, :] != 0)).sum())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([(1, 1), (4, 2), (3, 3)]),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from(["nothing", "causal", "bool", "bias"]),
+    st.integers(0, 2**16),
+)
+def test_fused_attention_equals_its_plain_products(heads, queries, keys, masked, seed):
+    torch.manual_seed(seed)
+    shapes = (heads[0], queries, 8), (heads[1], keys, 8), (heads[1], keys, 6)
+    query, key, value = (sparse(2, *shape) for shape in shapes)
+    drawn = torch.rand(queries, keys) > 0.4
+    shown = {
+        "nothing": torch.ones(queries, keys, dtype=torch.bool),
+        "causal": torch.ones(queries, keys, dtype=torch.bool).tril(),
+    }.get(masked, drawn)
+    mask = {"bool": drawn, "bias": torch.zeros(queries, keys).masked_fill(~drawn, -torch.inf)}
+    named = {"attn_mask": mask.get(masked)}
+
+    keys_of, values_of = (x.repeat_interleave(heads[0] // heads[1], 1) for x in (key, value))
+    scores = (query @ keys_of.mT / 8**0.5).masked_fill(~shown, -torch.inf).requires_grad_()
+    attends = scores.softmax(-1).nan_to_num(0.0)
+    attends.retain_grad()
+    grad = sparse(2, heads[0], queries, 6)
+    (attends @ values_of).backward(grad)
+    of_scores = scores.grad.nan_to_num(0.0)
+    attends = attends.detach()
+
+    forward = (query, key, value, 0.0, masked == "causal")
+    packet = aten._scaled_dot_product_flash_attention_for_cpu
+    expected = 2 * (met(query, keys_of.mT) + met(attends, values_of))
+    assert useful_flops_of(packet, forward, named) == expected
+    assert flops_of(packet, forward, named, None) == 2 * 2 * heads[0] * queries * keys * (8 + 6)
+
+    backward = (grad, query, key, value, None, None, 0.0, masked == "causal")
+    packet = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    products = [
+        (query, keys_of.mT),
+        (grad, values_of.mT),
+        (attends.mT, grad),
+        (of_scores, keys_of),
+        (of_scores.mT, query),
+    ]
+    assert useful_flops_of(packet, backward, named) == 2 * sum(met(*pair) for pair in products)
+    assert flops_of(packet, backward, named, None) == sum(
+        2 * 2 * heads[0] * a.shape[-2] * a.shape[-1] * b.shape[-1] for a, b in products
+    )
+
+
 def test_an_operation_that_multiplies_no_matrices_has_no_flops():
     assert flops_of(aten.relu, (torch.ones(2),), {}, torch.ones(2)) is None
-    assert useful_flops_of(aten.relu, (torch.zeros(2),)) is None
+    assert useful_flops_of(aten.relu, (torch.zeros(2),), {}) is None
 
 
 @pytest.mark.parametrize(
