@@ -66,7 +66,14 @@ def parent_and_subnet() -> Callable[[], tuple[nn.Module, dict[str, object]]]:
     """Builds a network of width two, with the batch that calls its parent and one subnet."""
 
     def make() -> tuple[nn.Module, dict[str, object]]:
-        network = SubnetResNet(18, num_classes=10, stem="cifar", width=2, base_channels=4)
+        network = SubnetResNet(
+            18,
+            num_classes=10,
+            stem="cifar",
+            width=2,
+            base_channels=4,
+            construction="zero_padded",
+        )
         return network, {"x": torch.randn(2, 3, 8, 8), "members": ("parent", "subnet_0_1")}
 
     return make

@@ -128,7 +128,7 @@ class SubnetResidualBlock(nn.Module):
         *,
         width: int,
         activation: Callable[[], nn.Module] = nn.ReLU,
-        construction: ConstructionName = "zero_padded",
+        construction: ConstructionName = "sum_of_subnets",
     ) -> None:
         super().__init__()
         self.route = route
@@ -214,7 +214,7 @@ class Subnet(nn.Module):
         start: int,
         shift: int,
         activation: Callable[[], nn.Module] = nn.ReLU,
-        construction: ConstructionName = "zero_padded",
+        construction: ConstructionName = "sum_of_subnets",
     ) -> None:
         super().__init__()
         width = parent.width
@@ -355,7 +355,7 @@ class SubnetResNet(nn.Module):
         base_channels: int = 64,
         image_channels: int = 3,
         activation: Callable[[], nn.Module] = nn.ReLU,
-        construction: ConstructionName = "zero_padded",
+        construction: ConstructionName = "sum_of_subnets",
     ) -> None:
         super().__init__()
         # Before the parent is built, which takes seconds at full size.

@@ -149,7 +149,9 @@ SCRIPT = """
 import torch
 from ensembles.checks.graph import measure_autograd_graph
 from ensembles.models import SubnetResNet
-network = SubnetResNet(18, num_classes=10, stem="cifar", width=2, base_channels=4)
+network = SubnetResNet(
+    18, num_classes=10, stem="cifar", width=2, base_channels=4, construction="zero_padded"
+)
 batch = {"x": torch.randn(2, 3, 8, 8), "members": ("parent", "subnet_0_1")}
 print(measure_autograd_graph(network, batch))
 """

@@ -193,7 +193,7 @@ def test_a_block_is_named_by_its_slices():
 
 
 def planted(change) -> SubnetResNet:
-    model = subnet_resnet18(width=2, base_channels=4)
+    model = subnet_resnet18(width=2, base_channels=4, construction="zero_padded")
     change(model)
     return model
 
@@ -452,7 +452,7 @@ def test_every_form_of_member_outputs_gives_the_same_map():
 
 
 def test_looking_changes_nothing():
-    model = subnet_resnet18(width=2, base_channels=2)
+    model = subnet_resnet18(width=2, base_channels=2, construction="zero_padded")
     model.parent.bn1.eval()
     model.parent.fc.weight.requires_grad_(False)
     model.parent.fc.bias.grad = torch.full_like(model.parent.fc.bias, 7.0)

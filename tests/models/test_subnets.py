@@ -555,7 +555,9 @@ class TestConstruction:
 
     def test_the_step_costs_one_parent_and_one_parent_for_each_subnet(self):
         with torch.device("meta"):
-            network = subnet_resnet18(width=2, stem="cifar", num_classes=10)
+            network = subnet_resnet18(
+                width=2, stem="cifar", num_classes=10, construction="zero_padded"
+            )
         x = torch.empty(2, 3, 32, 32, device="meta")
         flops = []
         for members in (["parent"], None):
