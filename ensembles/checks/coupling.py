@@ -2,7 +2,7 @@
 
 Catches members that are one network, packed members whose channels mix, members that read each
 other's features, BatchNorm statistics that two members update, and a loss that trains one member
-according to what another predicts.
+according to what another predicts, or to what its weights are.
 
 One optimizer step is taken on each member alone, from the same state and with the same random
 numbers, and everything of the other members is compared, bit by bit, with a control without it.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ensembles.message import SHOWN_ROWS, aligned, broken, counted, listed
+from ensembles.probes.penalties import coupled_by_weights
 from ensembles.probes.state import generators_kept, preserved
 from ensembles.probes.steps import distance, other_members, step_effects
 from ensembles.probes.training import Loss, fresh, hidden_modules, output_gradients, set_training
@@ -48,8 +49,9 @@ class Moved:
     Attributes:
         step: The member that was trained.
         member: The member that moved.
-        place: "output", "parameter <name>", "buffer <name>", or "loss" where the gradient that
-            the training loss gives to `member` depends on what `step` predicts.
+        place: "output", "parameter <name>", "buffer <name>", "loss" where the gradient that
+            the training loss gives to `member` depends on what `step` predicts, or "penalty"
+            where it depends on the weights of `step` by themselves.
         by: The greatest absolute change; not compared, since its last digits are the machine's.
     """
 
@@ -59,8 +61,7 @@ class Moved:
     by: float = field(compare=False)
 
     def __str__(self) -> str:
-        what = "its gradient of the loss" if self.place == "loss" else self.place
-        return f"{what} by {self.by:.0e}"
+        return f"{_BY_LOSS.get(self.place, self.place)} by {self.by:.0e}"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class GradientCoupling:
             return "-"
         kinds = Counter(moved.place.split()[0] for moved in self.places(step, member))
         words = [
-            kind if kind in ("output", "loss") else counted(range(number), kind)
+            kind if kind in ("output", *_BY_LOSS) else counted(range(number), kind)
             for kind, number in kinds.items()
         ]
         return ", ".join(words) or "."
@@ -159,7 +160,8 @@ def measure_gradient_coupling(
             all parameters, with every gradient scaled to a largest element of 1, so that
             vanishing gradients hide nothing.
         loss: The training loss, a function of the dict of member outputs. Where it is given, the
-            gradient that it sends to member j must not change with what member i predicts.
+            gradient that it sends to member j must not change with what member i predicts, nor,
+            where it holds a penalty on weights, with the weights that are i's alone.
 
     Returns:
         The measurement. The model, its gradients and the random generators are as before.
@@ -199,11 +201,17 @@ def measure_gradient_coupling(
 def _moved_by_loss(
     model: Model, batch: Any, outputs: Outputs | None, loss: Loss, members: tuple[str, ...]
 ) -> Iterator[Moved]:
-    """Which gradients of the loss depend on another member's prediction."""
+    """Which gradients of the loss depend on another member's prediction, or on its weights."""
     modules = list(named_modules_of(model).values())
-    with preserved([*modules, *hidden_modules(modules)]):
-        set_training(model, model)
-        found = member_outputs(model, fresh(batch), outputs=outputs)
+    everything = [*modules, *hidden_modules(modules)]
+    with preserved(everything):
+
+        def called() -> dict[str, tuple[Tensor, ...]]:
+            set_training(model, model)
+            with generators_kept():
+                return member_outputs(model, fresh(batch), outputs=outputs)
+
+        found = called()
         if tuple(found) != members:
             raise other_members(members, found)
         values = {m: tuple(y.detach().clone() for y in ys) for m, ys in found.items()}
@@ -222,6 +230,9 @@ def _moved_by_loss(
             for member, by in moved.items():
                 if by and member != step:
                     yield Moved(step, member, "loss", by)
+        with generators_kept():
+            for step, member, by in coupled_by_weights(called, loss, values, everything, _nudged):
+                yield Moved(step, member, "penalty", by)
 
 
 def _nudged(output: Tensor) -> Tensor:
@@ -257,13 +268,13 @@ def assert_members_uncoupled(coupling: GradientCoupling) -> None:
         broken(
             f"members {listed(coupling.members)} are claimed to train independently, and "
             + (
-                "the loss trains each by what others predict"
-                if kinds == {"loss"}
+                f"the loss trains each by {' and '.join(_READ[kind] for kind in sorted(kinds))}"
+                if kinds <= {*_READ}
                 else "a training step on one moves another"
             ),
             [
                 (
-                    f"{'output of' if kinds == {'loss'} else 'step on'} {step}",
+                    f"{_OF.get(_mechanism(kinds), 'step on')} {step}",
                     f"moves {member}:",
                     listed([str(moved) for moved in coupling.places(step, member)], 3),
                 )
@@ -337,11 +348,20 @@ def assert_members_coupled_to(coupling: GradientCoupling, parent: str) -> None:
 
 # --- how the assertions look --------------------------------------------------------------------
 
+_BY_LOSS = {"loss": "its gradient of the loss", "penalty": "its gradient of a penalty"}
+_READ = {"loss": "what others predict", "penalty": "the weights of others"}
+_OF = {"loss": "output of", "penalty": "weights of"}
+
 _COUPLED = {
     "loss": (
         "Each member is trained according to what the others predict: one may learn for all.",
         "Usual cause: the loss of the mean prediction. Sum the members' own losses, or claim "
         "the coupling.",
+    ),
+    "penalty": (
+        "Each member is drawn to, or driven from, the weights of the others.",
+        "Usual cause: a penalty on the distance between members, or one norm of all weights. "
+        "Penalise each member's weights by themselves, or claim the coupling.",
     ),
     "buffer": (
         "A training call of one member changes how another predicts, though no weight is shared.",
@@ -367,7 +387,9 @@ def _mechanism(kinds: set[str]) -> str:
         return "parameter"
     if "buffer" in kinds:
         return "buffer"
-    return "output" if "output" in kinds else "loss"
+    if "output" in kinds:
+        return "output"
+    return "loss" if "loss" in kinds else "penalty"
 
 
 def _assert_moved(coupling: GradientCoupling, pairs: Sequence[tuple[str, str]], claim: str) -> None:

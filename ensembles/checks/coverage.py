@@ -160,38 +160,41 @@ def measure_optimizer_coverage(
             "Give optimizer=, and batch= to have gradients looked at too."
         )
     checked_numbers(model)
-    parameters = {
-        id(entry.tensor): entry
-        for entry in registered(named_modules_of(model))
-        if entry.kind == "parameter"
-    }
     false_freezes = tuple(_false_freezes(model))
     flow = Flow()
-    with preserved(model):  # what the function that builds the optimizer freezes is frozen here
+    # What the function that builds the optimizer freezes is frozen here, and what it replaces
+    # afterwards is what is trained.
+    with preserved(model):
         optimizers = _given_optimizers(optimizer, model)
+        parameters = {
+            id(entry.tensor): entry
+            for entry in registered(named_modules_of(model))
+            if entry.kind == "parameter"
+        }
         if batch is not None:
             with torch.inference_mode(False), torch.enable_grad():
                 flow = gradient_flow(model, batch, outputs=outputs, loss=loss)
         trainable = {key: entry for key, entry in parameters.items() if entry.tensor.requires_grad}
-    if not trainable and not flow.lost:
-        raise ValueError(
-            "the model registers no trainable parameters: there is nothing to train. Usual cause: "
-            "everything is frozen, or members sit in a Python list instead of nn.ModuleList."
-        )
-    slots = _slots(optimizers)
-    known = parameters.keys() | flow.lost.keys() | flow.of_loss
-    foreign = {key: tensor for key, (tensor, _) in slots.items() if key not in known}
-    homes = homes_of(model, {**flow.lost, **foreign})
-    found = [
-        *(_missing(trainable, slots) if optimizers else ()),
-        *_listed_twice(slots, parameters),
-        *_made_twice(model, trainable),
-        *_foreign(foreign, slots, homes),
-        *_unregistered(flow.lost, slots, homes),
-        *_cut(flow),
-        *_at_rate_zero(optimizers, trainable),
-        *false_freezes,
-    ]
+        if not trainable and not flow.lost:
+            raise ValueError(
+                "the model registers no trainable parameters: there is nothing to train. Usual "
+                "cause: everything is frozen, or members sit in a Python list instead of "
+                "nn.ModuleList."
+            )
+        slots = _slots(optimizers)
+        known = parameters.keys() | flow.lost.keys() | flow.of_loss
+        foreign = {key: tensor for key, (tensor, _) in slots.items() if key not in known}
+        homes = homes_of(model, {**flow.lost, **foreign})
+        found = [
+            *(_missing(trainable, slots) if optimizers else ()),
+            *_listed_twice(slots, parameters),
+            *_made_twice(model, trainable),
+            *_foreign(foreign, slots, homes),
+            *_unregistered(flow.lost, slots, homes),
+            *_cut(flow),
+            *_at_rate_zero(optimizers, trainable),
+            *false_freezes,
+        ]
     return OptimizerCoverage(
         trainable=tuple(entry.names[0] for entry in trainable.values()),
         optimizers=len(optimizers),

@@ -53,7 +53,8 @@ class StateHygiene:
         modules: How many modules are registered.
         tensors: How many parameters and buffers are registered; a tied one once.
         steps: How many training steps were taken.
-        updates: How often each norm with a counter updated its statistics in one training step.
+        updates: How often each norm updated its statistics in one training step, as its counter
+            or the calls of batch_norm say.
         findings: All that is not in order, kind by kind.
     """
 

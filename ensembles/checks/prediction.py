@@ -162,7 +162,7 @@ def assert_prediction_reduced(
         reduction: "arithmetic" (mean of probabilities), "geometric" (softmax of the mean of
             log-probabilities), "logits" (mean of what members emit, as it is) or "vote"
             (plurality, as classes, as a one-hot tensor or as shares of the votes). Probabilities
-            may be given as log-probabilities, and both means as classes.
+            may be given as log-probabilities, and all means as classes.
         ties: What decides a vote between equals: "lowest" or "highest" class, "first" member, or
             "probability" (the highest mean probability).
 
@@ -289,8 +289,9 @@ def _expected(prediction: PredictionReduction, reduction: str, ties: str) -> lis
             f"{prediction.emits}. Claim 'arithmetic' or 'geometric'."
         )
     if reduction != "vote":
-        classes = [] if reduction == "logits" else [Found(f"class of {reduction}", weights)]
-        return [Found(reduction, weights), *classes]
+        # The mean of logits is largest where the geometric mean is.
+        mean = "geometric" if reduction == "logits" else reduction
+        return [Found(reduction, weights), Found(f"class of {mean}", weights)]
     if ties not in ("lowest", "highest", "first", "probability"):
         raise ValueError(
             f"ties cannot be claimed to go to {ties!r}. It is lowest, highest, first or "

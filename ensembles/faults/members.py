@@ -267,6 +267,25 @@ def common_target(architecture: Architecture, place: Place, broken: bool) -> Sub
 
 
 @fault("members", "coupling")
+def common_weights(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A penalty draws members' weights to their mean: no prediction is read, and all agree."""
+    trained: list[Network] = []
+
+    def plant(members: list[Network]) -> None:
+        trained[:] = members
+
+    def loss(outputs: Mapping[str, Tensor]) -> Tensor:
+        total = loss_of_members(outputs)
+        for alike in zip(*(member.parameters() for member in trained), strict=True):
+            weights = torch.stack(alike)
+            centre = weights.mean(0) if broken else torch.zeros_like(weights[0])
+            total = total + 0.1 * (weights - centre.detach()).square().sum()
+        return total
+
+    return replace(separate(architecture, place, plant), loss=loss)
+
+
+@fault("members", "coupling")
 def foreign_features(architecture: Architecture, place: Place, broken: bool) -> Subject:
     """One member's head reads the features of another too, detached."""
 
@@ -342,6 +361,7 @@ FAULTS: tuple[Fault, ...] = (
     shared_mask,
     coupled_loss,
     common_target,
+    common_weights,
     foreign_features,
     swapped_outputs,
     mixed_by_chance,

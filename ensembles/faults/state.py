@@ -177,6 +177,31 @@ def norm_updated_twice(architecture: Architecture, place: Place, broken: bool) -
 
 
 @fault("state", "hygiene")
+def norm_of_two_widths(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A slimmable layer normalises its two widths with slices of one norm's statistics."""
+    half = WIDTH // 2
+
+    class Slimmable(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(WIDTH, CLASSES)
+            norm = nn.BatchNorm1d(WIDTH, affine=False)
+            other = norm if broken else nn.BatchNorm1d(WIDTH, affine=False)
+            self.norms = nn.ModuleList([norm, other])
+
+        def normalised(self, x: Tensor, norm: Any) -> Tensor:
+            width = x.shape[1]
+            mean, var = norm.running_mean[:width], norm.running_var[:width]
+            return F.batch_norm(x, mean, var, training=self.training)
+
+        def forward(self, x: Tensor) -> Tensor:
+            narrow = self.normalised(x[:, :half], self.norms[0])
+            wide = self.normalised(x, self.norms[1])
+            return super().forward(wide) + F.linear(narrow, self.weight[:, :half])
+
+    return with_head(architecture, place, Slimmable)
+
+
+@fault("state", "hygiene")
 def drifting_unused(architecture: Architecture, place: Place, broken: bool) -> Subject:
     """A member's loss is multiplied by 0 where it is to be left out: its weights still decay."""
 
@@ -259,6 +284,7 @@ FAULTS: tuple[Fault, ...] = (
     statistics_move_in_eval,
     frozen_but_moving,
     norm_updated_twice,
+    norm_of_two_widths,
     drifting_unused,
     snapshot_by_reference,
     batch_in_place,

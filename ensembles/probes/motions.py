@@ -16,6 +16,7 @@ from ensembles.probes.averages import Averages
 from ensembles.probes.disorders import Disorder, memory_of
 from ensembles.probes.homes import things_below
 from ensembles.probes.masks import masked_elements
+from ensembles.probes.norms import NormUpdates
 from ensembles.probes.registers import Registered, registered
 from ensembles.probes.state import Snapshot, seed_generators
 from ensembles.probes.steps import distance
@@ -155,7 +156,7 @@ class Trained(NamedTuple):
 
     Attributes:
         steps: How many.
-        updates: How often each norm with a counter updated its statistics in the first.
+        updates: How often each norm updated its statistics in the first.
         findings: What moved without reason.
     """
 
@@ -206,7 +207,8 @@ def moved_in_training(
     for step in range(steps):
         at_start = Snapshot(everything)
         before = _values(entries)
-        with Writes(model, batch) as writes:
+        norms = NormUpdates(_running_means(entries))
+        with Writes(model, batch) as writes, norms:
             yielded = _train_call(model, writes.batch, outputs, step)
         found += _written(writes, "train")
         by_forward = dict(_changed(entries, before))
@@ -221,7 +223,7 @@ def moved_in_training(
                 break
             raise
         if step == 0:
-            updates = _updates(entries, before)
+            updates = _updates(entries, before, norms)
         between = _values(entries)
         for parameter, gradient in zip(trainable.values(), gradients, strict=True):
             parameter.grad = gradient
@@ -296,15 +298,37 @@ def _changed(
             yield entry.names[0], by
 
 
-def _updates(entries: Sequence[Registered], before: Mapping[str, Tensor]) -> dict[str, int]:
-    """Of norms that count: by the name of the norm."""
+def _running_means(entries: Sequence[Registered]) -> dict[str, Tensor]:
+    """By the name of the norm."""
     return {
-        name.removesuffix("num_batches_tracked").removesuffix(".") or "model": int(
-            entry.tensor - before[name]
-        )
+        _norm_of(e.names[0]): e.tensor
+        for e in entries
+        if e.names[0].rpartition(".")[2] == "running_mean" and e.tensor.numel()
+    }
+
+
+def _updates(
+    entries: Sequence[Registered], before: Mapping[str, Tensor], norms: NormUpdates
+) -> dict[str, int]:
+    """Of norms that count, and of those whose statistics a call of batch_norm was given.
+
+    Only counters know what a compiled model, or a checkpoint that is computed again, has done.
+    """
+    counted = {
+        _norm_of(name): int(entry.tensor - before[name])
         for entry in entries
         if (name := entry.names[0]).rpartition(".")[2] == "num_batches_tracked"
     }
+    seen = {name: norms.most(name) for name in _running_means(entries)}
+    return counted | {
+        name: max(often, counted.get(name, 0))
+        for name, often in seen.items()
+        if often or name in counted
+    }
+
+
+def _norm_of(name: str) -> str:
+    return name.rpartition(".")[0] or "model"
 
 
 # --- frozen, masked -----------------------------------------------------------------------------

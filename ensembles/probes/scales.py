@@ -123,7 +123,8 @@ def scales_of(
             if single is not None:
                 pairs = [(total[i], alone[name][i]) for i in own]
                 multiple, exact = _multiple(pairs, name, values) if own else (None, False)
-                # Or a penalty on the weights is added, which has no multiple and couples nothing.
+                # Or a penalty on the weights is added, which has no multiple; whether it couples
+                # members is for the coupling check to say.
                 if multiple is None:
                     apart = _output_gradients(
                         partial(_of_one, single[name], name), {name: values[name]}

@@ -353,6 +353,77 @@ def test_a_loss_of_probabilities_gets_probabilities():
     ).moved
 
 
+# --- penalties on weights -----------------------------------------------------------------------
+
+
+def drawn_together(model):
+    def loss(outputs):
+        one, two, _ = (member[0].weight for member in model)
+        return summed(outputs) + (one - two).square().sum()
+
+    return loss
+
+
+def decayed(model, *, together=False):
+    """To zero and to where each member began: each by itself, or by one norm of all."""
+    weights = [p for member in model for p in member.parameters()]
+    start = [p.detach().clone() for p in weights]
+
+    def loss(outputs):
+        anchored = sum((p - 2 * q).abs().sum() for p, q in zip(weights, start, strict=True))
+        norms = torch.stack([p.norm() for p in weights])
+        return summed(outputs) + anchored + (norms.norm() if together else norms.sum())
+
+    return loss
+
+
+def test_a_penalty_on_the_distance_of_weights_couples(golden):
+    members = [mlp() for _ in range(3)]
+    coupling = measure_gradient_coupling(members, batch_for(mlp), loss=drawn_together(members))
+    assert {moved.place for moved in coupling.moved} == {"penalty"}
+    assert coupling.pairs == (("0", "1"), ("1", "0"))
+    assert "step on 0   -         penalty   ." in str(coupling)
+    with pytest.raises(AssertionError) as broken:
+        assert_members_uncoupled(coupling)
+    golden(str(broken.value), "messages/coupling_penalty.txt")
+
+
+def test_a_penalty_couples_members_inside_one_module():
+    model = Together([mlp() for _ in range(3)])
+    coupling = measure_gradient_coupling(model, batch_for(mlp), loss=drawn_together(model.members))
+    assert coupling.pairs == (("0", "1"), ("1", "0"))
+
+
+def test_penalties_on_each_member_do_not_couple_and_one_norm_of_all_does():
+    members = [mlp() for _ in range(2)]
+    each, together = decayed(members), decayed(members, together=True)
+    before = [p.clone() for member in members for p in member.parameters()]
+    assert_members_uncoupled(measure_gradient_coupling(members, batch_for(mlp), loss=each))
+    with pytest.raises(AssertionError, match="trains each by the weights of others"):
+        assert_members_uncoupled(measure_gradient_coupling(members, batch_for(mlp), loss=together))
+    after = [p for member in members for p in member.parameters()]
+    assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+
+
+def test_a_penalty_that_forward_keeps_for_the_loss_is_looked_at_anew():
+    class Keeping(Together):
+        def forward(self, x):
+            outputs = super().forward(x)
+            one, two = (member[0](x) for member in self.members)
+            self.kept = (one * two).square().mean() if self.mixed else one.square().mean()
+            return outputs
+
+    def found(mixed):
+        model = Keeping([mlp() for _ in range(2)])
+        model.mixed = mixed
+        return measure_gradient_coupling(
+            model, batch_for(mlp), loss=lambda outputs: summed(outputs) + model.kept
+        )
+
+    assert_members_uncoupled(found(False))
+    assert {moved.place for moved in found(True).moved} == {"penalty"}
+
+
 # --- ties that are claimed ----------------------------------------------------------------------
 
 

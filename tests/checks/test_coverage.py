@@ -131,6 +131,22 @@ def test_an_optimizer_older_than_a_layer_is_broken(golden):
     golden(message_of(model, optimizer, batch_for(conv)), "messages/coverage_stale.txt")
 
 
+def test_a_layer_that_the_function_of_the_optimizer_replaces_is_broken():
+    """A training set-up in one function: the optimizer first, and then another head."""
+    model = conv()
+    head = model[4]
+
+    def set_up(found):
+        optimizer = sgd(found)
+        found[4] = nn.Linear(36, 5)
+        return optimizer
+
+    coverage = measure_optimizer_coverage(model, set_up, batch_for(conv))
+    assert coverage.places("missing") == ("model.4.weight", "model.4.bias")
+    assert len(coverage.places("stale")) == len(coverage.findings) - 2 == 2
+    assert model[4] is head
+
+
 @architectures
 def test_an_optimizer_of_a_copy_is_stale(make):
     model = make()

@@ -344,6 +344,51 @@ def test_two_updates_of_a_norm_are_broken(golden):
     golden(message(NStreams(net(), 2)), "messages/hygiene_updates.txt")
 
 
+class Widths(nn.Module):
+    """A layer of several widths, normalised by slices of one norm's statistics."""
+
+    def __init__(self, *slices) -> None:
+        super().__init__()
+        self.layer, self.norm, self.slices = nn.Linear(4, 4), nn.BatchNorm1d(4), slices
+
+    def forward(self, x):
+        norm, found = self.norm, []
+        for part in self.slices:
+            state = norm.running_mean[part], norm.running_var[part], norm.weight[part]
+            found.append(
+                F.batch_norm(self.layer(x)[:, part], *state, norm.bias[part], self.training)
+            )
+        return torch.cat(found, 1)
+
+
+def test_two_widths_of_one_norm_update_it_twice(golden):
+    assert measure_state_hygiene(Widths(slice(4)), ROWS).updates == (("norm", 1),)
+    golden(message(Widths(slice(2), slice(4))), "messages/hygiene_widths.txt")
+
+
+def test_two_norms_in_one_buffer_update_it_once_each():
+    found = measure_state_hygiene(Widths(slice(2), slice(2, 4)), ROWS)
+    assert found.updates == (("norm", 1),)
+    assert_state_clean(found)
+
+
+def test_norms_under_vmap_are_no_wrong_updates():
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 4, 4))
+            self.register_buffer("running_mean", torch.zeros(2, 4))
+            self.register_buffer("running_var", torch.ones(2, 4))
+
+        def forward(self, x):
+            def member(weight, mean, var):
+                return F.batch_norm(x @ weight, mean, var, training=self.training)
+
+            return list(torch.vmap(member)(self.weight, self.running_mean, self.running_var))
+
+    assert_state_clean(measure_state_hygiene(Mapped(), ROWS))
+
+
 def test_a_recomputed_norm_updates_twice():
     class Recomputed(nn.Module):
         def __init__(self) -> None:

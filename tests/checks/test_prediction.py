@@ -127,6 +127,12 @@ def test_the_mean_of_logits_holds_as_what_it_is():
     assert_reduced(lambda m, x: stacked(m, x).mean(0), "logits")
 
 
+def test_the_largest_mean_of_logits_is_a_class_of_that_mean():
+    assert_reduced(lambda m, x: stacked(m, x).mean(0).argmax(1), "logits")
+    with pytest.raises(AssertionError, match="found the class of the arithmetic mean"):
+        assert_reduced(lambda m, x: arithmetic(m, x).argmax(1), "logits")
+
+
 def test_weights_are_claimed_with_the_reduction():
     assert_reduced(weighted, weights=WEIGHTS)
 
