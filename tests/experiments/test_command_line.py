@@ -513,12 +513,14 @@ def test_errors_that_are_ours_alone_keep_their_frames(monkeypatch):
         ensembles("convert a b")
 
 
-def test_an_interrupted_command_ends_as_shells_expect(monkeypatch, capsys):
+@pytest.mark.parametrize("told", ["", "interrupted; given again, the same goes on from a.ckpt"])
+def test_an_interrupted_command_ends_as_shells_expect(told, monkeypatch, capsys):
     from ensembles.experiments.commands import convert
 
     def interrupted(arguments):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*filter(None, [told]))
 
     monkeypatch.setattr(convert, "main", interrupted)
     assert ensembles("convert a b") == 130
-    assert only_line(capsys.readouterr()) == "ensembles convert: error: interrupted"
+    shown = only_line(capsys.readouterr())
+    assert shown == f"ensembles convert: error: {told or 'interrupted'}"
