@@ -76,6 +76,7 @@ def run(
     from ensembles.experiments.evaluation.loading import load_named
     from ensembles.experiments.evaluation.results import Result, write_result
     from ensembles.experiments.evaluation.scores import evaluate
+    from ensembles.experiments.training.runs import make_folder
 
     if out.suffix == ".json" and out.exists():  # before hours of computing
         raise FileExistsError(f"{out} exists, and is not overwritten: choose another name")
@@ -86,7 +87,7 @@ def run(
         data, _listed(shifted), split, root=root, download=download, seed=seed, paired=same_images
     )
     loaded = load_named(_listed(model), root=root)
-    (out.parent if out.suffix == ".json" else out).mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent if out.suffix == ".json" else out)
     evaluations = []
     for images in sets:
         print(f"{loaded.name} on {images}, {device}", file=sys.stderr)

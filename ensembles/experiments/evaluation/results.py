@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from ensembles import __version__
-from ensembles.experiments.training.runs import write_whole
+from ensembles.experiments.training.runs import make_folder, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -277,7 +277,7 @@ def write_result(result: Result, place: Path | str) -> Path:
     """
     place = Path(place)
     path = place if place.suffix == ".json" else place / f"{result.identifier}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_whole(path, (result.model_dump_json(indent=2) + "\n").encode(), replace=False)
     return path
 
