@@ -168,6 +168,8 @@ def test_the_help_of_train_has_every_option_with_its_default(capsys):
         ("evaluate --data digits", "the following arguments are required: model"),
         ("evaluate --model resnet20 --data digits --n 3", "unrecognized arguments: --n 3"),
         ("evaluate --model resnet20 --data digits --batch_size many", 'Parser key "batch_size"'),
+        ("train a --data digits --trainin.lr 1", "--trainin.lr 1; did you mean --training.lr? ("),
+        ("evaluate --modle=a --data digits", "did you mean --model? ("),
         ("plot pie results", 'Parser key "kind"'),
         ("check", "the following arguments are required: subject"),
     ],
@@ -245,6 +247,38 @@ def test_a_config_file_sets_the_options_of_the_command_line(tmp_path, runs, caps
     assert ensembles(f"train {runs}/two --config {tmp_path}/two.yaml") == 0
     assert ensembles(f"train {runs}/two --config {tmp_path}/two.yaml --seed 4") == 2
     assert "training.seed: 3 there, 4 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            b"network: {kind: ensemble, memebrs: 3}",
+            ": there is no option network.memebrs; did",
+        ),
+        (
+            b"training: {schedule: {nome: step}}",
+            ": there is no option training.schedule.nome; did",
+        ),
+        (b"trainning: {epochs: 3}", ": there is no option trainning; did you mean training? ("),
+        (b"xylophone: 1", ": there is no option xylophone ("),
+        (b"data: [digits", " is no YAML: while parsing a flow sequence"),
+        (bytes(range(128, 256)), " is no YAML: 'utf-8' codec can't decode byte 0x80"),
+        (b"", " holds no options: expected a value for each name, such as seed: 1 ("),
+        (b"- digits", " holds no options: expected"),
+    ],
+)
+@pytest.mark.parametrize("joint", ["=", " "])
+def test_a_wrong_config_file_is_named(content, told, joint, tmp_path, capsys):
+    (tmp_path / "a.yaml").write_bytes(content)
+    assert ensembles(f"train {tmp_path}/run --data digits --config{joint}{tmp_path}/a.yaml") == 2
+    assert f"ensembles train: error: {tmp_path}/a.yaml{told}" in only_line(capsys.readouterr())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_file_that_is_missing_is_named(tmp_path, capsys):
+    assert ensembles(f"evaluate --config {tmp_path}/none.yaml") == 2
+    assert f"File does not exist: '{tmp_path}/none.yaml'" in only_line(capsys.readouterr())
 
 
 @pytest.mark.parametrize(
@@ -332,6 +366,8 @@ def test_evaluate_overwrites_nothing_and_looks_before_it_computes(runs, tmp_path
         ("--model one --shifted rotation:x", "shifted=rotation:x: levels are the whole numbers"),
         ("--model one --shifted rotation:6", "level=6: levels are the whole numbers from 1"),
         ("--model one --shifted fog:3", "there is no corruption 'fog'"),
+        ("--model one --shifted digits", "digits is there 2 times: evaluate it once"),
+        ("--model one --shifted blur:1,blur:1", "digits_blur_1 is there 2 times: evaluate it once"),
         ("--model one,one", "one is there 2 times: one network is no ensemble"),
         ("--model ''", "name at least one model"),
         ("--model one --device warp", "device 'warp' is not there"),
@@ -442,12 +478,14 @@ def test_plot_draws_one_picture_for_each_shifted_set(runs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("robustness empty", "empty has no results: there is no .json file in it"),
-        ("robustness nowhere.json", "nowhere.json"),
+        ("robustness empty", "empty has no results: there is no .json file in it. `ensembles eval"),
+        ("robustness nowhere.json", "there is no result nowhere.json: `ensembles evaluate` writes"),
         ("robustness bad.json", "bad.json is no result: it is no JSON text"),
         ("robustness empty --title x", "are options of `ensembles plot curves`"),
         ("curves empty", "empty holds no runs"),
         ("curves nowhere", "nowhere"),
+        ("curves =empty", "'=empty' is no NAME=RUN,RUN: give a name, and folders of runs"),
+        ("curves mean=", "'mean=' is no NAME=RUN,RUN"),
     ],
 )
 def test_plot_says_what_is_wrong(line, told, tmp_path, capsys, monkeypatch):

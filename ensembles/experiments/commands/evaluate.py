@@ -157,7 +157,17 @@ def _sets(
                 f"corruption:level with the corruptions {', '.join(LEVELS)}"
             )
         else:
-            sets.append(_same(inside, load(name)) if paired else load(name))
+            found = load(name)
+            if found.classes != inside.classes:
+                raise ValueError(
+                    f"{name} has other classes ({', '.join(found.classes)}) than {data} "
+                    f"({', '.join(inside.classes)}): it is no shifted set of it"
+                )
+            sets.append(_same(inside, found) if paired else found)
+    names = [images.name for images in sets]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is there {names.count(name)} times: evaluate it once")
     return sets
 
 
