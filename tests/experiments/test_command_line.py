@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -234,6 +235,22 @@ def test_train_goes_on_with_its_own_run_and_leaves_others_alone(runs, capsys):
     assert (runs / "one" / "epochs.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--deterministic", "training.deterministic: false there, true here"),
+        ("--objective mean", 'training.objective.name: "sum" there, "mean" here'),
+        ("--training.order own", 'training.order: "shared" there, "own" here'),
+        ("--training.augment own", 'training.augment: "shared" there, "own" here'),
+        ("--training.augment null", 'training.augment: "shared" there, null here'),
+        ("--training.schedule.warmup_epochs 0.5", "schedule.warmup_epochs: 0.0 there, 0.5 here"),
+    ],
+)
+def test_an_option_reaches_the_run_that_it_describes(option, told, runs, capsys):
+    assert ensembles(f"train {runs}/one {QUICK} --training.validation 100 {option}") == 2
+    assert f"  {told}\n" in capsys.readouterr().err.replace("  training.sch", "  sch")
+
+
 def test_a_config_file_sets_the_options_of_the_command_line(tmp_path, runs, capsys):
     values = {
         "data": "digits",
@@ -383,6 +400,21 @@ def test_evaluate_says_what_is_wrong(options, told, runs, tmp_path, capsys, monk
     captured = capsys.readouterr()
     assert told in captured.err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_of_other_classes_is_no_shifted_set(monkeypatch):
+    from ensembles.experiments.commands.evaluate import _sets
+    from ensembles.experiments.data.sources import load_images
+
+    digits = load_images("digits", "test")
+    others = replace(digits, name="letters", classes=tuple("abcdefghij"))
+    sets = {"digits": digits, "cifar10_jpeg": others}
+    monkeypatch.setattr(
+        "ensembles.experiments.data.sources.load_images", lambda name, *_, **__: sets[name]
+    )
+    told = r"cifar10_jpeg has other classes \(a, b, .*\) than digits \(0, 1, .*\): it is no shifted"
+    with pytest.raises(ValueError, match=told):
+        _sets("digits", ["cifar10_jpeg"], "test", root=None, download=False, seed=0, paired=False)
 
 
 def test_the_same_images_are_found_by_their_index():
