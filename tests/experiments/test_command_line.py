@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -363,6 +364,19 @@ def test_networks_that_were_trained_apart_are_evaluated_as_one_ensemble(runs, tm
     single = read_result(alone).evaluations[0]
     assert single.members["single"] == result.evaluations[0].members["one"]
     assert single.reductions == {}
+
+
+def test_members_that_are_one_network_are_told(runs, tmp_path, capsys):
+    shutil.copytree(runs / "one", tmp_path / "copy")
+    evaluate = f"evaluate --data digits --out {tmp_path}/results --model"
+    assert ensembles(f"{evaluate} {runs}/one,{runs}/two,{tmp_path}/copy") == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "one network" in line]
+    assert told == [
+        "one and copy give the same probabilities for every image: they are one network, and one "
+        "network is no ensemble. Train them with seeds of their own."
+    ]
+    assert ensembles(f"{evaluate} {runs}/one,{runs}/two") == 0
+    assert "one network" not in capsys.readouterr().err
 
 
 def test_evaluate_overwrites_nothing_and_looks_before_it_computes(runs, tmp_path, capsys):

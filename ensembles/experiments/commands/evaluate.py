@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from ensembles.experiments.data.images import ImageSet
     from ensembles.experiments.evaluation.results import Result
+    from ensembles.experiments.evaluation.scores import Evaluation
 
 __all__ = ["main", "parser", "run"]
 
@@ -110,6 +112,8 @@ def run(
         device=place,
     )
     path = write_result(result, out)
+    for line in _copies(evaluations[0]):
+        print(line, file=sys.stderr)
     print(_table(result))
     print(path)
     return 0
@@ -194,6 +198,18 @@ def _same(inside: ImageSet, outside: ImageSet) -> ImageSet:
             f"in {inside.name}: indices of the two do not mean the same images"
         )
     return found
+
+
+def _copies(evaluation: Evaluation) -> Iterator[str]:
+    """Says which members are one network: copies of a run, or members of one number and seed."""
+    for one, other in combinations(evaluation.reduced, 2):
+        if evaluation.members[one].log_probabilities.equal(
+            evaluation.members[other].log_probabilities
+        ):
+            yield (
+                f"{one} and {other} give the same probabilities for every image: they are one "
+                "network, and one network is no ensemble. Train them with seeds of their own."
+            )
 
 
 def _listed(names: str | list[str]) -> list[str]:
