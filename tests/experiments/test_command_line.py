@@ -252,6 +252,14 @@ def test_an_option_reaches_the_run_that_it_describes(option, told, runs, capsys)
     assert f"  {told}\n" in capsys.readouterr().err.replace("  training.sch", "  sch")
 
 
+def test_of_several_processes_one_tells(runs, capsys, monkeypatch):
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert ensembles(f"train {runs}/one {QUICK} --training.validation 100") == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_a_config_file_sets_the_options_of_the_command_line(tmp_path, runs, capsys):
     values = {
         "data": "digits",
