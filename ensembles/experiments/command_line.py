@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(module.main(given[1:]))
     except SystemExit as told:  # a command's --help
         return int(told.code or 0)
-    except KeyboardInterrupt:
-        return _told(command, "interrupted", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        return _told(command, str(error) or "interrupted", INTERRUPTED)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("ensembles"):
             raise

@@ -4,8 +4,10 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -168,6 +170,8 @@ def test_the_help_of_train_has_every_option_with_its_default(capsys):
         ("evaluate --data digits", "the following arguments are required: model"),
         ("evaluate --model resnet20 --data digits --n 3", "unrecognized arguments: --n 3"),
         ("evaluate --model resnet20 --data digits --batch_size many", 'Parser key "batch_size"'),
+        ("train a --data digits --trainin.lr 1", "--trainin.lr 1; did you mean --training.lr? ("),
+        ("evaluate --modle=a --data digits", "did you mean --model? ("),
         ("plot pie results", 'Parser key "kind"'),
         ("check", "the following arguments are required: subject"),
     ],
@@ -232,6 +236,30 @@ def test_train_goes_on_with_its_own_run_and_leaves_others_alone(runs, capsys):
     assert (runs / "one" / "epochs.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--deterministic", "training.deterministic: false there, true here"),
+        ("--objective mean", 'training.objective.name: "sum" there, "mean" here'),
+        ("--training.order own", 'training.order: "shared" there, "own" here'),
+        ("--training.augment own", 'training.augment: "shared" there, "own" here'),
+        ("--training.augment null", 'training.augment: "shared" there, null here'),
+        ("--training.schedule.warmup_epochs 0.5", "schedule.warmup_epochs: 0.0 there, 0.5 here"),
+    ],
+)
+def test_an_option_reaches_the_run_that_it_describes(option, told, runs, capsys):
+    assert ensembles(f"train {runs}/one {QUICK} --training.validation 100 {option}") == 2
+    assert f"  {told}\n" in capsys.readouterr().err.replace("  training.sch", "  sch")
+
+
+def test_of_several_processes_one_tells(runs, capsys, monkeypatch):
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert ensembles(f"train {runs}/one {QUICK} --training.validation 100") == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_a_config_file_sets_the_options_of_the_command_line(tmp_path, runs, capsys):
     values = {
         "data": "digits",
@@ -245,6 +273,38 @@ def test_a_config_file_sets_the_options_of_the_command_line(tmp_path, runs, caps
     assert ensembles(f"train {runs}/two --config {tmp_path}/two.yaml") == 0
     assert ensembles(f"train {runs}/two --config {tmp_path}/two.yaml --seed 4") == 2
     assert "training.seed: 3 there, 4 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            b"network: {kind: ensemble, memebrs: 3}",
+            ": there is no option network.memebrs; did",
+        ),
+        (
+            b"training: {schedule: {nome: step}}",
+            ": there is no option training.schedule.nome; did",
+        ),
+        (b"trainning: {epochs: 3}", ": there is no option trainning; did you mean training? ("),
+        (b"xylophone: 1", ": there is no option xylophone ("),
+        (b"data: [digits", " is no YAML: while parsing a flow sequence"),
+        (bytes(range(128, 256)), " is no YAML: 'utf-8' codec can't decode byte 0x80"),
+        (b"", " holds no options: expected a value for each name, such as seed: 1 ("),
+        (b"- digits", " holds no options: expected"),
+    ],
+)
+@pytest.mark.parametrize("joint", ["=", " "])
+def test_a_wrong_config_file_is_named(content, told, joint, tmp_path, capsys):
+    (tmp_path / "a.yaml").write_bytes(content)
+    assert ensembles(f"train {tmp_path}/run --data digits --config{joint}{tmp_path}/a.yaml") == 2
+    assert f"ensembles train: error: {tmp_path}/a.yaml{told}" in only_line(capsys.readouterr())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_file_that_is_missing_is_named(tmp_path, capsys):
+    assert ensembles(f"evaluate --config {tmp_path}/none.yaml") == 2
+    assert f"File does not exist: '{tmp_path}/none.yaml'" in only_line(capsys.readouterr())
 
 
 @pytest.mark.parametrize(
@@ -314,6 +374,19 @@ def test_networks_that_were_trained_apart_are_evaluated_as_one_ensemble(runs, tm
     assert single.reductions == {}
 
 
+def test_members_that_are_one_network_are_told(runs, tmp_path, capsys):
+    shutil.copytree(runs / "one", tmp_path / "copy")
+    evaluate = f"evaluate --data digits --out {tmp_path}/results --model"
+    assert ensembles(f"{evaluate} {runs}/one,{runs}/two,{tmp_path}/copy") == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "one network" in line]
+    assert told == [
+        "one and copy give the same probabilities for every image: they are one network, and one "
+        "network is no ensemble. Train them with seeds of their own."
+    ]
+    assert ensembles(f"{evaluate} {runs}/one,{runs}/two") == 0
+    assert "one network" not in capsys.readouterr().err
+
+
 def test_evaluate_overwrites_nothing_and_looks_before_it_computes(runs, tmp_path, capsys):
     path = tmp_path / "kept.json"
     path.write_text("precious")
@@ -332,6 +405,8 @@ def test_evaluate_overwrites_nothing_and_looks_before_it_computes(runs, tmp_path
         ("--model one --shifted rotation:x", "shifted=rotation:x: levels are the whole numbers"),
         ("--model one --shifted rotation:6", "level=6: levels are the whole numbers from 1"),
         ("--model one --shifted fog:3", "there is no corruption 'fog'"),
+        ("--model one --shifted digits", "digits is there 2 times: evaluate it once"),
+        ("--model one --shifted blur:1,blur:1", "digits_blur_1 is there 2 times: evaluate it once"),
         ("--model one,one", "one is there 2 times: one network is no ensemble"),
         ("--model ''", "name at least one model"),
         ("--model one --device warp", "device 'warp' is not there"),
@@ -347,6 +422,21 @@ def test_evaluate_says_what_is_wrong(options, told, runs, tmp_path, capsys, monk
     captured = capsys.readouterr()
     assert told in captured.err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_of_other_classes_is_no_shifted_set(monkeypatch):
+    from ensembles.experiments.commands.evaluate import _sets
+    from ensembles.experiments.data.sources import load_images
+
+    digits = load_images("digits", "test")
+    others = replace(digits, name="letters", classes=tuple("abcdefghij"))
+    sets = {"digits": digits, "cifar10_jpeg": others}
+    monkeypatch.setattr(
+        "ensembles.experiments.data.sources.load_images", lambda name, *_, **__: sets[name]
+    )
+    told = r"cifar10_jpeg has other classes \(a, b, .*\) than digits \(0, 1, .*\): it is no shifted"
+    with pytest.raises(ValueError, match=told):
+        _sets("digits", ["cifar10_jpeg"], "test", root=None, download=False, seed=0, paired=False)
 
 
 def test_the_same_images_are_found_by_their_index():
@@ -442,12 +532,14 @@ def test_plot_draws_one_picture_for_each_shifted_set(runs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("robustness empty", "empty has no results: there is no .json file in it"),
-        ("robustness nowhere.json", "nowhere.json"),
+        ("robustness empty", "empty has no results: there is no .json file in it. `ensembles eval"),
+        ("robustness nowhere.json", "there is no result nowhere.json: `ensembles evaluate` writes"),
         ("robustness bad.json", "bad.json is no result: it is no JSON text"),
         ("robustness empty --title x", "are options of `ensembles plot curves`"),
         ("curves empty", "empty holds no runs"),
         ("curves nowhere", "nowhere"),
+        ("curves =empty", "'=empty' is no NAME=RUN,RUN: give a name, and folders of runs"),
+        ("curves mean=", "'mean=' is no NAME=RUN,RUN"),
     ],
 )
 def test_plot_says_what_is_wrong(line, told, tmp_path, capsys, monkeypatch):
@@ -513,12 +605,14 @@ def test_errors_that_are_ours_alone_keep_their_frames(monkeypatch):
         ensembles("convert a b")
 
 
-def test_an_interrupted_command_ends_as_shells_expect(monkeypatch, capsys):
+@pytest.mark.parametrize("told", ["", "interrupted; given again, the same goes on from a.ckpt"])
+def test_an_interrupted_command_ends_as_shells_expect(told, monkeypatch, capsys):
     from ensembles.experiments.commands import convert
 
     def interrupted(arguments):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*filter(None, [told]))
 
     monkeypatch.setattr(convert, "main", interrupted)
     assert ensembles("convert a b") == 130
-    assert only_line(capsys.readouterr()) == "ensembles convert: error: interrupted"
+    shown = only_line(capsys.readouterr())
+    assert shown == f"ensembles convert: error: {told or 'interrupted'}"

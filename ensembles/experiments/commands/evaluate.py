@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from ensembles.experiments.data.images import ImageSet
     from ensembles.experiments.evaluation.results import Result
+    from ensembles.experiments.evaluation.scores import Evaluation
 
 __all__ = ["main", "parser", "run"]
 
@@ -76,6 +78,7 @@ def run(
     from ensembles.experiments.evaluation.loading import load_named
     from ensembles.experiments.evaluation.results import Result, write_result
     from ensembles.experiments.evaluation.scores import evaluate
+    from ensembles.experiments.training.runs import make_folder
 
     if out.suffix == ".json" and out.exists():  # before hours of computing
         raise FileExistsError(f"{out} exists, and is not overwritten: choose another name")
@@ -86,7 +89,7 @@ def run(
         data, _listed(shifted), split, root=root, download=download, seed=seed, paired=same_images
     )
     loaded = load_named(_listed(model), root=root)
-    (out.parent if out.suffix == ".json" else out).mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent if out.suffix == ".json" else out)
     evaluations = []
     for images in sets:
         print(f"{loaded.name} on {images}, {device}", file=sys.stderr)
@@ -109,6 +112,8 @@ def run(
         device=place,
     )
     path = write_result(result, out)
+    for line in _copies(evaluations[0]):
+        print(line, file=sys.stderr)
     print(_table(result))
     print(path)
     return 0
@@ -156,7 +161,17 @@ def _sets(
                 f"corruption:level with the corruptions {', '.join(LEVELS)}"
             )
         else:
-            sets.append(_same(inside, load(name)) if paired else load(name))
+            found = load(name)
+            if found.classes != inside.classes:
+                raise ValueError(
+                    f"{name} has other classes ({', '.join(found.classes)}) than {data} "
+                    f"({', '.join(inside.classes)}): it is no shifted set of it"
+                )
+            sets.append(_same(inside, found) if paired else found)
+    names = [images.name for images in sets]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is there {names.count(name)} times: evaluate it once")
     return sets
 
 
@@ -183,6 +198,18 @@ def _same(inside: ImageSet, outside: ImageSet) -> ImageSet:
             f"in {inside.name}: indices of the two do not mean the same images"
         )
     return found
+
+
+def _copies(evaluation: Evaluation) -> Iterator[str]:
+    """Says which members are one network: copies of a run, or members of one number and seed."""
+    for one, other in combinations(evaluation.reduced, 2):
+        if evaluation.members[one].log_probabilities.equal(
+            evaluation.members[other].log_probabilities
+        ):
+            yield (
+                f"{one} and {other} give the same probabilities for every image: they are one "
+                "network, and one network is no ensemble. Train them with seeds of their own."
+            )
 
 
 def _listed(names: str | list[str]) -> list[str]:

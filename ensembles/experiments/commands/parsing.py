@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import docstring_parser
+import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 __all__ = ["parser_of", "values_of"]
@@ -89,5 +92,67 @@ def values_of(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any
         argparse.ArgumentError: If an option is unknown, missing, or of another type.
         ValueError: If a class refuses its values.
     """
-    values = parser.instantiate(parser.parse_args(list(arguments)))
+    for path in _config_files(arguments):
+        _require_known(parser, path)
+    try:
+        parsed = parser.parse_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise argparse.ArgumentError(None, f"{error}{_meant(parser, arguments)}") from error
+    values = parser.instantiate(parsed)
     return {name: value for name, value in vars(values).items() if name != "config"}
+
+
+def _meant(parser: ArgumentParser, arguments: Sequence[str]) -> str:
+    """The options that are nearest to the first that there is not."""
+    options = parser._option_string_actions
+    for argument in arguments:
+        name, _, _ = argument.partition("=")
+        if name.startswith("--") and name not in options:
+            return _nearest(name, options)
+    return ""
+
+
+def _nearest(name: str, names: Collection[str]) -> str:
+    nearest = get_close_matches(name, names, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            given = value if equals else "".join(arguments[place + 1 : place + 2])
+            if Path(given).is_file():  # what is missing is told by the parser
+                yield Path(given)
+
+
+def _require_known(parser: ArgumentParser, path: Path) -> None:
+    """Refuses a config file with the file's name, which the parser does not tell.
+
+    Raises:
+        argparse.ArgumentError: If it is no YAML, or names what is no option.
+    """
+    try:
+        given = yaml.safe_load(path.read_bytes().decode("utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise argparse.ArgumentError(None, f"{path} is no YAML: {error}") from error
+    if not isinstance(given, dict):
+        raise argparse.ArgumentError(
+            None, f"{path} holds no options: expected a value for each name, such as seed: 1"
+        )
+    names = {action.dest for action in parser._actions}
+    for name in _names(given, names):
+        if name not in names:
+            raise argparse.ArgumentError(
+                None, f"{path}: there is no option {name}{_nearest(name, names)}"
+            )
+
+
+def _names(given: Mapping[Any, Any], names: Collection[str], within: str = "") -> Iterator[str]:
+    """The options of a config file: those of a class are nested."""
+    for key, value in given.items():
+        name = f"{within}{key}"
+        if isinstance(value, dict) and any(known.startswith(f"{name}.") for known in names):
+            yield from _names(value, names, f"{name}.")
+        else:
+            yield name

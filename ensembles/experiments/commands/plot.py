@@ -104,6 +104,8 @@ def _curves(
     runs: dict[str, list[Curves]] = {}
     for place in places:
         name, equals, several = place.partition("=")
+        if equals and not (name and several):
+            raise ValueError(f"{place!r} is no NAME=RUN,RUN: give a name, and folders of runs")
         if equals:
             found = {
                 name: [

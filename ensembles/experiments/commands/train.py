@@ -79,9 +79,14 @@ def run(
         training = replace(training, validation=int(kept))
     options = replace(training, objective=chosen, seed=seed, deterministic=deterministic)
     images = load_images(data, "train", root=root, download=download)
-    from ensembles.experiments.training.trainer import train  # Lightning: after what may be refused
+    # Lightning: after what may be refused.
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    from ensembles.experiments.training.trainer import train
 
     done = train(network, options, images, folder, execution=execution)
+    if getattr(rank_zero_only, "rank", 0):  # of several processes one tells
+        return 0
     last = done.epochs()[-1]
     rows = [
         (name.removesuffix("/accuracy"), f"{100 * value:.2f} %")

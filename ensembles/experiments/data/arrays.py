@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 __all__ = ["read_npy", "read_npz", "require_array", "require_labels"]
 
+SHOWN = 8
+"""So many arrays of a file are named in an error."""
+
 
 def read_npz(path: Path, keys: Sequence[str]) -> dict[str, NDArray[Any]]:
     """Reads some arrays of an npz file, each whole; pickled objects are refused.
@@ -37,9 +40,11 @@ def read_npz(path: Path, keys: Sequence[str]) -> dict[str, NDArray[Any]]:
             )
         for key in keys:
             if key not in opened:
+                there = ", ".join(list(opened)[:SHOWN]) or "none"
+                hidden = f", and {len(opened) - SHOWN} more" if len(opened) > SHOWN else ""
                 raise ValueError(
-                    f"{path} has no array {key!r}: it has {', '.join(opened) or 'none'}. Usual "
-                    "cause: another file of the same name."
+                    f"{path} has no array {key!r}: it has {there}{hidden}. Usual cause: another "
+                    "file of the same name."
                 )
             try:
                 arrays[key] = np.asarray(opened[key])

@@ -128,7 +128,7 @@ def split_validation(
         count = round(len(images) * share_or_count) if 0 < share_or_count < 1 else 0
     if not 0 < count < len(images):
         raise ValueError(
-            f"share_or_count={share_or_count!r} of {len(images)} images leaves one set empty: "
+            f"validation={share_or_count!r} of {len(images)} images leaves one set empty: "
             "training and validation need at least one image each. A float is a share "
             "between 0 and 1, an int a number of images."
         )

@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from ensembles import __version__
-from ensembles.experiments.training.runs import write_whole
+from ensembles.experiments.training.runs import make_folder, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,9 @@ RECORDED = ("torch", "torchvision", "numpy", "pillow", "scikit-learn", "scipy", 
 """Packages whose release may change a figure."""
 
 SHOWN_ERRORS = 5
+
+LONGEST_NAME = 80
+"""Characters of a model's name, and of the names of sets, in that of a file."""
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
@@ -254,9 +257,12 @@ class Result(_Part):
     @property
     def identifier(self) -> str:
         """Model, sets and time, as a file may be called."""
-        sets = "_to_".join(evaluation.data.name for evaluation in self.evaluations)
+        names = [evaluation.data.name for evaluation in self.evaluations]
+        sets = "_to_".join(names)
+        if len(sets) > LONGEST_NAME:  # cut off, it would name fewer sets than there are
+            sets = f"{names[0]}_to_{len(names) - 1}_sets"
         time = self.time.astimezone(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-        plain = (re.sub(r"[^\w.+-]+", "_", part)[:80] for part in (self.model.name, sets))
+        plain = (re.sub(r"[^\w.+-]+", "_", part)[:LONGEST_NAME] for part in (self.model.name, sets))
         return "-".join([*plain, time])
 
 
@@ -277,7 +283,7 @@ def write_result(result: Result, place: Path | str) -> Path:
     """
     place = Path(place)
     path = place if place.suffix == ".json" else place / f"{result.identifier}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_whole(path, (result.model_dump_json(indent=2) + "\n").encode(), replace=False)
     return path
 
@@ -390,12 +396,17 @@ def _score(scores: Scores) -> Score:
 
 def _files(places: Iterable[Path | str]) -> Iterator[Path]:
     for place in map(Path, places):
+        if not place.exists():
+            raise FileNotFoundError(f"there is no result {place}: `ensembles evaluate` writes them")
         if not place.is_dir():
             yield place
             continue
         found = sorted(place.glob("*.json"))
         if not found:
-            raise ValueError(f"{place} has no results: there is no .json file in it")
+            raise ValueError(
+                f"{place} has no results: there is no .json file in it. `ensembles evaluate --out "
+                f"{place}` writes them there"
+            )
         yield from found
 
 

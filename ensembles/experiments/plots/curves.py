@@ -66,13 +66,10 @@ def read_curves(
     Raises:
         FileNotFoundError: If there is no table.
         ValueError: If a column is missing (the message names those that there are), no row has a
-            value, or a value is no fraction or no number.
+            value, a value is no fraction or no number, or the file is cut off or no text.
     """
     path = _table_of(Path(run))
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or ())
-        rows = list(reader)
+    columns, rows = _table(path)
     if "epoch" not in columns:
         raise ValueError(f"{path} has no column 'epoch'{_listed(columns)}")
     given_training = training
@@ -229,6 +226,25 @@ def _table_of(run: Path) -> Path:
         if (run / name).is_file():
             return run / name
     raise FileNotFoundError(f"{run} is no run: there is no {' or '.join(TABLES)} in it")
+
+
+def _table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows, each whole: what is left of a number that was cut off may be a number."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no table: {error}") from error
+    lines = text.splitlines(keepends=True)
+    columns, *rows = csv.reader(lines) if lines else [[]]
+    for number, cells in enumerate(rows, start=2):  # the header is line 1
+        cut = number == len(lines) and not lines[-1].endswith("\n")
+        if cells and (cut or len(cells) != len(columns)):
+            raise ValueError(
+                f"{path}, line {number}: {len(cells)} of {len(columns)} cells"
+                f"{', cut off' if cut else ''}. Usual cause: a run that was killed while it wrote; "
+                "one of `ensembles train` is mended by the same command given again"
+            )
+    return columns, [dict(zip(columns, cells, strict=True)) for cells in rows if cells]
 
 
 def _default_column(columns: Sequence[str], phase: str, path: Path) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ensembles.experiments.training.runs import write_whole
+from ensembles.experiments.training.runs import make_folder, write_whole
 
 __all__ = ["save_figure"]
 
@@ -37,6 +37,6 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
         raise ValueError(f"{path.name} must end in a format, one of .{', .'.join(sorted(formats))}")
     buffer = io.BytesIO()
     figure.savefig(buffer, format=ending)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_whole(path, buffer.getvalue(), replace=False)
     return path

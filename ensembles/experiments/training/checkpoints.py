@@ -25,7 +25,7 @@ from ensembles.experiments.training.networks import (
     build_network,
     member_module,
 )
-from ensembles.experiments.training.runs import write_whole
+from ensembles.experiments.training.runs import make_folder, write_whole
 
 __all__ = [
     "RUN_KEY",
@@ -91,7 +91,7 @@ class WholeFileIO(CheckpointIO):
             OSError: If it cannot be written; earlier checkpoints are as they were.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         # In memory first: errors of a file under torch's zip writer end in others of its own.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
@@ -162,7 +162,8 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     if RUN_KEY not in loaded or "state_dict" not in loaded:
         raise ValueError(
             f"{path} is no checkpoint of `ensembles train`: it holds "
-            f"{', '.join(map(str, list(loaded)[:_SHOWN])) or 'nothing'}"
+            f"{', '.join(map(str, list(loaded)[:_SHOWN])) or 'nothing'}. Give one from the folder "
+            "`checkpoints` of a run, or the run's folder."
         )
     state = {
         name.removeprefix(PREFIX): value
@@ -275,7 +276,7 @@ def convert(checkpoint: Path | str, out: Path | str, *, member: str | None = Non
     buffer = io.BytesIO()
     # Contiguous copies: a view would take all of its storage with it.
     torch.save({name: value.contiguous().clone() for name, value in state.items()}, buffer)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     write_whole(out, buffer.getbuffer(), replace=False)
 
 
@@ -342,18 +343,27 @@ def _fault(path: Path) -> str | None:
     return damaged and f"wrong checksum of {damaged}"
 
 
+def _refused(error: Exception) -> str:
+    """What torch refused; the rest of its text is advice to load it all the same."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    return f" ({named[1]})" if named else ""
+
+
 def _loaded(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     fault = _fault(path)
     if fault is not None:
-        raise ValueError(f"{path} is no whole checkpoint: {fault}. Take an earlier one.")
+        raise ValueError(
+            f"{path} is no whole checkpoint: {fault}. It was cut off or damaged: take an earlier "
+            "one; or it is another file than one of `ensembles train`."
+        )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{path} holds more than tensors and plain values, or is no file of torch.save, and is "
-            f"not loaded: {str(error).splitlines()[0]}"
+            f"{path} holds more than tensors and plain values{_refused(error)}, or is no file of "
+            "torch.save, and is not loaded: it might execute something. Save a state dict alone."
         ) from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds an object of type {type(loaded).__name__}, and no dict")

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-__all__ = ["Run", "RunFolder", "Table", "write_whole"]
+__all__ = ["Run", "RunFolder", "Table", "make_folder", "write_whole"]
 
 OPTIONS = "options.json"
 LOCK = ".lock"
@@ -88,7 +88,7 @@ class RunFolder:
 
         Raises:
             ValueError: If it belongs to another run, naming the options that differ, or holds
-                other things.
+                other things, or its description is damaged.
         """
         options = self.path / OPTIONS
         if not options.exists():
@@ -99,11 +99,11 @@ class RunFolder:
                     f"{self.path} holds {others[0]!r} and no {OPTIONS}: it is no folder of a "
                     "training run. Choose an empty or a new folder."
                 )
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             text = json.dumps(self.description, indent=2) + "\n"
             write_whole(options, text.encode(), replace=False)
             return
-        there = json.loads(options.read_text("utf-8"))
+        there = _described(options)
         differing = list(_differences(there, self.description))
         if differing:
             shown = "".join(f"  {line}\n" for line in differing[:10])
@@ -119,8 +119,9 @@ class RunFolder:
 
         Raises:
             RuntimeError: If another process has it.
+            OSError: If the folder cannot be made, or written to.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=0)
@@ -128,6 +129,8 @@ class RunFolder:
             raise RuntimeError(
                 f"another process is training in {self.path}: wait for it, or choose another folder"
             ) from error
+        except OSError as error:  # a folder that is there, and may not be written to
+            raise _unusable(self.path, error) from error
         try:
             yield
         finally:
@@ -211,6 +214,22 @@ class Table:
             ]
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those that it is in, where there are none.
+
+    Example:
+        >>> import tempfile
+        >>> make_folder(Path(tempfile.mkdtemp(), "runs", "first"))
+
+    Raises:
+        OSError: If it cannot be made, as under the name of a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
 def write_whole(path: Path, content: bytes | memoryview, *, replace: bool) -> None:
     """Writes a file such that under its name there is all of it or nothing, at any moment.
 
@@ -291,6 +310,23 @@ def _explained(path: Path) -> Iterator[None]:
             f"whole. {advice}, and give the same command again: a training run goes on from its "
             "last checkpoint",
         ) from error
+
+
+def _unusable(path: Path, error: OSError) -> OSError:
+    said = os.strerror(error.errno or 0)
+    return OSError(error.errno, f"{path} cannot be used as a folder ({said}): choose another one")
+
+
+def _described(options: Path) -> dict[str, Any]:
+    try:
+        there = json.loads(options.read_bytes().decode("utf-8"))
+    except ValueError as error:
+        fault = f"it is no JSON text: {error}"
+    else:
+        if isinstance(there, dict):
+            return there
+        fault = f"it is a {type(there).__name__}, and no description of a run"
+    raise ValueError(f"{options} is damaged: {fault}. Bring it back, or choose another folder.")
 
 
 def _ours(name: str) -> bool:

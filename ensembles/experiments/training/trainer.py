@@ -8,6 +8,7 @@ chosen, and the test set is never seen.
 
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -83,6 +85,7 @@ def train(
             it, naming step and member. The last good checkpoint is kept.
         RuntimeError: If another process trains in the folder.
         OSError: If the disk is full. All that was written before is whole.
+        KeyboardInterrupt: If it is interrupted, saying where the same call goes on.
 
     Example:
         >>> import tempfile
@@ -125,11 +128,17 @@ def train(
         # After the weights were drawn, which have seeds of their own.
         seed_generators(int(words(1, "training", options.seed, trainer.global_rank)[0]) >> 1)
         try:
-            trainer.fit(member_training, ckpt_path=None if last is None else str(last))
+            with _interrupts_raised():
+                trainer.fit(member_training, ckpt_path=None if last is None else str(last))
         except FloatingPointError as error:
             good = last_checkpoint(run_folder.checkpoints)
             kept = f"The last good checkpoint is {good}" if good else "There is no checkpoint yet"
             raise FloatingPointError(f"{error}\n{kept}. Usual cause: too high a rate.") from error
+        except KeyboardInterrupt as error:
+            good = last_checkpoint(run_folder.checkpoints)
+            raise KeyboardInterrupt(
+                f"interrupted; given again, the same goes on {f'from {good}' if good else 'anew'}"
+            ) from error
         last = last_checkpoint(run_folder.checkpoints)
         assert last is not None
         return _run(run_folder, last)
@@ -225,7 +234,11 @@ def _built(
     if options.channels_last:
         module.to(memory_format=torch.channels_last)
     if options.compile is not None:
-        module.compile(backend=options.compile)
+        try:
+            module.compile(backend=options.compile)
+        except RuntimeError as error:
+            told = str(error).splitlines()[0]
+            raise ValueError(f"compile={options.compile!r} cannot be used: {told}") from error
     data = {name: getattr(images, name) for name in ("name", "version", "split", "sha256")} | {
         "images": len(images)
     }
@@ -243,25 +256,31 @@ def _trainer(
     logger: Any = False
     if execution.tensorboard:
         logger = TensorBoardLogger(folder.path, name="", version="tensorboard")
-    return Trainer(
-        accelerator=execution.accelerator,
-        devices=execution.devices,
-        num_nodes=execution.nodes,
-        strategy=strategy,
-        precision=options.precision,
-        deterministic=options.deterministic,
-        max_epochs=options.epochs,
-        gradient_clip_val=options.clip_norm,
-        plugins=[WholeFileIO()],
-        callbacks=callbacks,
-        logger=logger,
-        default_root_dir=folder.path,
-        limit_val_batches=None if module.validation is not None else 0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        enable_progress_bar=execution.progress,
-    )
+    try:
+        return Trainer(
+            accelerator=execution.accelerator,
+            devices=execution.devices,
+            num_nodes=execution.nodes,
+            strategy=strategy,
+            precision=options.precision,
+            deterministic=options.deterministic,
+            max_epochs=options.epochs,
+            gradient_clip_val=options.clip_norm,
+            plugins=[WholeFileIO()],
+            callbacks=callbacks,
+            logger=logger,
+            default_root_dir=folder.path,
+            limit_val_batches=None if module.validation is not None else 0,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_progress_bar=execution.progress,
+        )
+    except MisconfigurationException as error:
+        raise ValueError(
+            f"accelerator={execution.accelerator!r} with devices={execution.devices} cannot be "
+            f"used: {str(error).splitlines()[0]} Take accelerator='cpu', or 'auto'."
+        ) from error
 
 
 def _leaves_members_out(module: MemberTraining) -> bool:
@@ -306,6 +325,21 @@ def _torch_settings_kept() -> Iterator[None]:
             os.environ.pop(variable, None)
         else:
             os.environ[variable] = before[3]
+
+
+@contextmanager
+def _interrupts_raised() -> Iterator[None]:
+    """Undoes that Lightning makes an interrupt a silent exit, and is deaf to all later ones."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as left:
+        if isinstance(left.__context__, KeyboardInterrupt):
+            raise left.__context__ from None
+        raise
+    finally:
+        if signal.getsignal(signal.SIGINT) is not handler:
+            signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

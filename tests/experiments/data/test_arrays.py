@@ -1,6 +1,7 @@
 """Arrays from damaged files: an error that names the file, or the very content."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,13 @@ def test_a_missing_array_is_named_with_those_that_are_there(tmp_path):
     (tmp_path / "a.npz").write_bytes(WHOLE)
     with pytest.raises(ValueError, match="no array 'images': it has pixels, labels"):
         read_npz(tmp_path / "a.npz", ["labels", "images"])
+
+
+def test_of_many_arrays_some_are_named(tmp_path):
+    np.savez(tmp_path / "a.npz", **{f"a{n}": np.zeros(1) for n in range(11)})
+    told = re.escape("it has a0, a1, a2, a3, a4, a5, a6, a7, and 3 more. Usual cause: another file")
+    with pytest.raises(ValueError, match=told):
+        read_npz(tmp_path / "a.npz", ["images"])
 
 
 def test_pickled_objects_are_not_loaded(tmp_path):

@@ -116,7 +116,7 @@ def test_every_image_is_equally_often_chosen(digits):
     "share", [0, 0.0, 1.0, 1000, 1001, -1, 0.0004, 1.5, -0.1, float("nan"), True, False]
 )
 def test_a_division_that_leaves_one_set_empty_is_refused(digits, share):
-    with pytest.raises(ValueError, match=r"share_or_count=.* of 1000 images"):
+    with pytest.raises(ValueError, match=r"validation=.* of 1000 images leaves one set empty"):
         split_validation(digits[0], share, 0)
 
 

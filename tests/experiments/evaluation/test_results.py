@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 
@@ -108,6 +109,18 @@ def test_a_result_names_no_machine_and_no_folder(result):
 def test_the_file_name_tells_model_data_and_time(result, tmp_path):
     time = result.time.strftime("%Y%m%dT%H%M%S.%fZ")
     assert write_result(result, tmp_path / "new").name == f"two_ResNets-digits-{time}.json"
+
+
+def test_many_sets_are_counted_in_the_file_name_and_not_cut_off(evaluations):
+    part = evaluations[0].images
+    several = [
+        replace(evaluations[0], images=replace(part, name=f"digits_rotation_{level}"))
+        for level in range(1, 6)
+    ]
+    name = Result.of(several, model="one").identifier
+    assert name.startswith("one-digits_rotation_1_to_4_sets-")
+    name = Result.of(several[:3], model="one").identifier
+    assert name.startswith("one-digits_rotation_1_to_digits_rotation_2_to_digits_rotation_3-")
 
 
 def test_a_result_is_never_overwritten(result, tmp_path):

@@ -100,11 +100,22 @@ def test_an_empty_folder_and_a_missing_one_are_told_apart(tmp_path):
         ("epoch,train/single/accuracy\n0,nan\n", "must be a fraction in [0, 1], got nan"),
         ("epoch,train/single/accuracy\n0,high\n", "train/single/accuracy 'high' is no number"),
         ("epoch,train/single/accuracy\n,0.5\n", "epoch '' or train/single/accuracy '0.5' is no"),
+        ("epoch,train/single/accuracy\n0,0.5\n1,0.", "line 3: 2 of 2 cells, cut off. Usual"),
+        ("epoch,train/single/accuracy\n0,0.5\n1\n", "line 3: 1 of 2 cells. Usual cause: a run"),
+        ("epoch,train/single/accuracy\n0,0.5,7\n", "line 2: 3 of 2 cells. Usual cause: a run"),
     ],
 )
 def test_a_malformed_table_is_refused_with_the_place(tmp_path, text, message):
     run = table(tmp_path, "epochs.csv", text)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_curves(run)
+    assert str(run / "epochs.csv") in str(error.value)
+
+
+def test_a_table_that_is_no_text_is_named(tmp_path):
+    run = table(tmp_path, "epochs.csv", "")
+    (run / "epochs.csv").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ValueError, match="is no table: 'utf-8' codec can't decode") as error:
         read_curves(run)
     assert str(run / "epochs.csv") in str(error.value)
 

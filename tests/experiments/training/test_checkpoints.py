@@ -301,8 +301,12 @@ class Exploit:
 def test_a_checkpoint_that_would_execute_something_is_not_loaded(tmp_path):
     path = tmp_path / "step_00000001.ckpt"
     torch.save({"state_dict": {}, "more": Exploit()}, path, pickle_module=pickle)
-    with pytest.raises(ValueError, match="holds more than tensors and plain values"):
+    with pytest.raises(ValueError, match="holds more than tensors and plain values") as caught:
         read_checkpoint(path)
+    assert str(caught.value) == (
+        f"{path} holds more than tensors and plain values (posix.system), or is no file of "
+        "torch.save, and is not loaded: it might execute something. Save a state dict alone."
+    )
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 
 import pytest
 
@@ -51,6 +52,46 @@ def test_what_a_killed_process_left_does_not_hinder_the_next(tmp_path):
     (tmp_path / "checkpoints").rmdir()
     folder.claim()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "options.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"format": 1, "tra', "is damaged: it is no JSON text: Unterminated string"),
+        (bytes(range(128, 256)), "is damaged: it is no JSON text: 'utf-8' codec"),
+        (b"", "is damaged: it is no JSON text"),
+        (b"[]", "is damaged: it is a list, and no description of a run"),
+    ],
+    ids=["cut", "bytes", "empty", "list"],
+)
+def test_a_damaged_description_is_named_and_left_as_it_is(tmp_path, content, told):
+    options = tmp_path / "options.json"
+    options.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{options} {told}")) as caught:
+        RunFolder(tmp_path, THIS).claim()
+    assert str(caught.value).endswith(". Bring it back, or choose another folder.")
+    assert options.read_bytes() == content
+
+
+def test_a_file_in_the_place_of_a_folder_is_told(tmp_path):
+    (tmp_path / "file").write_text("a user's")
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        folder = RunFolder(place, THIS)
+        told = f"{place} cannot be used as a folder ("
+        with pytest.raises(OSError, match=re.escape(told)) as caught, folder.locked():
+            pass
+        assert str(caught.value).endswith("): choose another one")
+    assert (tmp_path / "file").read_text() == "a user's"
+
+
+def test_a_folder_that_may_not_be_written_to_is_told(tmp_path, monkeypatch):
+    def refused(lock, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / ".lock"))
+
+    monkeypatch.setattr("ensembles.experiments.training.runs.FileLock.acquire", refused)
+    told = f"{tmp_path} cannot be used as a folder (Permission denied): choose another one"
+    with pytest.raises(PermissionError, match=re.escape(told)), RunFolder(tmp_path, THIS).locked():
+        pass
 
 
 def test_a_lock_ends_with_who_has_it(tmp_path):

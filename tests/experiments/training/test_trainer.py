@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import random
+import signal
 import warnings
 
 import numpy as np
@@ -458,6 +459,56 @@ def test_divergence_in_the_first_step_says_that_there_is_no_checkpoint(images, t
     network = SingleNetwork(Failing(lambda z: z * math.nan, after=0))
     with pytest.raises(FloatingPointError, match="There is no checkpoint yet"):
         train(network, TrainingOptions(**STEP), images, tmp_path, execution=QUIET)
+
+
+def interrupting(logits):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [(0, "interrupted; given again, the same goes on anew"), (3, "goes on from .*00000003.ckpt$")],
+)
+def test_an_interrupt_is_raised_and_later_ones_are_heard(images, tmp_path, after, told):
+    """Lightning by itself ends the process with status 1, and ignores the signal from then on."""
+    options = TrainingOptions(epochs=3, batch_size=40, validation=20)
+    handler = signal.getsignal(signal.SIGINT)
+    network = SingleNetwork(Failing(interrupting, after=after))
+    with pytest.raises(KeyboardInterrupt, match=told):
+        train(network, options, images, tmp_path, execution=EVERY_STEP)
+    assert signal.getsignal(signal.SIGINT) is handler
+    whole = SingleNetwork(Failing(lambda z: z, after=0))
+    assert train(whole, options, images, tmp_path, execution=EVERY_STEP).finished
+
+
+@pytest.mark.parametrize(
+    ("execution", "changes", "told"),
+    [
+        pytest.param(
+            Execution(accelerator="mps"),
+            {},
+            "accelerator='mps' with devices=1 cannot be used: ",
+            id="accelerator",
+            marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="it is there"),
+        ),
+        pytest.param(
+            QUIET,
+            {"compile": "inducter"},
+            "compile='inducter' cannot be used: Invalid backend",
+            id="backend",
+        ),
+    ],
+)
+def test_what_this_machine_cannot_do_is_told(images, tmp_path, execution, changes, told):
+    with pytest.raises(ValueError, match=told):
+        train(
+            SingleNetwork(small()),
+            TrainingOptions(**changes),
+            images,
+            tmp_path / "run",
+            execution=execution,
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_test_set_is_not_trained_on(tmp_path):
