@@ -24,11 +24,15 @@ __all__ = [
     "seed_generators",
 ]
 
+PLAIN = (Tensor, bool, int, float, str, type(None))
+"""Attributes that come back. What is none of these, such as a list, may be changed in its place."""
+
 
 class Snapshot:
     """What modules hold and where the random generators are, to return to as often as needed.
 
-    Values are restored in the tensors that the modules held, so views and ties survive.
+    Values are restored in the tensors that the modules held, so views and ties survive. Plain
+    attributes come back too: a counter, a flag, a cache that was None.
 
     Args:
         model: One module, or the members as a list or dict of modules.
@@ -51,9 +55,10 @@ class Snapshot:
                 inner for given in named_modules_of(model).values() for inner in given.modules()
             )
         ]
-        # Old-style weight_norm, spectral_norm and pruning keep what they computed as an attribute.
+        # Old-style weight_norm, spectral_norm and pruning keep what they computed as an attribute;
+        # a cache is None until the first call, and a flag says whether weights are merged.
         self._attributes = [
-            (module, dict(module._modules), _tensors_among(vars(module)))
+            (module, dict(module._modules), _plain_among(vars(module)))
             for module, *_ in self._modules
         ]
         tensors = {
@@ -284,6 +289,10 @@ def _bits(parameter: Tensor) -> Tensor:
     if data.is_complex():
         data = torch.view_as_real(data)
     return data.view(kinds[data.element_size()])
+
+
+def _plain_among(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if isinstance(value, PLAIN)}
 
 
 def _tensors_among(attributes: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -53,6 +53,16 @@ def test_a_training_step_inside_leaves_every_bit_as_it_was():
     assert bits(model) == before
 
 
+def test_plain_attributes_come_back():
+    model = network()
+    model.merged, model.cache, model.table = False, None, torch.ones(2)
+    table = model.table
+    with preserved(model):
+        model.merged, model.cache, model.table, model.new = True, (torch.ones(1),), None, table
+    assert (model.merged, model.cache, model.table) == (False, None, table)
+    assert not hasattr(model, "new")
+
+
 def test_modes_come_back_module_by_module():
     model = network()
     with preserved(model):
