@@ -691,6 +691,37 @@ def test_an_average_with_statistics_of_other_weights_is_broken(follow, told):
     assert f"average.1   averaged norm:   its weights are averaged, {told}" in text
 
 
+class AveragedBefore(nn.Module):
+    """Averages, before each training call, what the last one left; a whole copy is `taken`."""
+
+    def __init__(self, taken=False) -> None:
+        super().__init__()
+        self.live = net()
+        self.average = torch.optim.swa_utils.AveragedModel(self.live)
+        self.taken = taken
+
+    def forward(self, x):
+        if not self.training:
+            return self.average(x)
+        if not self.taken:
+            self.average.update_parameters(self.live)
+        elif int(self.live[1].num_batches_tracked) == 2:
+            self.average.module.load_state_dict(self.live.state_dict())
+        return self.live(x)
+
+
+def test_an_average_with_statistics_of_the_step_before_is_broken():
+    """PyTorch's AveragedModel copies the buffers of the model, and averages its weights."""
+    text = message(AveragedBefore())
+    told = "its weights are averaged, its statistics are those of live.1"
+    assert f"average.module.1   averaged norm:   {told}" in text
+
+
+def test_a_snapshot_of_weights_and_statistics_that_predicts_is_clean():
+    found = measure_state_hygiene(AveragedBefore(taken=True), ROWS)
+    assert found.places("averaged norm") == ()
+
+
 def test_the_message_of_an_average_with_other_statistics(golden):
     text = message(Averaging(lambda mean, now: None), optimizer=stepping)
     golden(text, "messages/hygiene_averaged.txt")
