@@ -342,6 +342,16 @@ def test_a_cache_of_weights_that_outlives_them_is_broken(golden):
     golden(message(Kept(dropped=False)), "messages/hygiene_stale.txt")
 
 
+def test_a_cache_by_width_that_outlives_its_weights_is_broken():
+    def sliced(module, x):
+        if module.training:
+            return x[:, :2] @ module.layer.weight[:2]
+        cut = module.cache.setdefault(2, module.layer.weight[:2].detach().clone())
+        return x[:, :2] @ cut
+
+    assert "outputs after other weights   stale:" in message(Calling(sliced, cache={}))
+
+
 def test_what_a_call_leaves_in_an_attribute_for_the_next_is_broken():
     def counted(module, x):
         module.calls += 1

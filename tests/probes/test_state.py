@@ -63,6 +63,20 @@ def test_plain_attributes_come_back():
     assert not hasattr(model, "new")
 
 
+def test_what_is_in_an_attribute_comes_back():
+    model = network()
+    model.cache, model.seen, model.kept = {}, [1], {"a": torch.ones(1)}
+    cache, seen, kept, value = model.cache, model.seen, model.kept, model.kept["a"]
+    with preserved(model):
+        model.cache[8] = model.kept.pop("a")
+        model.seen.append(2)
+        model.kept = {}
+    assert (model.cache, model.seen) == ({}, [1])
+    assert (model.cache is cache, model.seen is seen, model.kept is kept) == (True, True, True)
+    assert list(kept) == ["a"]
+    assert kept["a"] is value
+
+
 def test_modes_come_back_module_by_module():
     model = network()
     with preserved(model):
