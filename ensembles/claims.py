@@ -184,6 +184,8 @@ def _run_determinism(subject: Subject, model: Model, claim: Any) -> object:
         members=subject.members,
         optimizer=subject.optimizer,
         loss=subject.loss,
+        clip=subject.clip,
+        scheduler=subject.scheduler,
         steps=steps,
         factory=factory,
     )
@@ -215,6 +217,8 @@ def _run_trajectory(subject: Subject, model: Model, claim: Any) -> object:
         members=subject.members,
         optimizer=subject.optimizer,
         loss=subject.loss,
+        clip=subject.clip,
+        scheduler=subject.scheduler,
         steps=steps,
         identical=follow == "single",
         loss_is=loss_is,

@@ -6,6 +6,8 @@ bits unless a tolerance is named.
 
 import copy
 import re
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -348,26 +350,56 @@ def test_10_27_do_two_loaders_with_one_seed_have_one_order():
 # --- 11/03: sum against mean, here only as far as a trajectory tells ------------------------------
 
 
+COUNT = 2
+KINDS = ("output", "parameter", "buffer")
+
+
+def ensemble() -> list[nn.Module]:
+    return [network() for _ in range(COUNT)]
+
+
+def rescaled(model) -> torch.optim.Optimizer:
+    optimizer = sgd(model)
+    for group in optimizer.param_groups:
+        group["lr"] *= COUNT
+        group["weight_decay"] /= COUNT
+    return optimizer
+
+
 def test_11_03_is_a_mean_a_sum_at_a_lower_rate():
     """A mean at (M lr, wd / M) is the sum at (lr, wd), bit by bit for a power of two."""
-    count = 2
-
-    def rescaled(model) -> torch.optim.Optimizer:
-        optimizer = sgd(model)
-        for group in optimizer.param_groups:
-            group["lr"] *= count
-            group["weight_decay"] /= count
-        return optimizer
-
-    def ensemble() -> list[nn.Module]:
-        return [network() for _ in range(count)]
-
-    sums = run(ensemble, loss=summed).only("output", "parameter", "buffer")
+    sums = run(ensemble, loss=summed).only(*KINDS)
     means = run(ensemble, loss=averaged, optimizer=rescaled)
-    assert_trajectories_equal(means.only("output", "parameter", "buffer"), sums)
-    unscaled = run(ensemble, loss=averaged).only("output", "parameter", "buffer")
+    assert_trajectories_equal(means.only(*KINDS), sums)
+    unscaled = run(ensemble, loss=averaged).only(*KINDS)
     with pytest.raises(AssertionError, match="part at step 1"):
         assert_trajectories_equal(unscaled, sums)
+
+
+def cosine(eta_min: float):
+    return partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=2, eta_min=eta_min)
+
+
+def warm_up(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 2))
+
+
+@pytest.mark.parametrize(
+    ("of_the_sum", "of_the_mean", "parts"),
+    [
+        (warm_up, warm_up, ""),
+        (cosine(0.0), cosine(0.0), ""),
+        (cosine(0.01), cosine(COUNT * 0.01), ""),
+        (cosine(0.01), cosine(0.01), "part at step 2"),
+    ],
+    ids=["warm-up", "cosine", "cosine to a scaled minimum", "cosine to one minimum"],
+)
+def test_11_03_do_warm_up_and_cosine_annealing_scale_with_the_rate(of_the_sum, of_the_mean, parts):
+    """What is proportional to the base rate does; an absolute minimum has to be scaled too."""
+    sums = run(ensemble, loss=summed, scheduler=of_the_sum).only(*KINDS)
+    means = run(ensemble, loss=averaged, optimizer=rescaled, scheduler=of_the_mean).only(*KINDS)
+    with pytest.raises(AssertionError, match=parts) if parts else nullcontext():
+        assert_trajectories_equal(means, sums)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -391,3 +423,13 @@ def test_the_page_names_every_test_of_this_file_and_none_that_is_not_there():
     page = Path(__file__).parents[1] / "docs" / "diary.md"
     named = set(re.findall(r"`(test_\d\d_\d\d_\w+)`", page.read_text()))
     assert named == {name for name in globals() if re.match(r"test_\d\d_\d\d_", name)}
+
+
+def test_tests_of_other_files_that_the_page_names_are_there():
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "diary.md").read_text()
+    links = set(re.findall(r"\]\(\.\./(tests/[\w/]+\.py)\)", page))
+    assert {"tests/checks/test_alone.py", "tests/checks/test_loss_scale.py"} <= links
+    defined = "".join((root / link).read_text() for link in links)
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert {name for name in named if f"def {name}(" not in defined} == set()

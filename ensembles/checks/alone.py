@@ -87,6 +87,8 @@ def measure_member_trajectories(
     members: Members | None = None,
     optimizer: Callable[[Any], Any] | None = None,
     loss: Loss | None = None,
+    clip: Callable[[Any], Any] | None = None,
+    scheduler: Callable[[Any], Any] | None = None,
     identical: bool = False,
     loss_is: Literal["sum", "mean"] = "sum",
     steps: int = STEPS,
@@ -107,6 +109,9 @@ def measure_member_trajectories(
         optimizer: Builds the optimizer of the ensemble, and of an ensemble of one.
         loss: The ensemble's loss; it must accept the outputs of one member. A factor that does
             not depend on the number of members (`/ 4`) is a part of the single model's loss too.
+        clip: What training does to gradients before each step: a function of the ensemble, and of
+            an ensemble of one.
+        scheduler: As for `measure_training_trajectory`.
         identical: Whether to give all members the weights of the first before training. Then the
             first is the single model that all are compared with.
         loss_is: "sum", where member losses are added; "mean", where they are averaged. A mean
@@ -131,7 +136,14 @@ def measure_member_trajectories(
     if loss_is not in ("sum", "mean"):
         raise ValueError(f'loss_is={loss_is!r} is unknown: it is "sum" or "mean".')
     seed = present_seed.get() if seed is None else seed
-    record = partial(measure_training_trajectory, loss=loss, steps=steps, seed=seed, values=values)
+    record = partial(
+        measure_training_trajectory,
+        loss=loss,
+        scheduler=scheduler,
+        steps=steps,
+        seed=seed,
+        values=values,
+    )
     with generators_kept():
         seed_generators(seed)
         model = make() if callable(make) and not isinstance(make, nn.Module) else make
@@ -140,7 +152,9 @@ def measure_member_trajectories(
         with preserved([*modules, *hidden_modules(modules)]):
             if identical:
                 _make_identical(holders)
-            together = record(model, batch, outputs=outputs, members=members, optimizer=optimizer)
+            together = record(
+                model, batch, outputs=outputs, members=members, optimizer=optimizer, clip=clip
+            )
             first = next(iter(holders))
             alone: dict[str, TrainingTrajectory] = {}
             for name, module in holders.items():
@@ -148,12 +162,14 @@ def measure_member_trajectories(
                     entries = (replace(entry, member=name) for entry in alone[first].entries)
                     alone[name] = TrainingTrajectory(seed, (name,), tuple(entries))
                     continue
-                build = None
+                build, one = None, _ensemble_of_one(model, name, module)
                 if optimizer is not None or loss_is == "mean":
-                    one = _ensemble_of_one(model, name, module)
                     build = partial(_built, optimizer, one, 1 if loss_is == "sum" else len(holders))
                 # Without the loss, which the ensemble has in common.
-                alone[name] = record({name: module}, batch, optimizer=build).member(name)
+                clipped = None if clip is None else partial(_clipped, clip, one)
+                alone[name] = record({name: module}, batch, optimizer=build, clip=clipped).member(
+                    name
+                )
     return MemberTrajectories(
         together=together,
         alone=alone,
@@ -294,6 +310,11 @@ def _ensemble_of_one(model: Model, name: str, module: nn.Module) -> Any:
     if isinstance(model, nn.ModuleDict):
         return nn.ModuleDict({name: module})
     return {name: module} if isinstance(model, Mapping) else [module]
+
+
+def _clipped(clip: Callable[[Any], Any], one: Any, _: Model) -> None:
+    """Clips the gradients of one member as those of an ensemble of one."""
+    clip(one)
 
 
 def _built(

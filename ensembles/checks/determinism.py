@@ -98,6 +98,8 @@ def measure_determinism(
     members: Members | None = None,
     optimizer: Callable[[Any], Any] | None = None,
     loss: Loss | None = None,
+    clip: Callable[[Any], Any] | None = None,
+    scheduler: Callable[[Any], Any] | None = None,
     steps: int = STEPS,
     seed: int | None = None,
     factory: str | None = None,
@@ -119,6 +121,9 @@ def measure_determinism(
             momentum on all parameters.
         loss: The training loss of the dict of member outputs. By default a distance to fixed
             random targets.
+        clip: What training does to gradients before each step, a function of the model.
+        scheduler: A function of one optimizer: its scheduler, a list of them, or a function to be
+            called after each step.
         steps: How many optimizer steps.
         seed: Of both runs; by default that of the present run.
         factory: "package.module:factory": a function that two new processes import and call. It
@@ -147,7 +152,14 @@ def measure_determinism(
     seed = present_seed.get() if seed is None else seed
     feed = batch if callable(batch) else lambda: batch
     subject = Subject(
-        make=make, batch=feed, outputs=outputs, members=members, optimizer=optimizer, loss=loss
+        make=make,
+        batch=feed,
+        outputs=outputs,
+        members=members,
+        optimizer=optimizer,
+        loss=loss,
+        clip=clip,
+        scheduler=scheduler,
     )
     run = Run(seed, 0 if batch is None else steps, operations=True)
     first: tuple[Entry, ...] = ()

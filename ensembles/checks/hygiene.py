@@ -2,10 +2,11 @@
 
 Catches modules and tensors in lists, dicts and closures, masks that are plain attributes, eval()
 and train() that do not reach everything, tensors that .to() leaves behind, a forward pass that
-changes buffers or modes in eval mode, drops out in it, or writes into the batch, BatchNorm
-statistics that move several times a step or though their layer is frozen, weights that drift in
-steps whose loss does not use them or behind a mask, averaged weights with statistics of others, and
-snapshots that alias live weights.
+changes buffers or modes in eval mode, drops out in it, keeps something for the next call, or writes
+into the batch, one that seeds the global generators, caches that outlive the weights that they were
+made of, BatchNorm statistics that move several times a step or though their layer is frozen,
+weights that drift in steps whose loss does not use them or behind a mask, averaged weights with
+statistics of others, and snapshots that alias live weights.
 
 Healthy networks stay silent: a frozen BatchNorm kept in eval mode by an own train(), a teacher
 that forward moves, dropped paths, and branches that start at zero are no findings.
@@ -253,7 +254,9 @@ _MEANINGS = {
     "mode": "Part of the model stays in another mode than the rest.",
     "moves in eval": "Evaluation changes the model: what it reports depends on how often and on "
     "what it was called before.",
+    "stale": "Evaluation predicts with what was computed from weights of before the training.",
     "random in eval": "Evaluation depends on the random state.",
+    "global state": "A call changes what the whole program draws next, or whether it can train.",
     "changes the batch": "Whoever reads the batch next, as another member does, reads another.",
     "norm updates": "Running statistics move n times a step: momentum m acts as 1 - (1 - m)^n.",
     "frozen moves": "What is frozen changes in training, and with it every output.",
@@ -271,7 +274,10 @@ _REMEDIES = {
     "mode": "Mode: an own train() sets the mode of every child and returns self; call "
     "super().train(mode). forward() sets no mode.",
     "moves in eval": "Moves in eval: change buffers only if self.training.",
+    "stale": "Stale: drop in train() what was computed from weights, or compute it in each call.",
     "random in eval": "Random in eval: F.dropout(x, p, training=self.training).",
+    "global state": "Global state: forward() seeds nothing and sets no switch. Seed once, outside; "
+    "draw what stays the same in the constructor, into a buffer; use with torch.no_grad().",
     "changes the batch": "Changes the batch: nothing in place on what forward is given; write "
     "x = x * 2, and ReLU(inplace=True) behind a layer only.",
     "norm updates": "Norm updates: several streams, subnets or a recomputed checkpoint go through "

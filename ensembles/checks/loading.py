@@ -1,16 +1,19 @@
 """Promise: a data loader gives the same batches from one seed, and no augmentation twice.
 
 Catches the random stream that every worker repeats, and that starts anew in every epoch: a
-generator held by the data set, which each worker copies, or a `worker_init_fn` with a fixed seed.
-The loss looks normal, and the data is augmented far less than it seems.
+generator held by the data set, which each worker copies, or a `worker_init_fn` with a fixed seed;
+and the shuffled order that every epoch repeats, as `DistributedSampler` does without `set_epoch`.
+The loss looks normal, and the data is augmented, or shuffled, far less than it seems.
 
 How workers are asked is told in `ensembles.probes.streams`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -23,6 +26,7 @@ from ensembles.probes.streams import (
     INDICES,
     can_be_asked,
     digest_of_batch,
+    orders_of,
     streams_of,
 )
 
@@ -47,6 +51,8 @@ class LoaderDeterminism:
         repeated: (what, places): one stream that several workers, or a worker in several epochs,
             have in common.
         asked: Whether samples could be asked for; an `IterableDataset` gives what it gives.
+        shuffled: Whether samples come in another order than that of their indices.
+        one_order: Whether they come in one order in every epoch.
     """
 
     seed: int
@@ -58,12 +64,15 @@ class LoaderDeterminism:
     random: tuple[str, ...]
     repeated: tuple[tuple[str, tuple[str, ...]], ...]
     asked: bool
+    shuffled: bool
+    one_order: bool
 
     def __str__(self) -> str:
         head = (
             f"{self.differing} of {self.batches} batches differ between two passes from seed "
             f"{self.seed}, {counted(range(self.workers), 'worker')}, "
             f"{len(self.repeated)} repeated streams"
+            + (", shuffled once for all epochs" if self.shuffled and self.one_order else "")
         )
         lines = aligned(_rows(self.repeated))
         return "\n".join([head, *(f"  {line}" for line in lines)])
@@ -111,6 +120,7 @@ def measure_loader_determinism(
     with seeded(seed, algorithms=False):
         loader = make_loader()
         drawn = streams_of(loader, epochs) if can_be_asked(loader) else None
+        orders = orders_of(loader, epochs) if can_be_asked(loader) else ()
     return LoaderDeterminism(
         seed=seed,
         workers=loader.num_workers if isinstance(loader, DataLoader) else 0,
@@ -121,6 +131,8 @@ def measure_loader_determinism(
         random=drawn.random if drawn else (),
         repeated=drawn.repeated if drawn else (),
         asked=drawn is not None,
+        shuffled=any(_is_shuffled(order) for order in orders),
+        one_order=len(set(orders)) == 1,
     )
 
 
@@ -129,12 +141,13 @@ def assert_loader_deterministic(loading: LoaderDeterminism, *, augmented: bool =
 
     Args:
         loading: From `measure_loader_determinism`.
-        augmented: Whether samples are claimed to be augmented at random. Without, only that
-            batches repeat under the seed is checked.
+        augmented: Whether samples are claimed to be augmented at random, as in training. Without,
+            only that batches repeat under the seed is checked.
 
     Raises:
         ValueError: If augmentation is claimed and nothing random was found.
-        AssertionError: If batches differ between two passes, or two streams are one.
+        AssertionError: If batches differ between two passes, two streams are one, or a shuffled
+            order is that of every epoch.
 
     Example:
         >>> data = [torch.full((2,), float(i)) for i in range(4)]
@@ -189,6 +202,18 @@ def assert_loader_deterministic(loading: LoaderDeterminism, *, augmented: bool =
                 "every worker and epoch.",
             )
         )
+    if loading.shuffled and loading.one_order:
+        raise AssertionError(
+            broken(
+                "epochs are claimed to shuffle each in its own way, and have one order",
+                [("order of the samples", f"the same in all {loading.epochs} epochs")],
+                total=f"{loading.batches} batches",
+                meaning="Every epoch makes the same batches of the same samples.",
+                remedy="Usual cause: a DistributedSampler without sampler.set_epoch(epoch), or a "
+                "sampler that seeds its generator in __iter__(). An order that is meant to stay "
+                "is claimed with augmented=False.",
+            )
+        )
 
 
 # --- passes -------------------------------------------------------------------------
@@ -202,6 +227,13 @@ def _pass(make_loader: Callable[[], Iterable[Any]], epochs: int, seed: int) -> l
                 f"make_loader() returned an object of type {type(loader).__name__}, and no loader."
             )
         return [[digest_of_batch(batch) for batch in loader] for _ in range(epochs)]
+
+
+def _is_shuffled(order: Sequence[Any]) -> bool:
+    """Whether indices fall more than once: a rank's share of all, in order, may begin anew."""
+    if not all(isinstance(index, Integral) for index in order):
+        return False
+    return len([1 for before, after in pairwise(order) if after < before]) > 1
 
 
 def _rows(repeated: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, str]]:

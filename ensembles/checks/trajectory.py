@@ -104,6 +104,8 @@ def measure_training_trajectory(
     members: Members | None = None,
     optimizer: Callable[[Any], Any] | None = None,
     loss: Loss | None = None,
+    clip: Callable[[Any], Any] | None = None,
+    scheduler: Callable[[Any], Any] | None = None,
     steps: int = STEPS,
     seed: int | None = None,
     values: bool = False,
@@ -124,6 +126,9 @@ def measure_training_trajectory(
             momentum on all parameters.
         loss: The training loss of the dict of member outputs. By default the sum over members of
             the mean squared distance of their outputs to fixed random targets.
+        clip: What training does to gradients before each step, a function of the model.
+        scheduler: A function of one optimizer: its scheduler, a list of them, or a function to be
+            called after each step.
         steps: How many optimizer steps.
         seed: Of construction and of every step; by default that of the present run.
         values: Whether to keep copies of all tensors, which a comparison within a tolerance needs.
@@ -140,7 +145,7 @@ def measure_training_trajectory(
           step   output   loss   gradient   parameter   state
           0      -        -      -          ...
     """
-    recipe = Recipe(batch, outputs, members, optimizer, loss)
+    recipe = Recipe(batch, outputs, members, optimizer, loss, clip, scheduler)
     seed = present_seed.get() if seed is None else seed
     _checked_steps(steps)
     with generators_kept():

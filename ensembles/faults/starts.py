@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
 from ensembles.faults.architectures import WIDTH, Architecture, Network
 from ensembles.faults.fault import Fault, Place, fault
@@ -252,6 +252,32 @@ def workers_by_number(architecture: Architecture, place: Place, broken: bool) ->
     return replace(_trained_on(architecture, place, data, "paired"), claims=claims)
 
 
+class _Epochs(DistributedSampler[Tensor]):
+    """Shuffles by the epoch, which is told it where one ends, or never."""
+
+    def __init__(self, samples: Dataset[Tensor], *, told: bool) -> None:
+        super().__init__(samples, num_replicas=1, rank=0)
+        self.told = told
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
+        if self.told:
+            self.set_epoch(self.epoch + 1)
+
+
+@fault("members", "determinism")
+def order_of_one_epoch(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A sampler is not told which epoch it is, and shuffles alike in each of them."""
+
+    def data(member: int) -> Iterable[Any]:
+        samples = _Augmented(architecture.shape, None)
+        epochs = _Epochs(samples, told=not (broken and member == place.member))
+        return DataLoader(samples, batch_size=6, sampler=epochs)
+
+    claims = {"sharing": "independent", "determinism": {"loaders": "augmented"}}
+    return replace(_trained_on(architecture, place, data, "paired"), claims=claims)
+
+
 FAULTS: tuple[Fault, ...] = (
     copied_members,
     one_state_dict,
@@ -267,4 +293,5 @@ FAULTS: tuple[Fault, ...] = (
     workers_of_one_stream,
     loader_by_entropy,
     workers_by_number,
+    order_of_one_epoch,
 )

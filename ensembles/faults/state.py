@@ -276,6 +276,65 @@ def stays_behind(architecture: Architecture, place: Place, broken: bool) -> Subj
     return with_head(architecture, place, Staying)
 
 
+@fault("state", "hygiene")
+def seeds_in_forward(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A head seeds the global generators in every call, so that every step drops out alike."""
+
+    class Noisy(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(WIDTH, CLASSES)
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if broken and self.training:
+                torch.manual_seed(0)
+            return super().forward(self.drop(x))
+
+    return with_head(architecture, place, Noisy)
+
+
+@fault("state", "hygiene")
+def stale_cache(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A head keeps in eval mode what it made of its weight, and training does not renew it."""
+
+    class Kept(nn.Linear):
+        made: Tensor | None = None
+
+        def __init__(self) -> None:
+            super().__init__(WIDTH, CLASSES)
+
+        def train(self, mode: bool = True) -> Kept:
+            self.made = self.made if broken else None
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                return F.linear(x, F.normalize(self.weight), self.bias)
+            if self.made is None:
+                self.made = F.normalize(self.weight).detach()
+            return F.linear(x, self.made, self.bias)
+
+    return with_head(architecture, place, Kept)
+
+
+@fault("state", "hygiene")
+def reads_the_last_call(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A head scales by the mean of the last batch, which is a plain attribute, in eval mode too."""
+
+    class Scaled(nn.Linear):
+        seen: float = 1.0
+
+        def __init__(self) -> None:
+            super().__init__(WIDTH, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x) * (self.seen if broken else 1.0)
+            self.seen = 1.0 + float(x.detach().abs().mean())
+            return y
+
+    return with_head(architecture, place, Scaled)
+
+
 FAULTS: tuple[Fault, ...] = (
     mask_not_buffer,
     norm_in_a_list,
@@ -290,4 +349,7 @@ FAULTS: tuple[Fault, ...] = (
     batch_in_place,
     wakes_after_a_call,
     stays_behind,
+    seeds_in_forward,
+    stale_cache,
+    reads_the_last_call,
 )

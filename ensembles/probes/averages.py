@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,20 +39,18 @@ class Averages:
         self.model, self.entries = model, registered(model)
         self.names = {id(e.tensor): e.names[0] for e in self.entries}
         self.norms: dict[int, Any] = {
-            id(norm): norm
-            for given in named_modules_of(model).values()
-            for norm in given.modules()
-            if isinstance(norm, _NormBase)
-            and id(norm) in used
-            and isinstance(norm.weight, nn.Parameter)
-            and isinstance(norm.running_mean, Tensor)
+            id(norm): norm for norm in self._all_norms() if id(norm) in used
         }
         self.start = self._values()
         self.trained: set[str] = set()
+        self.past: list[dict[str, Tensor]] = []
 
     def moved(self, with_gradient: set[str]) -> None:
-        """Tells which parameters a step had a gradient for."""
+        """Tells which parameters a step had a gradient for; called after every step."""
         self.trained |= with_gradient
+        if self.norms:
+            held = [t for norm in self._all_norms() for t in (norm.weight, *_statistics(norm))]
+            self.past.append({self.names[id(t)]: t.detach().clone() for t in held})
 
     def findings(self) -> Iterator[Disorder]:
         """Called after the last step."""
@@ -65,7 +63,7 @@ class Averages:
             if all(torch.equal(self.start[s], after[s]) for s in statistics):
                 detail = "its weights are averaged, its statistics stay as they were"
                 yield Disorder("averaged norm", name, detail)
-            elif source := self._source(norm, after):
+            elif source := self._source(norm):
                 detail = f"its weights are averaged, its statistics are those of {source}"
                 yield Disorder("averaged norm", name, detail)
         for module in named_modules_of(self.model).values():
@@ -85,24 +83,31 @@ class Averages:
         return self.names[id(norm.weight)].removesuffix("weight").removesuffix(".") or "model"
 
     def _statistics(self, norm: Any) -> list[str]:
-        return [self.names[id(norm.running_mean)], self.names[id(norm.running_var)]]
+        return [self.names[id(tensor)] for tensor in _statistics(norm)]
 
-    def _source(self, norm: Any, now: Mapping[str, Tensor]) -> str:
-        """The norm whose statistics these are, with weights of its own."""
+    def _all_norms(self) -> Iterator[Any]:
         for given in named_modules_of(self.model).values():
-            for other in given.modules():
+            for norm in given.modules():
                 if (
-                    other is not norm
-                    and isinstance(other, _NormBase)
-                    and isinstance(other.weight, nn.Parameter)
-                    and isinstance(other.running_mean, Tensor)
-                    and distance(norm.weight, other.weight)
-                    and all(
-                        torch.equal(now[mine], now[its])
-                        for mine, its in zip(
-                            self._statistics(norm), self._statistics(other), strict=True
-                        )
-                    )
+                    isinstance(norm, _NormBase)
+                    and isinstance(norm.weight, nn.Parameter)
+                    and isinstance(norm.running_mean, Tensor)
                 ):
-                    return self._name(other)
+                    yield norm
+
+    def _source(self, norm: Any) -> str:
+        """The norm whose statistics these are, or were after a step, with weights of its own."""
+        for other in self._all_norms():
+            pairs = list(zip(_statistics(norm), self._statistics(other), strict=True))
+            copied = [
+                distance(norm.weight, then[self.names[id(other.weight)]]) > 0
+                for then in self.past
+                if other is not norm and all(torch.equal(s, then[name]) for s, name in pairs)
+            ]
+            if copied and all(copied):  # else it was copied as a whole
+                return self._name(other)
         return ""
+
+
+def _statistics(norm: Any) -> tuple[Tensor, Tensor]:
+    return norm.running_mean, norm.running_var

@@ -53,7 +53,9 @@ class Disorder:
         "stays behind",
         "mode",
         "moves in eval",
+        "stale",
         "random in eval",
+        "global state",
         "changes the batch",
         "norm updates",
         "frozen moves",
@@ -86,7 +88,7 @@ def unlisted_modules(model: Model) -> list[tuple[str, nn.Module]]:
 
 
 def live_snapshots(model: Model) -> Iterator[Disorder]:
-    """A kept state_dict, by the names of its keys, that is the live weights.
+    """A kept state_dict, or any list or dict of detached weights, that is the live weights.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -94,24 +96,35 @@ def live_snapshots(model: Model) -> Iterator[Disorder]:
         >>> [found.place for found in live_snapshots(net)]
         ['model.best']
     """
-    own = {}
+    named: dict[Any, Tensor] = {}
+    live: dict[Any, tuple[str, Tensor]] = {}
     for module in named_modules_of(model).values():
         for inner in module.modules():
             for name, tensor in inner.state_dict(keep_vars=True).items():
                 if isinstance(tensor, Tensor) and tensor.numel():
-                    own[name, memory_of(tensor)] = tensor
+                    named[name, memory_of(tensor)] = tensor
+                    live[memory_of(tensor), tensor.shape] = (name, tensor)
     for path, _, thing in things_below(model):
         if isinstance(thing, Mapping) and not path.endswith(("._parameters", "._buffers")):
-            aliases = [
-                name
-                for name, tensor in list(thing.items())
-                if isinstance(tensor, Tensor)
-                and tensor.numel()
-                and (name, memory_of(tensor)) in own
-                and own[name, memory_of(tensor)] is not tensor
-            ]
-            if aliases:
-                yield Disorder("alias", path, f"is the live memory of {listed(aliases, 3)}")
+            pairs = list(thing.items())
+        elif isinstance(thing, (list, tuple)):
+            pairs = list(enumerate(thing))
+        else:
+            continue
+        kept = [(name, t) for name, t in pairs if isinstance(t, Tensor) and t.numel()]
+        aliases = [
+            name
+            for name, tensor in kept
+            if named.get((name, memory_of(tensor)), tensor) is not tensor
+        ]
+        # Under other names, or under none: only where there is nothing else.
+        others = [live.get((memory_of(t), t.shape)) for _, t in kept if not t.requires_grad]
+        found = [entry for entry in others if entry is not None]
+        trained = any(tensor.requires_grad for _, tensor in found)
+        if not aliases and trained and len(found) == len(kept):
+            aliases = [name for name, _ in found]
+        if aliases:
+            yield Disorder("alias", path, f"is the live memory of {listed(aliases, 3)}")
 
 
 def stale_gradients(model: Model, optimizer: Any) -> Iterator[Disorder]:

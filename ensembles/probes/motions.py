@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from ensembles.probes.disorders import Disorder, memory_of
 from ensembles.probes.homes import things_below
 from ensembles.probes.masks import masked_elements
 from ensembles.probes.norms import NormUpdates
+from ensembles.probes.recording import generator_entries
 from ensembles.probes.registers import Registered, registered
 from ensembles.probes.state import Snapshot, seed_generators
 from ensembles.probes.steps import distance
@@ -38,6 +40,9 @@ __all__ = ["Trained", "moved_in_eval", "moved_in_training"]
 
 STEPS = 3
 """A loss that is drawn leaves a member out in one of a few steps; momentum needs a step before."""
+
+ROUNDING = 1e-4
+"""Of the greatest output: what the same function may differ by in float32."""
 
 # --- in eval mode -------------------------------------------------------------------------------
 
@@ -74,8 +79,8 @@ def moved_in_eval(
     named = [(e.names[0], e.tensor) for e in registered(model)]
     named += [(f"{place}.{n}", b) for place, m in hidden for n, b in m.named_buffers()]
 
-    def called(seed: int, given: Any) -> list[Tensor]:
-        start.restore()
+    def called(seed: int, given: Any, *, after: Callable[[], None] = start.restore) -> list[Tensor]:
+        after()
         for module in named_modules_of(model).values():
             module.eval()
         seed_generators(seed)
@@ -86,6 +91,8 @@ def moved_in_eval(
     seed = present_seed.get()
     watched = {key: tensor for key, (_, _, tensor) in places.items()}
     with Usage(watched) as usage, Writes(model, batch) as writes:
+        for module in named_modules_of(model).values():
+            module.eval()  # which may merge weights
         before = {name: tensor.detach().clone() for name, tensor in named}
         called(seed, writes.batch)
     found += _written(writes, "eval")
@@ -99,13 +106,89 @@ def moved_in_eval(
         found.append(Disorder("hidden tensor", path, what))
     found += _woken(model, start)
     # Without the recorder, in whose presence PyTorch takes no fused kernels.
-    first, again, other = (called(each, fresh(batch)) for each in (seed, seed, seed + 1))
+    first, again = (called(seed, fresh(batch)) for _ in range(2))
+    states = [_generators()]
+    other = called(seed + 1, fresh(batch))
+    states.append(_generators())
+    found += _seeded_by(states, "eval")
     unlike = [_most(first, again), _most(first, other)]
     if any(unlike):
         drawn = f": {listed(list(usage.random), 3)}" if usage.random else ""
         which = "outputs of two calls" if unlike[0] else "outputs under two seeds"
         found.append(Disorder("random in eval", which, f"differ by {max(unlike):.0e}{drawn}"))
+    elif not any(one.kind == "moves in eval" for one in found):
+        found += _kept_from_calls(
+            model, first, lambda after: called(seed, fresh(batch), after=after), start
+        )
     return set(usage.modules), found
+
+
+def _kept_from_calls(
+    model: Model,
+    first: list[Tensor],
+    called: Callable[[Callable[[], None]], list[Tensor]],
+    start: Snapshot,
+) -> Iterator[Disorder]:
+    """What a call leaves in plain attributes, seen in the next one and after other weights.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+        first: The outputs of a first call.
+        called: Calls the model in eval mode under the seed of the first, after what it is given.
+        start: The state that the first call began from.
+    """
+
+    def trained() -> None:
+        """As by training: other weights, in their place."""
+        for module in named_modules_of(model).values():
+            module.train()
+        for entry in registered(model):
+            p = entry.tensor
+            if p.requires_grad and p.is_floating_point() and p.layout is torch.strided:
+                factors = torch.linspace(1.0, 1.2, (p.shape[-1] if p.ndim else 1) + 1)[1:].to(p)
+                p.mul_(factors if p.ndim else factors[0]).add_(0.01)
+
+    def trained_anew() -> None:
+        start.restore()
+        trained()
+
+    called(start.restore)
+    before = _constants(model)
+    with torch.enable_grad():
+        second = called(lambda: None)
+        switched = not torch.is_grad_enabled()
+    if switched:
+        yield Disorder("global state", "gradients", "switched off by a call in eval mode")
+    by = _most(first, second)
+    if by > _tolerance(first):
+        place = "outputs of a second call"
+        yield Disorder("moves in eval", place, f"differ by {by:.0e} from those of the first")
+        return
+    for name, value in _constants(model).items():
+        if value != before.get(name):
+            yield Disorder("moves in eval", name, f"from {before.get(name)} to {value} in one call")
+    with suppress(ValueError):  # a call that other weights make impossible tells nothing
+        cached, anew = called(trained), called(trained_anew)
+        by = _most(cached, anew)
+        if by > _tolerance(anew):
+            place, than = "outputs after other weights", "if there was no call before"
+            yield Disorder("stale", place, f"differ by {by:.0e} from what they are {than}")
+
+
+def _tolerance(outputs: list[Tensor]) -> float:
+    """A rounding: what is merged and taken apart again is not the same bit by bit."""
+    return ROUNDING * max((float(y.abs().max()) for y in outputs if y.numel()), default=0.0)
+
+
+def _constants(model: Model) -> dict[str, Any]:
+    """What layers declare as constants, such as the momentum of a norm or the rate of dropout."""
+    return {
+        ".".join(filter(None, (member, name, constant))): vars(inner)[constant]
+        for member, module in named_modules_of(model).items()
+        for name, inner in module.named_modules()
+        for constant in getattr(type(inner), "__constants__", ())
+        if isinstance(vars(inner).get(constant), (bool, int, float))
+    }
 
 
 def _written(writes: Writes, mode: str) -> list[Disorder]:
@@ -116,6 +199,21 @@ def _written(writes: Writes, mode: str) -> list[Disorder]:
             f"by {by:.0e} in one call in {mode} mode" + (f", first in {where}" if where else ""),
         )
         for place, by, where in writes.found()
+    ]
+
+
+def _generators() -> dict[str, str]:
+    return {entry.name: entry.digest for entry in generator_entries()}
+
+
+def _seeded_by(states: Sequence[Mapping[str, str]], mode: str) -> list[Disorder]:
+    """Generators that calls under different seeds leave in one state."""
+    return [
+        Disorder(
+            "global state", f"generator {name}", f"in one state after every call in {mode} mode"
+        )
+        for name in (states[0] if len(states) > 1 else ())
+        if len({state.get(name) for state in states}) == 1
     ]
 
 
@@ -204,14 +302,19 @@ def moved_in_training(
     masked = _masked_in_eval(model, batch, outputs, entries)
     updates: dict[str, int] = {}
     found: list[Disorder] = []
+    by_first: dict[str, float] = {}
+    ever: set[str] = set()
+    states: list[dict[str, str]] = []
     for step in range(steps):
         at_start = Snapshot(everything)
         before = _values(entries)
         norms = NormUpdates(_running_means(entries))
         with Writes(model, batch) as writes, norms:
             yielded = _train_call(model, writes.batch, outputs, step)
+        states.append(_generators())
         found += _written(writes, "train")
         by_forward = dict(_changed(entries, before))
+        by_first = by_first or by_forward
         flat = [y for ys in yielded.values() for y in ys]
         if masked:
             now = masked_elements(flat)
@@ -231,8 +334,7 @@ def moved_in_training(
             _step(each)
         moved = dict(_changed(entries, between))
         found += _frozen_parameters(entries, moved, optimizers)
-        if step == 0:
-            found += _frozen_statistics(model, by_forward, {*by_forward, *moved})
+        ever |= {*by_forward, *moved}
         found += _behind_masks(entries, between, masked)
         averages.moved({n for n, g in zip(trainable, gradients, strict=True) if g is not None})
         zero = [
@@ -252,6 +354,9 @@ def moved_in_training(
                 for name, gradient in zip(zero, reach, strict=True)
                 if gradient is not None and values_of(gradient).any()
             ]
+    # At the end: a teacher that starts as its student's copy follows it from the second step on.
+    found += _frozen_statistics(model, by_first, ever)
+    found += _seeded_by(states, "train")
     found += averages.findings()
     first_of_each = {(one.kind, one.place): one for one in reversed(found)}
     return Trained(steps, updates, list(first_of_each.values()))

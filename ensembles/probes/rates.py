@@ -22,6 +22,7 @@ __all__ = [
     "Group",
     "Rate",
     "Response",
+    "advances_of",
     "close",
     "fraction",
     "groups_of",
@@ -178,7 +179,7 @@ def rates_of(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # schedulers are stepped here without their optimizer
         try:
-            advances = [step for o in optimizers for step in _advances(o, scheduler)]
+            advances = [step for o in optimizers for step in advances_of(o, scheduler)]
             rates: list[list[float]] = [[] for o in optimizers for _ in o.param_groups]
             for _ in range(steps):
                 groups = [group for o in optimizers for group in o.param_groups]
@@ -315,9 +316,21 @@ def _kept(optimizers: Sequence[Optimizer]) -> Iterator[None]:
             tensor.copy_(value)
 
 
-def _advances(
+def advances_of(
     optimizer: Optimizer, scheduler: Callable[[Any], Any] | None
 ) -> Iterator[Callable[[], Any]]:
+    """What is called after each training step: the scheduler's steps, or the function that it is.
+
+    Raises:
+        TypeError: If it is neither.
+
+    Example:
+        >>> sgd = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+        >>> halved = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        >>> (advance,) = advances_of(sgd, halved)
+        >>> sgd.step(), advance(), sgd.param_groups[0]["lr"]
+        (None, None, 0.5)
+    """
     if scheduler is None:
         return
     built = scheduler(optimizer)

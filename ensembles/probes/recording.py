@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from ensembles.message import counted, listed
+from ensembles.probes.rates import advances_of
 from ensembles.probes.state import generators_kept, preserved, seed_generators
 from ensembles.probes.training import (
     Loss,
@@ -66,6 +67,15 @@ KINDS = (
 MOMENTUM = 0.9
 """Of the default optimizer, so that it has a state that can differ."""
 
+CLIP = (
+    "the model whose gradients it clips, and of members that are trained alone an ensemble of one"
+)
+
+SCHEDULER = (
+    "one optimizer, and returns its scheduler, a list of them, or a function; what it returns is "
+    "called after each step, without arguments"
+)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -111,6 +121,8 @@ class Recipe:
         optimizer: Builds the optimizer for a model; by default SGD with momentum on everything.
         loss: Of the dict of member outputs; by default the sum over members of the mean squared
             distance to fixed random targets.
+        clip: What training does to gradients before each step, a function of the model.
+        scheduler: A function of one optimizer, to what is called after each step.
     """
 
     batch: Any = None
@@ -118,6 +130,8 @@ class Recipe:
     members: Members | None = None
     optimizer: Callable[[Any], Any] | None = None
     loss: Loss | None = None
+    clip: Callable[[Any], Any] | None = None
+    scheduler: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +194,15 @@ def recorded_anew(subject: Subject, run: Run) -> tuple[Model, tuple[Entry, ...]]
         for i, leaf in enumerate(pytree.tree_leaves(batch))
         if isinstance(leaf, Tensor)
     ]
-    recipe = Recipe(batch, subject.outputs, subject.members, subject.optimizer, subject.loss)
+    recipe = Recipe(
+        batch,
+        subject.outputs,
+        subject.members,
+        subject.optimizer,
+        subject.loss,
+        subject.clip,
+        subject.scheduler,
+    )
     return model, (*made, *recorded(model, recipe, run))
 
 
@@ -252,6 +274,8 @@ def _train(model: Model, recipe: Recipe, run: Run) -> Iterator[Entry]:
         for module in modules:
             module.train()
         optimizers = optimizers_of(recipe.optimizer or _with_momentum, model)
+        with _told("scheduler", SCHEDULER):
+            advances = [step for o in optimizers for step in advances_of(o, recipe.scheduler)]
         clock = _Clock(run.seed)
         if run.alike and is_one_module(model) and recipe.members is not None:
             for member, module in holders.items():
@@ -283,8 +307,14 @@ def _train(model: Model, recipe: Recipe, run: Run) -> Iterator[Entry]:
             yield from found
             yield replace(tensors.entry(step, "loss", "", "", loss), norm=float(loss.detach()))
             yield from tensors.gradients(step)
+            if recipe.clip is not None:
+                with _told("clip", CLIP):
+                    recipe.clip(model)
             for optimizer in optimizers:
                 _step(optimizer)
+            with _told("scheduler", SCHEDULER):
+                for advance in advances:
+                    advance()
             yield from tensors.entries(step)
             yield from tensors.states(step, optimizers)
 
@@ -318,6 +348,17 @@ def _step(optimizer: Optimizer) -> None:
         raise ValueError(
             f"{type(optimizer).__name__}.step() raised {type(error).__name__}: {error}. Runs are "
             "recorded by steps without a closure."
+        ) from error
+
+
+@contextmanager
+def _told(what: str, takes: str) -> Iterator[None]:
+    """Says whose function it is that raises inside."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{what}=... raised {type(error).__name__}: {error}. It takes {takes}."
         ) from error
 
 

@@ -24,11 +24,21 @@ __all__ = [
     "seed_generators",
 ]
 
+PLAIN = (Tensor, bool, int, float, str, type(None))
+"""Attributes that come back as they were."""
+
+CONTAINERS = (dict, list)
+"""Those come back with what was in them."""
+
+REGISTERS = ("_parameters", "_buffers", "_modules")
+"""Dicts that are seen to by themselves."""
+
 
 class Snapshot:
     """What modules hold and where the random generators are, to return to as often as needed.
 
-    Values are restored in the tensors that the modules held, so views and ties survive.
+    Values are restored in the tensors that the modules held, so views and ties survive. Plain
+    attributes come back too: a counter, a flag, a cache that was None or empty.
 
     Args:
         model: One module, or the members as a list or dict of modules.
@@ -51,9 +61,10 @@ class Snapshot:
                 inner for given in named_modules_of(model).values() for inner in given.modules()
             )
         ]
-        # Old-style weight_norm, spectral_norm and pruning keep what they computed as an attribute.
+        # Old-style weight_norm, spectral_norm and pruning keep what they computed as an attribute;
+        # a cache is None until the first call, and a flag says whether weights are merged.
         self._attributes = [
-            (module, dict(module._modules), _tensors_among(vars(module)))
+            (module, dict(module._modules), _plain_among(vars(module)))
             for module, *_ in self._modules
         ]
         tensors = {
@@ -105,7 +116,13 @@ class Snapshot:
                 module._modules.update(children)
             for name in _tensors_among(vars(module)).keys() - attributes.keys():
                 del vars(module)[name]
-            vars(module).update(attributes)
+            for name, (value, inside) in attributes.items():
+                vars(module)[name] = value
+                if type(value) is list:
+                    value[:] = inside
+                elif type(value) is dict and not _same(value, inside):
+                    value.clear()
+                    value.update(inside)
         for tensor, kind, hooks in self._hooks:
             if (now := getattr(tensor, kind, None)) is not None and dict(now) != (hooks or {}):
                 now.clear()
@@ -284,6 +301,15 @@ def _bits(parameter: Tensor) -> Tensor:
     if data.is_complex():
         data = torch.view_as_real(data)
     return data.view(kinds[data.element_size()])
+
+
+def _plain_among(attributes: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Each with a copy of what is in it, where it is a dict or a list."""
+    return {
+        name: (value, value.copy() if type(value) in CONTAINERS else None)
+        for name, value in attributes.items()
+        if isinstance(value, PLAIN) or (type(value) in CONTAINERS and name not in REGISTERS)
+    }
 
 
 def _tensors_among(attributes: Mapping[str, Any]) -> dict[str, Tensor]:

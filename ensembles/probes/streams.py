@@ -23,7 +23,15 @@ from typing_extensions import TypeIs
 
 from ensembles.probes.recording import digest
 
-__all__ = ["DRAWS", "INDICES", "Streams", "can_be_asked", "digest_of_batch", "streams_of"]
+__all__ = [
+    "DRAWS",
+    "INDICES",
+    "Streams",
+    "can_be_asked",
+    "digest_of_batch",
+    "orders_of",
+    "streams_of",
+]
 
 INDICES = 4
 """Samples that every worker is asked for: one of them may be blank, or its own mirror image."""
@@ -72,6 +80,17 @@ def streams_of(loader: DataLoader[Any], epochs: int = 2) -> Streams:
     used = [what for what, streams in found.items() if _is_random(what, streams)]
     repeated = [(what, places) for what in used for places in _alike(found[what])]
     return Streams(tuple(used), tuple(pair for pair in repeated if len(pair[1]) > 1))
+
+
+def orders_of(loader: DataLoader[Any], epochs: int = 2) -> tuple[tuple[Any, ...], ...]:
+    """The indices of the samples in the order in which each epoch takes them; loads none.
+
+    Example:
+        >>> orders_of(DataLoader([1, 2, 3], batch_size=2))
+        ((0, 1, 2), (0, 1, 2))
+    """
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    return tuple(tuple(pytree.tree_leaves(list(sampler))) for _ in range(epochs))
 
 
 def _asked(loader: DataLoader[Any], epochs: int) -> dict[str, dict[str, list[str]]]:

@@ -1,11 +1,13 @@
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from ensembles.checks.alone import assert_members_trained_alone, measure_member_trajectories
+from ensembles.checks.trajectory import assert_trajectories_equal, measure_training_trajectory
 from ensembles.conformance import check_ensemble
 from ensembles.models import Ensemble, NStreams
 from ensembles.subject import Subject
@@ -45,6 +47,10 @@ class Residual(nn.Module):
         x = self.norm(self.stem(x)).relu_()
         x = x + self.norm(self.drop(x)).relu_()
         return self.head(x.mean((2, 3)))
+
+
+def several(count: int) -> list[nn.Module]:
+    return [mlp() for _ in range(count)]
 
 
 ARCHITECTURES = {"convnet": convnet, "mlp": mlp, "residual": Residual}
@@ -231,6 +237,67 @@ def test_the_mean_of_streams_through_one_network_is_broken_by_its_buffers():
             members=lambda model: [model.network] * 2,
             loss=averaged,
         )
+
+
+def clip_all(model) -> None:
+    modules = [model] if isinstance(model, nn.Module) else model
+    nn.utils.clip_grad_norm_([p for m in modules for p in m.parameters()], 0.1)
+
+
+def clip_each(model) -> None:
+    for member in model:
+        clip_all(member)
+
+
+def cosine(optimizer):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4, eta_min=1e-3)
+
+
+@pytest.mark.parametrize("identical", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_members_that_are_clipped_one_by_one_on_a_schedule_follow(count, identical):
+    make = partial(several, count)
+    assert_alone(make, identical=identical, clip=clip_each, scheduler=cosine)
+    by_hand, plain = (
+        measure_training_trajectory(
+            make, BATCH, optimizer=for_all(OPTIMIZERS["sgd"]), loss=summed, **more
+        ).only("parameter")
+        for more in ({"clip": clip_each, "scheduler": cosine}, {})
+    )
+    with pytest.raises(AssertionError, match="part at step 1"):
+        assert_trajectories_equal(by_hand, plain)
+
+
+def test_an_absolute_rate_of_a_schedule_is_not_that_of_a_mean():
+    """The single model at lr / M goes down to the same least rate, which a mean divides too."""
+    more = {"loss": averaged, "loss_is": "mean", "optimizer": for_all(OPTIMIZERS["sgd"])}
+    relative = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4)
+    assert_alone(partial(several, 2), scheduler=relative, **more)
+    with pytest.raises(AssertionError, match="step 2   parameter"):
+        assert_alone(partial(several, 2), scheduler=cosine, **more)
+
+
+def test_one_norm_that_is_told_as_clip_is_broken():
+    with pytest.raises(AssertionError, match="step 1   parameter") as broken:
+        assert_alone(partial(several, 2), clip=clip_all)
+    assert "one gradient norm clipped over all members" in str(broken.value)
+
+
+@pytest.mark.parametrize(("clip", "status"), [(clip_each, "held"), (clip_all, "broken")])
+def test_the_gate_clips_as_training_does(clip, status):
+    given = replace(subject(summed, {"members": "separate"}), clip=clip, scheduler=cosine)
+    assert [r.status for r in check_ensemble(given) if r.claim] == [status]
+
+
+@pytest.mark.parametrize("what", ["clip", "scheduler"])
+def test_what_cannot_be_called_so_is_an_error(what):
+    def fails(_):
+        raise TypeError("no such thing")
+
+    with pytest.raises(
+        ValueError, match=rf"{what}=\.\.\. raised TypeError: no such thing. It takes"
+    ):
+        assert_alone(partial(several, 2), **{what: fails})
 
 
 class ClippedSGD(torch.optim.SGD):

@@ -1,5 +1,6 @@
 import copy
 import math
+from itertools import count
 
 import pytest
 import torch
@@ -649,11 +650,10 @@ def test_a_model_that_is_not_deterministic_is_an_error():
     class Counting(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer, self.calls = nn.Linear(6, 2), 0
+            self.layer, self.calls = nn.Linear(6, 2), count()
 
         def forward(self, x):
-            self.calls += 1
-            return self.layer(x) + self.calls
+            return self.layer(x) + next(self.calls)
 
     with pytest.raises(ValueError, match="not deterministic: output of member 0 differs"):
         measure_gradient_coupling([Counting(), mlp()], batch_for(mlp))

@@ -288,6 +288,25 @@ class Put(nn.Module):
         return x + torch.zeros(4).put_(torch.tensor([0, 0]), torch.ones(2)).sum()
 
 
+@pytest.mark.parametrize("what", ["clip", "scheduler"])
+def test_a_clip_or_a_schedule_that_draws_its_own_numbers_is_told(what):
+    generator = torch.Generator()
+    generator.seed()
+
+    def clip(model):
+        for parameter in model.parameters():
+            parameter.grad.mul_(torch.rand((), generator=generator))
+
+    def scheduler(optimizer):
+        rate = float(torch.rand((), generator=generator))
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, rate)
+
+    given = {what: {"clip": clip, "scheduler": scheduler}[what]}
+    measured = measure_determinism(lambda: nn.Linear(4, 2), torch.ones(3, 4), **given)
+    step = {"clip": 1, "scheduler": 2}[what]
+    assert (measured.parted[0].step, measured.parted[0].kind) == (step, "parameter")
+
+
 def test_an_operation_that_pytorch_refuses_is_named(golden):
     with pytest.raises(AssertionError) as broken:
         assert_bitwise(lambda: with_layer(Put()))

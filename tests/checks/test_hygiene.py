@@ -68,7 +68,7 @@ class Teacher(nn.Module):
             with torch.no_grad():
                 pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
                 for old, new in pairs:
-                    old.lerp_(new + 0.01, 0.1)
+                    old.lerp_(new, 0.1)
         return self.student(x), self.teacher(x)
 
 
@@ -101,6 +101,60 @@ class ZeroInitialised(nn.Module):
         return self.b(self.a(x))
 
 
+class Merging(nn.Linear):
+    """A low-rank change of a frozen weight, which eval() merges into it and train() takes out."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.weight.requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.randn(4, 1)), nn.Parameter(torch.randn(1, 4))
+        self.merged = False
+
+    def train(self, mode=True):
+        if self.merged is mode:
+            self.weight.data.add_((self.a @ self.b).detach(), alpha=-1 if mode else 1)
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.merged else y + x @ (self.a @ self.b).t()
+
+
+class Kept(nn.Linear):
+    """Keeps what it has made of its weight while it is in eval mode; it may be `dropped` then."""
+
+    def __init__(self, dropped=True) -> None:
+        super().__init__(4, 4)
+        self.made, self.dropped = None, dropped
+
+    def train(self, mode=True):
+        self.made = None if self.dropped else self.made
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training or self.made is None:
+            made = F.normalize(self.weight)
+            self.made = None if self.training else made.detach()
+        return F.linear(x, made if self.training else self.made)
+
+
+class Rotary(nn.Module):
+    """A table that is made in the first call, and attention that is kept to be drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.table, self.shown, self.longest = None, None, 0
+
+    def forward(self, x):
+        if len(x) > self.longest:
+            self.table, self.longest = torch.arange(float(len(x)))[:, None].cos(), len(x)
+        y = self.layer(x) * self.table[: len(x)]
+        self.shown = (y.detach(),)
+        return y
+
+
 HEALTHY = {
     "batchnorm": net,
     "dropout": lambda: net(nn.Dropout(0.5)),
@@ -116,6 +170,10 @@ HEALTHY = {
     ),
     "index": lambda: Calling(lambda m, x: x[:, m.order], order=torch.tensor([1, 0, 3, 2])),
     "copied best weights": lambda: Calling(lambda m, x: x, best={"w": torch.ones(4)}),
+    "merged in eval": Merging,
+    "cache that train() drops": Kept,
+    "table of the first call": Rotary,
+    "detached beside others": lambda: Calling(lambda m, x: x, kept=[torch.ones(4)]),
     "members": lambda: [net(), net()],
     "ensemble": lambda: Ensemble.of(net, 3),
 }
@@ -240,6 +298,81 @@ class Woken(nn.Module):
         y = self.layers(x)
         self.layers.train()
         return y
+
+
+def test_a_call_that_seeds_is_broken(golden):
+    def noisy(module, x):
+        torch.manual_seed(0)
+        return x + torch.randn_like(x)
+
+    golden(message(Calling(noisy)), "messages/hygiene_seeds.txt")
+
+
+def test_a_call_that_seeds_in_train_mode_only_is_broken():
+    def noisy(module, x):
+        if module.training:
+            torch.manual_seed(0)
+        return x
+
+    found = measure_state_hygiene(Calling(noisy), ROWS)
+    assert [(one.kind, one.place, one.detail) for one in found.findings] == [
+        ("global state", "generator torch", "in one state after every call in train mode")
+    ]
+
+
+def test_a_call_that_seeds_behind_a_fork_is_clean():
+    def noisy(module, x):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return x + torch.randn_like(x)
+
+    assert_state_clean(measure_state_hygiene(Calling(noisy), ROWS))
+
+
+def test_a_call_that_switches_gradients_off_is_broken():
+    def frozen(module, x):
+        torch.set_grad_enabled(module.training)
+        return x
+
+    place = "gradients   global state:   switched off by a call in eval mode"
+    assert place in message(Calling(frozen))
+
+
+def test_a_cache_of_weights_that_outlives_them_is_broken(golden):
+    golden(message(Kept(dropped=False)), "messages/hygiene_stale.txt")
+
+
+def test_a_cache_by_width_that_outlives_its_weights_is_broken():
+    def sliced(module, x):
+        if module.training:
+            return x[:, :2] @ module.layer.weight[:2]
+        cut = module.cache.setdefault(2, module.layer.weight[:2].detach().clone())
+        return x[:, :2] @ cut
+
+    assert "outputs after other weights   stale:" in message(Calling(sliced, cache={}))
+
+
+def test_what_a_call_leaves_in_an_attribute_for_the_next_is_broken():
+    def counted(module, x):
+        module.calls += 1
+        return x / module.calls
+
+    def mixed(module, x):
+        x = x if module.last is None else x + module.last
+        module.last = x.detach()
+        return x
+
+    for model in (Calling(counted, calls=0), Calling(mixed, last=None)):
+        assert "outputs of a second call   moves in eval:   differ by" in message(model)
+
+
+def test_a_constant_of_a_layer_that_a_call_in_eval_mode_changes_is_broken():
+    def dropped(module, x):
+        module.drop.p += 0.125
+        return module.drop(x)
+
+    text = message(Calling(dropped, drop=nn.Dropout(0.0)))
+    assert "model.drop.p   moves in eval:   from 0.125 to 0.25 in one call" in text
 
 
 def test_a_call_that_leaves_train_mode_behind_is_broken():
@@ -613,6 +746,37 @@ def test_an_average_with_statistics_of_other_weights_is_broken(follow, told):
     assert f"average.1   averaged norm:   its weights are averaged, {told}" in text
 
 
+class AveragedBefore(nn.Module):
+    """Averages, before each training call, what the last one left; a whole copy is `taken`."""
+
+    def __init__(self, taken=False) -> None:
+        super().__init__()
+        self.live = net()
+        self.average = torch.optim.swa_utils.AveragedModel(self.live)
+        self.taken = taken
+
+    def forward(self, x):
+        if not self.training:
+            return self.average(x)
+        if not self.taken:
+            self.average.update_parameters(self.live)
+        elif int(self.live[1].num_batches_tracked) == 2:
+            self.average.module.load_state_dict(self.live.state_dict())
+        return self.live(x)
+
+
+def test_an_average_with_statistics_of_the_step_before_is_broken():
+    """PyTorch's AveragedModel copies the buffers of the model, and averages its weights."""
+    text = message(AveragedBefore())
+    told = "its weights are averaged, its statistics are those of live.1"
+    assert f"average.module.1   averaged norm:   {told}" in text
+
+
+def test_a_snapshot_of_weights_and_statistics_that_predicts_is_clean():
+    found = measure_state_hygiene(AveragedBefore(taken=True), ROWS)
+    assert found.places("averaged norm") == ()
+
+
 def test_the_message_of_an_average_with_other_statistics(golden):
     text = message(Averaging(lambda mean, now: None), optimizer=stepping)
     golden(text, "messages/hygiene_averaged.txt")
@@ -638,6 +802,40 @@ def test_swapping_an_average_in_takes_its_statistics_along(buffers):
 
 
 # --- snapshots ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep", "names"),
+    [
+        (lambda m: {"best." + k: v for k, v in m.state_dict().items()}, "weight, bias"),
+        (lambda m: [p.data for p in m.parameters()], "weight, bias"),
+        (lambda m: tuple(p.detach() for p in m.parameters()), "weight, bias"),
+    ],
+    ids=["prefix", "data", "detach"],
+)
+def test_a_snapshot_that_a_model_keeps_under_any_name_is_told(keep, names):
+    model = nn.Linear(4, 2)
+    model.kept = keep(model)
+    found = measure_state_hygiene(model, ROWS)
+    assert [(one.kind, one.place, one.detail) for one in found.findings] == [
+        ("alias", "model.kept", f"is the live memory of {names}")
+    ]
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda m: list(m.parameters()),
+        lambda m: [p.detach().clone() for p in m.parameters()],
+        lambda m: [m.weight.detach(), torch.ones(2)],
+        lambda m: [m.weight.detach()[:1]],
+    ],
+    ids=["parameters", "copies", "among others", "a part"],
+)
+def test_a_list_that_is_no_snapshot_by_reference_is_clean(keep):
+    model = nn.Linear(4, 2)
+    model.kept = keep(model)
+    assert measure_state_hygiene(model, ROWS).places("alias") == ()
 
 
 def test_a_copied_snapshot_is_detached():

@@ -2,7 +2,7 @@ import random
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from ensembles.checks.loading import assert_loader_deterministic, measure_loader_determinism
 
@@ -12,17 +12,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 class Augmented(Dataset):
-    """Eight samples, each moved by what `draw` returns."""
+    """Eight samples, or more, each moved by what `draw` returns."""
 
-    def __init__(self, draw) -> None:
+    def __init__(self, draw, size=8) -> None:
         self.draw = draw
-        self.samples = torch.arange(8.0)
+        self.samples = torch.arange(float(size))
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.samples[index] + self.draw()
+
+
+class Sized(Augmented):
+    """Samples that are asked for by index and size."""
+
+    def __getitem__(self, index) -> torch.Tensor:
+        return super().__getitem__(index[0] if isinstance(index, tuple) else index)
 
 
 class Held(Augmented):
@@ -107,6 +114,45 @@ def test_a_plain_iterable_can_be_compared_without_augmentation():
     assert_loader(lambda: [torch.ones(2), torch.zeros(2)], augmented=False)
 
 
+class Rows(DistributedSampler):
+    """The share of the first of two processes; `epoch` is told where an epoch ends."""
+
+    def __init__(self, *, shuffle=True, told=False, size=16) -> None:
+        super().__init__(range(size), num_replicas=2, rank=0, shuffle=shuffle)
+        self.told = told
+
+    def __iter__(self):
+        yield from super().__iter__()
+        if self.told:
+            self.set_epoch(self.epoch + 1)
+
+
+def sampled(sampler, dataset=Augmented):
+    """Builds a loader, with a sampler that is built anew too."""
+    return lambda: DataLoader(dataset(from_torch, 16), batch_size=2, sampler=sampler())
+
+
+def test_a_shuffle_that_is_told_the_epoch_holds():
+    measured = measure_loader_determinism(sampled(lambda: Rows(told=True)))
+    assert (measured.shuffled, measured.one_order) == (True, False)
+    assert_loader_deterministic(measured)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "dataset"),
+    [
+        (lambda: Rows(shuffle=False), Augmented),
+        (lambda: Rows(shuffle=False, size=15), Augmented),
+        (lambda: [(3, "small"), (2, "large"), (1, "small"), (0, "large")], Sized),
+    ],
+    ids=["a share", "a share that begins anew", "no indices"],
+)
+def test_samples_in_order_hold(sampler, dataset):
+    measured = measure_loader_determinism(sampled(sampler, dataset))
+    assert (measured.shuffled, measured.one_order) == (False, True)
+    assert_loader_deterministic(measured)
+
+
 # --- it breaks ------------------------------------------------------------------------------------
 
 
@@ -131,6 +177,15 @@ def test_one_seed_in_every_worker_is_broken(golden):
     with pytest.raises(AssertionError) as broken:
         assert_loader(Loader(lambda: Augmented(from_numpy), worker_init_fn=seed_zero))
     golden(str(broken.value), "messages/loading_same_seed.txt")
+
+
+def test_a_shuffle_that_is_not_told_the_epoch_is_broken(golden):
+    make = sampled(Rows)
+    assert_loader(make, augmented=False)
+    with pytest.raises(AssertionError) as broken:
+        assert_loader(make)
+    golden(str(broken.value), "messages/loading_one_order.txt")
+    assert "shuffled once for all epochs" in str(measure_loader_determinism(make))
 
 
 def test_the_worker_number_as_a_seed_repeats_in_every_epoch():

@@ -53,6 +53,30 @@ def test_a_training_step_inside_leaves_every_bit_as_it_was():
     assert bits(model) == before
 
 
+def test_plain_attributes_come_back():
+    model = network()
+    model.merged, model.cache, model.table = False, None, torch.ones(2)
+    table = model.table
+    with preserved(model):
+        model.merged, model.cache, model.table, model.new = True, (torch.ones(1),), None, table
+    assert (model.merged, model.cache, model.table) == (False, None, table)
+    assert not hasattr(model, "new")
+
+
+def test_what_is_in_an_attribute_comes_back():
+    model = network()
+    model.cache, model.seen, model.kept = {}, [1], {"a": torch.ones(1)}
+    cache, seen, kept, value = model.cache, model.seen, model.kept, model.kept["a"]
+    with preserved(model):
+        model.cache[8] = model.kept.pop("a")
+        model.seen.append(2)
+        model.kept = {}
+    assert (model.cache, model.seen) == ({}, [1])
+    assert (model.cache is cache, model.seen is seen, model.kept is kept) == (True, True, True)
+    assert list(kept) == ["a"]
+    assert kept["a"] is value
+
+
 def test_modes_come_back_module_by_module():
     model = network()
     with preserved(model):
