@@ -11,7 +11,7 @@ from torch import nn
 from ensembles.models import SubnetResNet
 from ensembles.models.resnet import ResidualBlock
 
-RECORDED_WITH = "2.15."
+RECORDED_WITH = ("2.14.", "2.15.")
 MATS = Path(__file__).parent / "test_mats"
 
 
