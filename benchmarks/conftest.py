@@ -14,6 +14,7 @@ from statistics import median
 from time import perf_counter
 
 import pytest
+from _pytest.terminal import TerminalReporter  # public from pytest 8.4 on
 
 LOCAL = ".benchmarks"
 COMMITTED = Path(__file__).parent / "baselines"
@@ -66,7 +67,7 @@ class Baseline:
             option.benchmark_compare_fail = []
             self.told.append("--benchmark-compare-fail was not looked at")
 
-    def report(self, reporter: pytest.TerminalReporter) -> None:
+    def report(self, reporter: TerminalReporter) -> None:
         if self.first:
             storage = self.config._benchmarksession.storage
             stored = storage.query("[0-9][0-9][0-9][0-9]_")

@@ -1,13 +1,15 @@
 """Promise: members see the samples that they are claimed to see: bagged, paired or shuffled.
 
 Catches "bagged" members that all get the same sample indices, bootstraps that are drawn without
-replacement or that overlap too much, members claimed paired whose loaders shuffle by themselves,
-members claimed shuffled that read in one order, and loaders whose workers augment with one stream.
+replacement, anew in every epoch, or that overlap too much, members claimed paired whose loaders
+shuffle by themselves, members claimed shuffled that read in one order, and loaders whose workers
+augment with one stream.
 
 A bootstrap draws n of N samples with replacement: N (1 - (1 - 1/N)^n) of them are distinct, for
 n = N a share of 1 - 1/e = 63.2 %, and two members have the square of that share in common (Efron
 1979, "Bootstrap methods"; Breiman 1996, "Bagging predictors"). Both are compared within six
-standard deviations, so that one healthy ensemble in a hundred million is refused.
+standard deviations, so that one healthy ensemble in a hundred million is refused. A member keeps
+its bootstrap: one that is drawn anew in every epoch has seen all samples after a few.
 
 Samples are known by their index where integers come, and by the digest of their content where a
 loader gives batches: then equal samples count as one, and random augmentation makes every sample
@@ -74,6 +76,8 @@ class MemberData:
         pairs: What every two of them have in common.
         size: How many samples the data set has, where it was told.
         by_content: Whether samples are known by their content, not by an index.
+        redrawn: (member, share): how much of what the member sees in its next epoch it did not see
+            in the first, where the two are not the same samples.
         repeated: (member, what, places): a random stream of the member's loader that several
             workers, or a worker in several epochs, have in common.
     """
@@ -84,6 +88,7 @@ class MemberData:
     pairs: tuple[DataPair, ...]
     size: int | None
     by_content: bool
+    redrawn: tuple[tuple[str, float], ...] = ()
     repeated: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
 
     def __str__(self) -> str:
@@ -97,6 +102,10 @@ class MemberData:
         rows = [
             (f"member {name}", f"{seen} samples", f"{distinct / seen:.1%} distinct")
             for name, seen, distinct in zip(self.members, self.seen, self.distinct, strict=True)
+        ]
+        rows += [
+            (f"member {name}", "other samples in the next epoch", f"{share:.1%} of them not seen")
+            for name, share in self.redrawn
         ]
         rows += [
             (f"member {n}", what, f"one stream in {listed(p, 3)}") for n, what, p in self.repeated
@@ -140,13 +149,18 @@ def measure_member_data(
         raise ValueError(f"data are compared between members, and {len(names)} was given.")
     by_content = False
     read: dict[str, list[int | str]] = {}
+    redrawn: list[tuple[str, float]] = []
     repeated: list[tuple[str, str, tuple[str, ...]]] = []
     with generators_kept():
         seed_generators(present_seed.get())
         for name in names:
-            keys = samples_of(data, name)
+            keys, *again = samples_of(data, name)
             by_content |= any(isinstance(key, str) for key in keys)
             read[str(name)] = keys
+            if again and Counter(again[0]) != Counter(keys):
+                known = set(keys)
+                share = sum(key not in known for key in again[0]) / len(again[0])
+                redrawn.append((str(name), share))
         for name in names if by_content else ():
             loader = data(name)
             if can_be_asked(loader) and loader.num_workers:
@@ -168,6 +182,7 @@ def measure_member_data(
         ),
         size=size,
         by_content=by_content,
+        redrawn=tuple(redrawn),
         repeated=tuple(repeated),
     )
 
@@ -182,7 +197,7 @@ def assert_members_bagged(data: MemberData) -> None:
     Raises:
         ValueError: If a member sees too few samples to tell.
         AssertionError: If two members see the same samples, too many in common, or if one's are
-            not drawn with replacement.
+            not drawn with replacement, or anew in every epoch.
 
     Example:
         >>> import random
@@ -228,6 +243,21 @@ def assert_members_bagged(data: MemberData) -> None:
                 remedy="Usual cause: replacement is missing (randperm, sample, replace=False), or "
                 "one bootstrap that is changed a little for each member. A data set of another "
                 "size than a member's draw is told by size=.",
+            )
+        )
+    if data.redrawn:
+        raise AssertionError(
+            broken(
+                f"members {listed(data.members)} are claimed bagged, and draw anew in every epoch",
+                [
+                    (f"member {name}", f"{share:.1%} of the next epoch", "not seen in the first")
+                    for name, share in data.redrawn
+                ],
+                total=f"{len(data.redrawn)} of {counted(data.members, 'member')}",
+                meaning="After e epochs a member has seen a share of 1 - 0.368^e of all samples: "
+                "members differ in the order of what they see, and soon in nothing else.",
+                remedy="Usual cause: RandomSampler(replacement=True), which draws whenever it is "
+                "read. Draw once for each member, and train on Subset(data, indices).",
             )
         )
 

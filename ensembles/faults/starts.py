@@ -143,9 +143,7 @@ def same_bootstrap(architecture: Architecture, place: Place, broken: bool) -> Su
 
     def data(member: int) -> Iterable[Any]:
         generator = torch.Generator().manual_seed(0 if broken else member)
-        return RandomSampler(
-            range(SAMPLES), replacement=True, num_samples=SAMPLES, generator=generator
-        )
+        return torch.randint(SAMPLES, (SAMPLES,), generator=generator).tolist()
 
     return _trained_on(architecture, place, data, "bagged")
 
@@ -157,9 +155,21 @@ def bootstrap_without_replacement(
     """Members are claimed bagged, and see every sample once, in an order of their own."""
 
     def data(member: int) -> Iterable[Any]:
-        return RandomSampler(range(SAMPLES), replacement=not broken, num_samples=SAMPLES)
+        drawn = torch.randperm(SAMPLES) if broken else torch.randint(SAMPLES, (SAMPLES,))
+        return drawn.tolist()
 
     return replace(_trained_on(architecture, place, data, "bagged"), data_size=SAMPLES)
+
+
+@fault("members", "data")
+def bootstrap_of_each_epoch(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """Members are claimed bagged, and one of them draws its bootstrap anew whenever it is read."""
+
+    def data(member: int) -> Iterable[Any]:
+        drawn = RandomSampler(range(SAMPLES), replacement=True, num_samples=SAMPLES)
+        return drawn if broken and member == place.member else list(drawn)
+
+    return _trained_on(architecture, place, data, "bagged")
 
 
 @fault("members", "data")

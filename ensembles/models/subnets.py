@@ -387,7 +387,7 @@ class SubnetResNet(nn.Module):
     @property
     def member_names(self) -> tuple[str, ...]:
         """The names of the parent and of all subnets, in the order of the outputs."""
-        return ("parent", *self.subnets)
+        return ("parent", *self.subnets.keys())
 
     def forward(self, x: Tensor, members: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Computes the logits of the members, and of those only.

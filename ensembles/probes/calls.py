@@ -32,14 +32,19 @@ class CallLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Example:
         >>> with CallLog() as log:
-        ...     y = torch.ones(2).add(1)
-        >>> [name.partition(" in ")[0] for name, _ in log.calls]
-        ['aten::ones', 'aten::add']
+        ...     y = nn.functional.relu(torch.ones(2))  # as PyTorch's own layers call it
+        >>> [name for name, _ in log.calls]
+        ['aten::relu']
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would wrap every call to keep the compiler off, and be the caller of each.
+        return False
 
     def __torch_dispatch__(
         self,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ensembles.probes.conversions import OTHER_CODE, Conversion, Converted, Source
+from ensembles.probes.conversions import OTHER_CODE, Conversion, Converted, NotLookedAt, Source
 from ensembles.probes.trips import Trip, owners_of, trip
 from ensembles.subject import Subject
 
@@ -36,6 +36,8 @@ def _ddp(source: Source) -> Converted:
 
 
 def _fsdp2(source: Source) -> Converted:
+    if torch.__version__ < "2.7":
+        raise NotLookedAt("this PyTorch shards on GPUs only: from 2.7 on it does on CPUs")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

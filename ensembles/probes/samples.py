@@ -18,30 +18,46 @@ MOST = 10_000_000
 """Samples, after which an iterable is taken to have no end."""
 
 
-def samples_of(data: Callable[[Any], Iterable[Any]], member: Any) -> list[int | str]:
-    """Every sample that a member reads: its index, or the digest of its content.
+def samples_of(data: Callable[[Any], Iterable[Any]], member: Any) -> tuple[list[int | str], ...]:
+    """Every sample that a member reads in an epoch: its index, or the digest of its content.
+
+    Where samples come repeatedly, as in a bootstrap, the next epoch is read too, unless what was
+    given can be read once only.
 
     Args:
         data: A function of the member to indices, a sampler, or a loader of batches.
         member: Its number or name.
+
+    Returns:
+        The samples of one epoch, or of two.
 
     Raises:
         ValueError: If `data` fails, gives neither indices nor tensors, nothing, or no end.
 
     Example:
         >>> samples_of(lambda member: [[2, 0], torch.tensor([1])], 0)
-        [2, 0, 1]
+        ([2, 0, 1],)
+        >>> samples_of(lambda member: [1, 0, 1], 0)
+        ([1, 0, 1], [1, 0, 1])
     """
+    found = _of(data, member)
+    keys = _epoch(found, str(member))
+    if not keys:
+        raise ValueError(f"member {member} sees no samples: there is nothing to compare.")
+    if len(set(keys)) == len(keys) or iter(found) is found:
+        return (keys,)
+    return keys, _epoch(found, str(member))
+
+
+def _epoch(found: Iterable[Any], member: str) -> list[int | str]:
     keys: list[int | str] = []
-    for key in _keys(_of(data, member), str(member)):
+    for key in _keys(found, member):
         keys.append(key)
         if len(keys) > MOST:
             raise ValueError(
                 f"the data of member {member} have not ended after {MOST:,} samples. Give "
                 "one epoch: itertools.islice."
             )
-    if not keys:
-        raise ValueError(f"member {member} sees no samples: there is nothing to compare.")
     return keys
 
 

@@ -63,6 +63,33 @@ def test_every_bootstrap_holds_whatever_its_size(seen, size, members, seed):
         assert_members_bagged(measure_member_data(drawn.__getitem__, members, size=size))
 
 
+class Redrawn:
+    """A sampler that draws a bootstrap whenever it is read, as `RandomSampler` does."""
+
+    def __init__(self, member: int) -> None:
+        self.generator = np.random.default_rng([7, member])
+
+    def __iter__(self):
+        return iter(self.generator.integers(SIZE, size=SIZE).tolist())
+
+
+def test_bootstraps_that_are_drawn_anew_in_every_epoch_are_broken(golden):
+    golden(message(assert_members_bagged, Redrawn), "messages/data_redrawn.txt")
+    sampled = RandomSampler(range(SIZE), replacement=True)
+    told = message(assert_members_bagged, lambda member: sampled if member else bootstrap(0))
+    assert "draw anew in every epoch" in told
+    assert "member 0" not in told
+
+
+def test_bootstraps_in_other_orders_and_what_is_read_once_hold():
+    def reordered(member):
+        subset = TensorDataset(torch.from_numpy(bootstrap(member)).double())
+        return DataLoader(subset, batch_size=9, shuffle=True)
+
+    assert_members_bagged(measure_member_data(reordered, 3, size=SIZE))
+    assert_members_bagged(measure_member_data(lambda member: iter(bootstrap(member)), 3))
+
+
 def test_indices_come_in_every_form():
     forms = {
         "range": range(20),

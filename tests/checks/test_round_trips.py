@@ -164,6 +164,9 @@ def test_two_processes_keep_the_model(tmp_path, monkeypatch):
     ddp, fsdp2 = found.trips
     cells = (ddp.ties, ddp.function, ddp.ownership, ddp.parameters, ddp.optimizer)
     assert cells == ("kept",) * 5
+    if torch.__version__ < "2.7":
+        assert fsdp2.reason.startswith("this PyTorch shards on GPUs only")
+        return
     assert (fsdp2.ties, fsdp2.function, fsdp2.parameters) == ("kept",) * 3
     assert fsdp2.ownership == "-"  # each process holds a shard
     assert fsdp2.optimizer == "broken by PyTorch"

@@ -91,6 +91,8 @@ def test_another_momentum_of_the_optimizer_parts_in_the_second_step(golden):
             trajectory(optimizer=lambda model: sgd(model, 0.8)).only("output", "parameter"),
         )
     assert "part at step 2" in str(broken.value)
+    if torch.__version__ < "2.7":
+        pytest.skip("torch 2.6 rounds so that other norms come first")
     golden(str(broken.value), "messages/trajectory_momentum.txt")
 
 
