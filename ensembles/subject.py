@@ -53,9 +53,11 @@ class Subject:
             or a dict of keyword arguments.
         outputs: Splits the value that one module returns into member outputs. By default a list,
             tuple or dict is taken as one output per member, and a tensor as one member.
-        members: Finds the member modules inside one module, so that storage can be compared
-            between them. A list or dict of modules needs none.
-        optimizer: Builds the optimizer, or a list of them, for the model that it is given.
+        members: Finds the member modules inside one module, such as `lambda model: model.members`,
+            so that storage can be compared between them. A list or dict of modules needs none.
+        optimizer: Builds the optimizer, or a list of them, for the model that it is given; or
+            returns what `configure_optimizers` of a LightningModule does, of which schedulers are
+            left out.
         loss: The training loss: a function of the dict of member outputs, to a scalar tensor.
         member_loss: The loss of one member: a function of its output, to a scalar tensor.
         scheduler: A function of one optimizer: its scheduler, a list of them, or a function that
@@ -129,8 +131,8 @@ class Subject:
         """The same subject with these claims in place of its own.
 
         Example:
-            >>> Subject(make=lambda: nn.Linear(2, 2)).claiming(sharing="declared").claims
-            {'sharing': 'declared'}
+            >>> Subject(make=lambda: nn.Linear(2, 2)).claiming(sharing="distinct").claims
+            {'sharing': 'distinct'}
         """
         return replace(self, claims=claims)
 

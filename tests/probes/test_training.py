@@ -181,6 +181,7 @@ def in_two_lists(model):
         (lambda model: ([sgd(model)], []), 1),
         (lambda model: (scheduled(model), scheduled(model), sgd(model)), 3),
     ],
+    ids=["optimizer", "dict", "two_lists", "no_schedulers", "mixed"],
 )
 def test_every_form_of_configure_optimizers_gives_its_optimizers(build, count):
     model = nn.Linear(2, 2)
@@ -192,6 +193,7 @@ def test_every_form_of_configure_optimizers_gives_its_optimizers(build, count):
 @pytest.mark.parametrize(
     "build",
     [lambda m: None, lambda m: {"lr_scheduler": sgd(m)}, lambda m: ([], []), lambda m: [sgd(m), 3]],
+    ids=["none", "dict", "two_lists", "list"],
 )
 def test_what_holds_no_optimizer_is_refused(build):
     with pytest.raises(ValueError, match=r"^optimizer=\.\.\. returned an object of type "):
