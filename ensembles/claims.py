@@ -81,7 +81,9 @@ def _run_sharing(subject: Subject, model: Model, claim: Any) -> object:
     if isinstance(names, str) or not (names is None or isinstance(names, Sequence)):
         raise _unknown_claim("sharing", claim, [*words, "a list of name patterns"])
     measured = sharing.measure_parameter_sharing(model, members=subject.members)
-    sharing.assert_parameters_distinct(measured)
+    sharing.assert_parameters_distinct(
+        measured if subject.members is None else sharing.measure_parameter_sharing(model)
+    )
     if names is not None:
         sharing.assert_members_share(measured, names)
     return measured
@@ -270,6 +272,8 @@ def _run_loss_scale(subject: Subject, model: Model, claim: Any) -> object:
     claim = claim if isinstance(claim, Mapping) and "loss" in claim else {"loss": claim}
     if not set(claim) <= known:
         raise _unknown_claim("loss_scale", claim, [f"a dict of {', '.join(sorted(known))}"])
+    if isinstance(claim["loss"], str) and claim["loss"] not in words:
+        raise _unknown_claim("loss_scale", claim["loss"], words)
     if subject.loss is None:
         raise ValueError(
             f"subject {subject.name!r} claims a loss scale, and has no loss: give "
@@ -404,7 +408,8 @@ def _is_count(number: object) -> bool:
 
 
 def _unknown_claim(check: str, claim: Any, words: Sequence[str]) -> ValueError:
-    return ValueError(f"{check!r} cannot be claimed to be {claim!r}. It is {', '.join(words)}.")
+    known = " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return ValueError(f"{check} cannot be claimed to be {claim!r}. It is {known}.")
 
 
 CHECKS: Mapping[str, Check] = {

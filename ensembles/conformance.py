@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+from ensembles.calling import asked, called, raised, said
 from ensembles.claims import (
     CHECKS,
     DEFAULT_CONTAINER_CLAIMS,
@@ -67,7 +68,7 @@ class BoundCheck:
     def __call__(self, subject: Subject | None = None) -> object:
         """Makes the model anew under the present seed, and looks."""
         __tracebackhide__ = True
-        subject = subject or self.subject
+        subject = _telling(subject or self.subject)
         if not self.claimed:
             # One reason for all, so that pytest's summary folds them; ours names each.
             pytest.skip("not claimed")
@@ -105,14 +106,25 @@ def made(subject: Subject) -> Model:
     """
     __tracebackhide__ = True
     seed_generators(present_seed.get())
-    try:
-        model = subject.make()
-    except Exception as error:
-        raise ValueError(
-            f"the factory of subject {subject.name!r} raised {type(error).__name__}: {error}"
-        ) from error
+    model = subject.make()
     named_modules_of(model)
     return model
+
+
+def _telling(subject: Subject) -> Subject:
+    """The same, whose errors in making model and batch say where they come from."""
+
+    def make() -> Model:
+        __tracebackhide__ = True
+        try:
+            return subject.make()
+        except Exception as error:
+            what = f"the factory of subject {subject.name!r}"
+            raise ValueError(raised(what, error, of=subject.make)) from error
+
+    then = "It takes nothing, and returns what the model is called with."
+    batch = None if subject.batch is None else partial(asked, "batch", subject.batch, then=then)
+    return replace(subject, make=make, batch=batch)
 
 
 def checks_for(subject: Subject) -> Iterator[BoundCheck]:
@@ -275,28 +287,31 @@ def as_subject(thing: Any, *, name: str = "") -> Subject:
         True
     """
     if isinstance(thing, Subject):
-        return thing if thing.batch else replace(thing, batch=partial(_batch_for, thing))
+        unnamed = thing.name == "<lambda>"
+        subject: Subject = replace(thing, name=name or "subject") if unnamed else thing
+        return subject if subject.batch else replace(subject, batch=partial(_batch_for, subject))
     if isinstance(thing, torch.nn.Module) or not callable(thing):
         named_modules_of(thing)
         return as_subject(_claiming_defaults(lambda: thing, thing, name))
+    own = called(thing)
+    name = own if own != "..." else name or "subject"
     try:
         with generators_kept():
             seed_generators(present_seed.get())
             result = thing()
     except Exception as error:
-        raise ValueError(
-            f"the factory {_called(thing)} raised {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(raised(f"the factory {name!r}", error, of=thing)) from error
     if isinstance(result, Subject):
-        return as_subject(result)
+        return as_subject(result, name=name)
+    returns = "It returns a module, a list or dict of modules, or a Subject."
+    if not isinstance(result, (torch.nn.Module, Mapping, Sequence)):
+        kind = f"an object of type {type(result).__name__}"
+        raise ValueError(f"the factory {name!r} returned {kind}. {returns}")
     try:
         named_modules_of(result)
     except ValueError as error:
-        raise ValueError(
-            f"the factory {_called(thing)} returned no model: {error} It returns a module, "
-            "a list or dict of modules, or a Subject."
-        ) from error
-    return as_subject(_claiming_defaults(thing, result, _called(thing)))
+        raise ValueError(f"the factory {name!r} returned no model: {error} {returns}") from error
+    return as_subject(_claiming_defaults(thing, result, name))
 
 
 def resolve(path: str) -> Subject:
@@ -316,14 +331,13 @@ def resolve(path: str) -> Subject:
         found: Any = import_module(module_name)
     except Exception as error:
         raise ValueError(
-            f"cannot import {module_name!r} for the subject {path!r}: "
-            f"{type(error).__name__}: {error}"
+            f"cannot import {module_name!r} for the subject {path!r}: {said(error)}."
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{module_name!r} has no {attribute!r}, which {path!r} names.")
         found = getattr(found, part)
-    return as_subject(found)
+    return as_subject(found, name=attribute)
 
 
 def _claiming_defaults(make: Callable[[], Model], model: Model, name: str) -> Subject:
@@ -350,7 +364,7 @@ def _of_members(count: int, output: Any) -> Mapping[str, Any] | Sequence[Any]:
 
 def _batch_for(subject: Subject) -> Any:
     with generators_kept():
-        return inferred_batch(made(subject))
+        return inferred_batch(made(_telling(subject)))
 
 
 def _result(bound: BoundCheck) -> Result:
@@ -368,7 +382,7 @@ def _result(bound: BoundCheck) -> Result:
 def _told(error: Exception) -> str:
     """The message; with its type where it is not one of ours, or says nothing."""
     ours = isinstance(error, (AssertionError, ValueError)) and str(error)
-    return str(error) if ours else f"{type(error).__name__}: {error}"
+    return str(error) if ours else said(error)
 
 
 def _is_ours(error: Exception) -> bool:
@@ -384,7 +398,3 @@ def _first_line(text: str) -> str:
 def _known(name: str, where: str) -> None:
     if name not in CHECKS:
         raise ValueError(f"{where}, and there is no such check. Checks are: {', '.join(CHECKS)}.")
-
-
-def _called(factory: Any) -> str:
-    return str(getattr(factory, "__name__", type(factory).__name__))

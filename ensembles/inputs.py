@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ensembles.probes.state import preserved
+from ensembles.probes.training import hidden_modules
 from ensembles.subject import Model, checked_initialised, member_outputs, named_modules_of
 
 __all__ = ["inferred_batch"]
@@ -65,18 +66,22 @@ def inferred_batch(model: Model) -> Any:
             return batch
     tried = f" Tried: {errors[-1]}" if errors else ""
     raise ValueError(
-        f"no batch was given, and none could be inferred for {type(first).__name__}. "
-        f"Return a Subject(make=..., batch=...) that holds one.{tried}"
+        f"no batch was given, and none could be inferred for {type(first).__name__}. Return a "
+        "Subject(make=..., batch=...) whose batch returns what the model is called with: a tensor, "
+        f"a tuple of positional arguments, or a dict of keyword arguments.{tried}"
     )
 
 
 def _candidates(module: nn.Module) -> list[Tensor]:
     for name, parameter in module.named_parameters():
         checked_initialised(parameter, f"parameter {name}")
-    like = next(iter(module.parameters()), torch.zeros(()))
+    # Also what a Python list hides from the model: so that a check can tell of it.
+    layers = [each for one in (module, *hidden_modules([module])) for each in one.modules()]
+    parameters = (p for layer in layers for p in layer.parameters(recurse=False))
+    like = next(parameters, torch.zeros(()))
     if not like.is_floating_point():
         like = torch.zeros((), device=like.device)
-    for layer in module.modules():
+    for layer in layers:
         if isinstance(layer, nn.Embedding):
             tokens = torch.randint(layer.num_embeddings, (ROWS, TOKENS), device=like.device)
             return [tokens]

@@ -132,8 +132,12 @@ def _status(check: Any, report: pytest.TestReport, call: pytest.CallInfo[None]) 
     return "broken" if call.excinfo.errisinstance(AssertionError) else "error"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(
+    session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
+) -> None:
     """Refuses an `--ensembles-require` that nothing here can meet."""
+    if session.testsfailed:  # what could not be collected is the news, and may hold the claims
+        return
     is_worker = hasattr(config, "workerinput")
     claims = any(item.get_closest_marker("ensembles") for item in items)
     if _required(config) and not claims and not is_worker:
@@ -144,7 +148,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """The same for xdist, whose workers collect, and where only the controller can refuse."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     is_controller = session.config.pluginmanager.has_plugin("dsession")
-    if is_controller and reporter and _required(session.config) and not _rows(reporter):
+    if not is_controller or not reporter or not _required(session.config):
+        return
+    if not _rows(reporter) and not reporter.stats.get("error"):
         reporter.write_line(f"ERROR: {NO_CLAIMS}", red=True)
         session.exitstatus = pytest.ExitCode.USAGE_ERROR
 

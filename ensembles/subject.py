@@ -16,6 +16,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from typing_extensions import TypeIs
 
+from ensembles.calling import asked, raised
+
 Model = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
 """What a user points at: one module, or the members as a list or dict of modules."""
 
@@ -24,6 +26,17 @@ Outputs = Callable[[Any], Mapping[str, Any] | Sequence[Any]]
 
 Members = Callable[[Any], Mapping[str, nn.Module] | Sequence[nn.Module]]
 """Finds the members inside one module."""
+
+
+LISTED = "Usual cause: members in a Python list instead of nn.ModuleList"
+"""Why a model registers nothing."""
+
+SPLIT = (
+    "Give a list of modules, or outputs=a function that splits what the model returns: split_axis, "
+    "split_batch or your own. Where it returns the mean of its members, give the members: "
+    "make=lambda: list(Model().members)."
+)
+"""What to do where a model yields one output, and a check compares members."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -40,9 +53,11 @@ class Subject:
             or a dict of keyword arguments.
         outputs: Splits the value that one module returns into member outputs. By default a list,
             tuple or dict is taken as one output per member, and a tensor as one member.
-        members: Finds the member modules inside one module, so that storage can be compared
-            between them. A list or dict of modules needs none.
-        optimizer: Builds the optimizer, or a list of them, for the model that it is given.
+        members: Finds the member modules inside one module, such as `lambda model: model.members`,
+            so that storage can be compared between them. A list or dict of modules needs none.
+        optimizer: Builds the optimizer, or a list of them, for the model that it is given; or
+            returns what `configure_optimizers` of a LightningModule does, of which schedulers are
+            left out.
         loss: The training loss: a function of the dict of member outputs, to a scalar tensor.
         member_loss: The loss of one member: a function of its output, to a scalar tensor.
         scheduler: A function of one optimizer: its scheduler, a list of them, or a function that
@@ -116,8 +131,8 @@ class Subject:
         """The same subject with these claims in place of its own.
 
         Example:
-            >>> Subject(make=lambda: nn.Linear(2, 2)).claiming(sharing="declared").claims
-            {'sharing': 'declared'}
+            >>> Subject(make=lambda: nn.Linear(2, 2)).claiming(sharing="distinct").claims
+            {'sharing': 'distinct'}
         """
         return replace(self, claims=claims)
 
@@ -248,14 +263,9 @@ def named_members(model: Model, members: Members | None = None) -> dict[str, nn.
     __tracebackhide__ = True
     if members is None:
         return named_modules_of(model)
-    try:
-        found = members(model)
-    except Exception as error:
-        raise ValueError(
-            f"Subject(members=...) raised {_said(error)} for {_kind(model)}. "
-            "It takes the model and returns its member modules, as a list or dict."
-        ) from error
-    return _named(found, nn.Module, "Subject(members=...)")
+    then = "It takes the model and returns its member modules, as a list or dict."
+    found = asked("members", members, model, then=f"{then} The model is {_kind(model)}.")
+    return _named(found, nn.Module, "members=...")
 
 
 def member_outputs(
@@ -312,10 +322,8 @@ def call(module: nn.Module, batch: Any, *, place: str) -> Any:
             return module(**batch)
         return module(*batch) if isinstance(batch, tuple) else module(batch)
     except Exception as error:
-        raise ValueError(
-            f"calling {place} ({type(module).__name__}) on the batch {_shapes(batch)} raised "
-            f"{_said(error)}{_devices(module, batch)}"
-        ) from error
+        what = f"calling {place} ({type(module).__name__}) on the batch {_shapes(batch)}"
+        raise ValueError(raised(what, error, _devices(module, batch), of=module)) from error
 
 
 def checked_numbers(model: Model) -> None:
@@ -409,25 +417,15 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _split(outputs: Outputs, result: Any, place: str) -> Any:
-    try:
-        return outputs(result)
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"outputs=... raised {_said(error)} for what {place} returned, {_kind(result)}. "
-            "It takes that value and returns one output per member."
-        ) from error
+    __tracebackhide__ = True
+    then = f"It takes what {place} returned, {_kind(result)}, and returns one output per member."
+    return asked("outputs", outputs, result, then=then)
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
     return f"an object of type {type(value).__name__}"
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
 def _shapes(batch: Any) -> str:
@@ -443,6 +441,6 @@ def _devices(module: nn.Module, batch: Any) -> str:
         if isinstance(x, Tensor):
             homes.setdefault(str(x.device), "the batch")
     if len(homes) < 2:
-        return "."
+        return ""
     listed = "; ".join(f"{device} holds {name}" for device, name in homes.items())
-    return f". Several devices are in use: {listed}. Move model and batch to one."
+    return f"Several devices are in use: {listed}. Move model and batch to one."

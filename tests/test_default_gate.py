@@ -220,3 +220,128 @@ def test_a_trunk_in_common_is_a_matter_of_sharing():
     subject = Subject(make=make, batch=lambda: torch.randn(5, 4), claims=claims)
     assert broken(subject) == []
     assert broken(subject.claiming(diversity="independent")) == ["diversity"]
+
+
+# --- members that nothing registers -------------------------------------------------------------
+
+
+class Listed(nn.Module):
+    """The first fault that anybody makes: members in a Python list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = [network(), network()]
+
+    def forward(self, x):
+        return [net(x) for net in self.nets]
+
+
+def sgd(model) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def statuses(model) -> dict[str, tuple[str, str]]:
+    return {r.check: (r.status, r.message) for r in check_ensemble(model) if r.claim}
+
+
+@pytest.mark.parametrize("optimizer", [None, sgd])
+def test_members_in_a_python_list_are_named_with_and_without_an_optimizer(optimizer):
+    claims = {"ownership": "independent", "coverage": "complete", "hygiene": "clean"}
+    batch = torch.randn(5, 4)
+    subject = Subject(make=Listed, batch=lambda: batch, optimizer=optimizer, claims=claims)
+    found = statuses(subject)
+    assert found["ownership"] == (
+        "error",
+        "the model has no parameters that anybody could own. Usual cause: members in a Python list "
+        "instead of nn.ModuleList.",
+    )
+    for check, place in (("coverage", "model.nets[0].3.weight"), ("hygiene", "model.nets[1]")):
+        assert found[check][0] == "broken"
+        assert f"{place} (in a Python list)" in found[check][1]
+
+
+def test_an_optimizer_that_fails_for_another_reason_is_told_of_a_model_that_registers_all():
+    def fails(model):
+        raise RuntimeError("no such group")
+
+    claims = {"coverage": "complete", "hygiene": "clean"}
+    batch = torch.randn(5, 4)
+    subject = Subject(make=network, batch=lambda: batch, optimizer=fails, claims=claims)
+    for status, message in statuses(subject).values():
+        assert status == "error"
+        assert message.startswith("optimizer=fails raised RuntimeError: no such group (tests/")
+
+
+def test_a_bare_module_that_keeps_its_members_in_a_python_list_is_broken():
+    found = statuses(Listed)
+    assert found["sharing"] == (
+        "error",
+        "the model has no parameters or buffers: there is nothing to compare. Usual cause: members "
+        "in a Python list instead of nn.ModuleList.",
+    )
+    assert found["coverage"][0] == "broken"
+    assert "model.nets[0].0.weight (in a Python list)" in found["coverage"][1]
+
+
+# --- a module that keeps its members ------------------------------------------------------------
+
+
+class WithHead(Ensemble):
+    """Beside the members, a head that seems tied to an embedding: two Parameters, one memory."""
+
+    def __init__(self, members) -> None:
+        super().__init__(members)
+        self.table = nn.Embedding(4, 3)
+        self.head = nn.Linear(3, 4, bias=False)
+
+    def forward(self, x):
+        return [self.head(y) + x @ self.table.weight for y in super().forward(x)]
+
+
+def test_ties_beside_the_members_are_looked_at_too():
+    def tied():
+        model = WithHead([network(), network()])
+        model.head.weight = nn.Parameter(model.table.weight.data)
+        return model
+
+    healthy = statuses(lambda: WithHead([network(), network()]))
+    assert healthy["sharing"] == ("held", "")
+    status, message = statuses(tied)["sharing"]
+    assert status == "broken"
+    assert "table.weight" in message
+    assert "head.weight" in message
+
+
+def test_the_mean_of_members_is_as_deterministic_as_each():
+    claims = {"determinism": "bitwise"}
+    batch = torch.randn(5, 4)
+    subject = Subject(
+        make=lambda: Averaged([network(), network()]),
+        members=lambda model: model.members,
+        batch=lambda: batch,
+        claims=claims,
+    )
+    assert statuses(subject) == {"determinism": ("held", "")}
+
+
+@pytest.mark.parametrize(
+    ("claims", "place"),
+    [
+        ({"ownership": "independent"}, "and the model's output is one member's (model)"),
+        ({"coupling": "independent"}, "and only one was found (model)"),
+    ],
+)
+def test_the_mean_of_members_is_refused_with_the_way_to_have_them_looked_at(claims, place):
+    batch = torch.randn(5, 4)
+    subject = Subject(
+        make=lambda: Averaged([network(), network()]),
+        members=lambda model: model.members,
+        batch=lambda: batch,
+        claims=claims,
+    )
+    ((status, message),) = statuses(subject).values()
+    assert status == "error"
+    assert place in message
+    assert message.endswith("give the members: make=lambda: list(Model().members).")
+    apart = Subject(make=lambda: list(subject.make().members), batch=subject.batch, claims=claims)
+    assert {found for found, _ in statuses(apart).values()} == {"held"}

@@ -86,8 +86,9 @@ def test_trying_leaves_the_model_as_it_was():
 
 def test_a_model_of_no_known_layer_is_refused():
     told = (
-        "no batch was given, and none could be inferred for ReLU. "
-        "Return a Subject(make=..., batch=...) that holds one."
+        "no batch was given, and none could be inferred for ReLU. Return a Subject(make=..., "
+        "batch=...) whose batch returns what the model is called with: a tensor, a tuple of "
+        "positional arguments, or a dict of keyword arguments."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
         inferred_batch(nn.ReLU())
@@ -118,10 +119,11 @@ def test_an_error_of_the_models_own_is_told_at_once():
         def forward(self, x):
             return {"logit": super().forward(x)}["logits"]
 
+    line = Misspelt.forward.__code__.co_firstlineno + 1
     told = (
         "calling the model (Misspelt) on the batch (4, 12) torch.float32 on cpu raised KeyError: "
-        "'logits'. No batch was given, and this one was inferred from the first layer: if the "
-        "model takes another, return a Subject(make=..., batch=...)."
+        f"'logits' (tests/test_inputs.py:{line}). No batch was given, and this one was inferred "
+        "from the first layer: if the model takes another, return a Subject(make=..., batch=...)."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
         inferred_batch(Misspelt(12, 3))

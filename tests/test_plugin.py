@@ -63,10 +63,15 @@ def silence(names: list[str]) -> list[str]:
     return [f"  {len(names)} not claimed: {', '.join(names)}"] if names else []
 
 
-def expected_table() -> list[str]:
+def expected_table(pytester: pytest.Pytester) -> list[str]:
     found = "2 members, 4 parameters and buffers, 0 pieces of memory with several places"
     broken = "members 0, 1 are claimed independent, and share parameters"
-    error = "the factory of subject 'failing' raised ZeroDivisionError: division by zero"
+    (file,) = pytester.path.glob("test_*.py")
+    (line,) = (i for i, text in enumerate(file.read_text().splitlines(), 1) if "1 / 0" in text)
+    error = (
+        "the factory of subject 'failing' raised ZeroDivisionError: division by zero "
+        f"({file.name}:{line})."
+    )
     rest = silence(OTHERS)
     return [
         *("apart", f"  sharing   held                  {found}", *rest),
@@ -207,7 +212,7 @@ def test_the_summary_shows_every_claim_and_what_was_found(pytester):
     pytester.makepyfile(EVERY_STATUS)
     result = pytester.runpytest_inprocess("-p", "no:randomly")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    assert said_of(result) == expected_table()
+    assert said_of(result) == expected_table(pytester)
     skipped = 5 * len(OTHERS) + len(ALL)
     result.assert_outcomes(passed=1, failed=3, xfailed=1, skipped=skipped)
 
@@ -216,13 +221,13 @@ def test_the_summary_is_the_same_in_random_order(pytester):
     pytester.makepyfile(EVERY_STATUS)
     pytest.importorskip("pytest_randomly")
     result = pytester.runpytest_inprocess("--randomly-seed=3")
-    assert said_of(result) == expected_table()
+    assert said_of(result) == expected_table(pytester)
 
 
 def test_the_summary_is_the_same_with_xdist(pytester):
     pytester.makepyfile(EVERY_STATUS)
     result = pytester.runpytest_inprocess("-n", "2", "-p", "no:randomly")
-    assert said_of(result) == expected_table()
+    assert said_of(result) == expected_table(pytester)
 
 
 def test_a_claim_that_unexpectedly_holds_fails_the_run(pytester):
@@ -272,6 +277,18 @@ def test_requiring_claims_where_none_are_collected_is_a_usage_error(pytester, ho
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     told = "ERROR: --ensembles-require asks for claims, and no test of a subject was collected."
     assert told in result.stdout.str() + result.stderr.str()
+
+
+@pytest.mark.parametrize("how", [["-p", "no:xdist"], ["-n", "1"]], ids=["alone", "xdist"])
+def test_a_file_that_cannot_be_imported_is_the_news_where_claims_are_required(pytester, how):
+    pytester.makepyfile("import nowhere")
+    result = pytester.runpytest_inprocess("--ensembles-require=sharing", *how)
+    assert result.ret == (
+        pytest.ExitCode.TESTS_FAILED if "-n" in how else pytest.ExitCode.INTERRUPTED
+    )
+    told = result.stdout.str() + result.stderr.str()
+    assert "ModuleNotFoundError: No module named 'nowhere'" in told
+    assert "no test of a subject was collected" not in told
 
 
 def test_a_check_that_a_mark_skips_is_shown_as_skipped(pytester):

@@ -1,11 +1,14 @@
 """The README's examples run as they stand there."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import ensembles.suite  # noqa: F401  (before pytester forgets what inner runs import)
+from ensembles import Subject
+from ensembles.claims import CHECKS
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn.datasets")
@@ -42,3 +45,17 @@ def test_the_other_examples_pass(pytester, number, passing):
 
 def test_every_example_is_looked_at():
     assert len(EXAMPLES) == 3
+
+
+@pytest.mark.parametrize(
+    ("head", "names"),
+    [
+        ("| field | what it is |", [field.name for field in fields(Subject)]),
+        ("| check | claim |", list(CHECKS)),
+    ],
+    ids=["fields", "claims"],
+)
+def test_every_field_of_a_subject_and_every_claim_has_a_row(head, names):
+    table = README.partition(head)[2].partition("\n\n")[0].splitlines()[2:]
+    found = [name for row in table for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(found) == sorted(names)

@@ -109,9 +109,9 @@ def test_members_are_found_inside_a_module():
 
 
 def test_members_that_are_not_there_are_refused():
-    with refused("Subject(members=...) raised AttributeError: 'Linear' object has no attribute"):
+    with refused("members=... raised AttributeError: 'Linear' object has no attribute"):
         named_members(nn.Linear(2, 2), lambda model: model.heads)
-    with refused("Subject(members=...) has no members: there is nothing to compare."):
+    with refused("members=... has no members: there is nothing to compare."):
         named_members(nn.Linear(2, 2), lambda model: [])
 
 

@@ -45,6 +45,15 @@ def raising():
 def nothing():
     return None
 
+def of_layers(count):
+    return model()
+
+def batchless():
+    claims = {"ownership": "tied"}
+    return Subject(make=members, batch=lambda: torch.load("nowhere.pt"), claims=claims)
+
+in_one_line = lambda: Subject(make=lambda: [model(), model()], claims={"sharing": "independent"})
+
 def number():
     return 3
 
@@ -145,7 +154,7 @@ def test_no_frame_of_the_gate_stands_before_the_error_of_a_model(gate):
         [
             '>*raise RuntimeError("the second call fails")',
             "E       ValueError: the factory of subject 'raising_later' raised RuntimeError: "
-            "the second call fails",
+            f"the second call fails (zoo.py:{line_of('the second call fails')}).",
         ]
     )
 
@@ -155,30 +164,37 @@ def test_no_frame_of_the_gate_stands_before_the_error_of_a_model(gate):
 NO_MODEL = "It returns a module, a list or dict of modules, or a Subject."
 
 
+def line_of(text: str) -> int:
+    """The line of zoo.py that holds this."""
+    (line,) = (i for i, line in enumerate(ZOO.splitlines(), 1) if text in line)
+    return line
+
+
 REFUSED = {
-    "zoo:raising": "the factory raising raised RuntimeError: no such checkpoint: weights.pt",
+    "zoo:raising": (
+        "the factory 'raising' raised RuntimeError: no such checkpoint: weights.pt "
+        f"(zoo.py:{line_of('no such checkpoint')})."
+    ),
+    "zoo:of_layers": (
+        "the factory 'of_layers' raised TypeError: of_layers() missing 1 required positional "
+        f"argument: 'count' (zoo.py:{line_of('def of_layers')})."
+    ),
     "zoo": "'zoo' names no factory: write package.module:factory.",
     "zoo:": "'zoo:' names no factory: write package.module:factory.",
     ":model": "':model' names no factory: write package.module:factory.",
     "zou:model": (
         "cannot import 'zou' for the subject 'zou:model': "
-        "ModuleNotFoundError: No module named 'zou'"
+        "ModuleNotFoundError: No module named 'zou'."
     ),
     "zoo:modle": "'zoo' has no 'modle', which 'zoo:modle' names.",
-    "zoo:nothing": (
-        "the factory nothing returned no model: the model is an object of type NoneType: "
-        f"give a list or dict, one entry per member. {NO_MODEL}"
-    ),
-    "zoo:number": (
-        "the factory number returned no model: the model is an object of type int: "
-        f"give a list or dict, one entry per member. {NO_MODEL}"
-    ),
+    "zoo:nothing": f"the factory 'nothing' returned an object of type NoneType. {NO_MODEL}",
+    "zoo:number": f"the factory 'number' returned an object of type int. {NO_MODEL}",
     "zoo:empty": (
-        "the factory empty returned no model: the model has no members: "
+        "the factory 'empty' returned no model: the model has no members: "
         f"there is nothing to compare. {NO_MODEL}"
     ),
     "zoo:numbers": (
-        "the factory numbers returned no model: the model: member 1 is an object of type int, "
+        "the factory 'numbers' returned no model: the model: member 1 is an object of type int, "
         f"not a torch.nn.Module. {NO_MODEL}"
     ),
     "zoo:silent": (
@@ -215,23 +231,36 @@ def test_what_is_no_subject_is_refused_with_the_reason_alone(gate, path):
         ),
         (
             "memberless",
-            "Subject(members=...) raised AttributeError: 'Sequential' object has no attribute "
-            "'towers' for an object of type Sequential. It takes the model and returns its "
-            "member modules, as a list or dict.",
+            "members=... raised AttributeError: 'Sequential' object has no attribute 'towers' "
+            f"(zoo.py:{line_of('m.towers')}). It takes the model and returns its member modules, "
+            "as a list or dict. The model is an object of type Sequential.",
+        ),
+        (
+            "batchless",
+            "batch=... raised FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.pt' "
+            f"(zoo.py:{line_of('nowhere.pt')}). It takes nothing, and returns what the model is "
+            "called with.",
         ),
         (
             "misclaimed",
-            "'sharing' cannot be claimed to be 'indepndent'. "
-            "It is independent, tied, distinct, a list of name patterns.",
+            "sharing cannot be claimed to be 'indepndent'. "
+            "It is independent, tied, distinct or a list of name patterns.",
         ),
     ],
-    ids=["lazy", "memberless", "misclaimed"],
+    ids=["lazy", "memberless", "batchless", "misclaimed"],
 )
 def test_a_check_that_cannot_look_is_an_error(gate, factory, told):
-    result = gate(f"--ensembles-subject=zoo:{factory}", "-k", "sharing")
+    check = "ownership" if factory == "batchless" else "sharing"
+    result = gate(f"--ensembles-subject=zoo:{factory}", "-k", check)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert f"E       ValueError: {told}" in result.outlines
-    assert f"  sharing   error   {told}" in result.outlines
+    assert f"  {check}   error   {told}" in result.outlines
+
+
+def test_a_subject_of_a_lambda_is_called_as_what_the_command_line_names(gate):
+    result = gate("--ensembles-subject=zoo:in_one_line", "-k", "sharing")
+    assert result.ret == pytest.ExitCode.OK
+    assert "in_one_line" in result.outlines
 
 
 def test_sharing_is_gated_on_the_meta_device(gate):

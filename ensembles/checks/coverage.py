@@ -293,7 +293,12 @@ def _given_optimizers(optimizer: Any, model: Model) -> tuple[Optimizer, ...]:
             f"({', '.join(type(one).__name__ for one in given) or 'it is empty'}). Give a "
             "torch.optim.Optimizer, a list of them, or a function of the model."
         )
-    return optimizers_of(optimizer, model)
+    try:
+        return optimizers_of(optimizer, model)
+    except ValueError:
+        if any(entry.tensor.requires_grad for entry in registered(named_modules_of(model))):
+            raise
+        return ()  # none can be built of nothing: why nothing is registered is told in its place
 
 
 def _slots(optimizers: Sequence[Optimizer]) -> Slots:

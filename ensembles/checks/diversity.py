@@ -23,11 +23,13 @@ say nothing of the members.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import Any
+
+from torch import Tensor
 
 from ensembles.message import aligned, broken, counted, listed
 from ensembles.probes.likeness import (
@@ -69,7 +71,8 @@ class MemberDiversity:
             every construction, as if from a file.
         alike: Drawn parameters that members have in common.
         twins: Groups of members whose outputs are the same.
-        outputs: "compared"; "none given" without a batch; or "constant", the same for all rows.
+        outputs: "compared"; "none given" without a batch; "constant", the same for all rows; or
+            "of different shapes", no two of one.
         constructed: Whether construction was looked at: a function that builds was given.
         constants: Whether nothing can have been drawn: every number in the members is a constant.
         repeated: Whether two constructions in a row gave the same weights.
@@ -93,6 +96,7 @@ class MemberDiversity:
             "compared": f"outputs the same in {counted(range(_pairs(self.twins)), 'pair')}",
             "none given": "outputs not looked at",
             "constant": "outputs the same for all rows, and not compared",
+            "of different shapes": "outputs of different shapes, and not compared",
         }[self.outputs]
         head = (
             f"{counted(self.members, 'member')}, {len(same)} of "
@@ -152,8 +156,9 @@ def measure_member_diversity(
     if len(names) < 2 or likenesses is None:
         raise ValueError(
             f"diversity compares members, and one was given ({listed(names) or 'one module'}). "
-            "Give a list of modules, members=a function that finds them inside the model, or a "
-            "batch and outputs= that splits what it returns."
+            "Give a list of modules, members=a function that finds them inside the model, such as "
+            "members=lambda model: model.members, or a batch and outputs= that splits what it "
+            "returns."
         )
     alike = tuple(likenesses.found(names))
     if not likenesses.drawn and not found:
@@ -173,7 +178,7 @@ def measure_member_diversity(
         given=likenesses.given,
         alike=alike,
         twins=tuple(twins),
-        outputs="none given" if not found else "compared" if varied else "constant",
+        outputs=_compared_how(found, varied),
         constructed=built.again is not None,
         constants=isinstance(likenesses, Separate) and holds_constants_only(modules.values()),
         repeated=built.repeated,
@@ -306,9 +311,18 @@ def _compared(diversity: MemberDiversity) -> None:
     __tracebackhide__ = True
     if not diversity.drawn and diversity.outputs != "compared":
         raise ValueError(
-            "no parameter is drawn and outputs say nothing of the members (they are the same for "
-            "all rows, or none were given): give a batch, or a function that builds the model."
+            "no two members have a drawn parameter of one name and shape, and outputs say nothing "
+            "of the members (they are the same for all rows, of different shapes, or none were "
+            "given): give a batch, or a function that builds the model."
         )
+
+
+def _compared_how(found: Mapping[str, Any], varied: Mapping[str, Sequence[Tensor]]) -> str:
+    if not found:
+        return "none given"
+    shapes = {tuple(y.shape for y in ys) for ys in varied.values()}
+    alone = len(shapes) == len(varied) > 1
+    return "of different shapes" if alone else "compared" if varied else "constant"
 
 
 # --- how the assertion looks --------------------------------------------------------------------

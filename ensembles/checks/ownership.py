@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ensembles.message import aligned, broken, counted, listed
 from ensembles.probes.influence import Probe, Values, probing
-from ensembles.subject import Model, Outputs, Partition
+from ensembles.subject import LISTED, SPLIT, Model, Outputs, Partition
 
 __all__ = [
     "OwnershipMap",
@@ -169,6 +169,8 @@ def measure_ownership_map(
     with probing(model, batch, outputs=outputs) as probe:
         members, lookups, frozen = tuple(probe.outputs), probe.lookups, probe.frozen
         homes = dict(probe.homes)
+        if not probe.parameters:
+            raise ValueError(f"the model has no parameters that anybody could own. {LISTED}.")
         owned = {name: _Owners(p, members) for name, p in probe.parameters.items()}
         _add_members(owned, probe)
     for look in (*FURTHER_LOOKS, *ROUTING_LOOKS):
@@ -237,8 +239,7 @@ def assert_ownership(
     if len(ownership.members) < 2:
         raise ValueError(
             "ownership compares members, and the model's output is one member's "
-            f"({listed(ownership.members)}). Give outputs=... to split it: split_axis, "
-            "split_batch or a function."
+            f"({listed(ownership.members)}). {SPLIT}"
         )
     findings = [
         (name, finding)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ensembles.message import aligned, broken, counted, listed
-from ensembles.subject import Members, Model, checked_initialised, named_members
+from ensembles.subject import LISTED, Members, Model, checked_initialised, named_members
 
 __all__ = [
     "ParameterSharing",
@@ -179,10 +179,12 @@ def assert_members_share(sharing: ParameterSharing, names: Sequence[str] = ()) -
         raise ValueError(
             "sharing compares members, and only one was given "
             f"({listed(sharing.members)}). Give a list of modules, or members=a function that "
-            "finds them inside the model."
+            "finds them inside the model, such as members=lambda model: model.members."
         )
     if not sharing.places:
-        raise ValueError("the members have no parameters or buffers: there is nothing to compare.")
+        raise ValueError(
+            f"the members have no parameters or buffers: there is nothing to compare. {LISTED}."
+        )
     for pattern in names:
         if not any(fnmatchcase(place.name, pattern) for place in sharing.places):
             raise ValueError(
@@ -214,7 +216,9 @@ def assert_parameters_distinct(sharing: ParameterSharing) -> None:
     """
     __tracebackhide__ = True
     if not sharing.places:
-        raise ValueError("the model has no parameters or buffers: there is nothing to compare.")
+        raise ValueError(
+            f"the model has no parameters or buffers: there is nothing to compare. {LISTED}."
+        )
     twice = [memory for memory in sharing.shared if memory.objects > 1]
     if twice:
         raise AssertionError(

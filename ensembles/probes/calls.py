@@ -21,7 +21,7 @@ from ensembles.probes.recording import digest
 
 __all__ = ["CallLog", "first_unlike"]
 
-PROBES = ("ensembles.probes.", "ensembles.checks.", "ensembles.subject.")
+PROBES = ("ensembles.probes.", "ensembles.checks.", "ensembles.subject.", "ensembles.calling.")
 
 Call = tuple[str, str]
 """The name of the operation with its caller, and the digest of what it returned."""

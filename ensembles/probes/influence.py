@@ -86,7 +86,7 @@ class Probe:
         """
         wanted = {name: self.parameters[name] for name in names or self.parameters}
         outputs = [y for y in self.outputs[member] if y.requires_grad]
-        if not outputs:
+        if not outputs or not wanted:
             return dict.fromkeys(wanted)
         # Positive and generic: what adds up to zero for all-ones (softmax, differences) does not.
         seeds = [torch.rand_like(y) + 0.5 for y in outputs]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ensembles.calling import raised
 from ensembles.message import listed
 from ensembles.message import seed as present_seed
 from ensembles.probes.averages import Averages
@@ -297,7 +298,11 @@ def moved_in_training(
     steps = STEPS if trainable else 1
     optimizers: tuple[Optimizer, ...] = ()
     if optimizer is not None or trainable:
-        optimizers = optimizers_of(optimizer or plain_sgd, model)
+        try:
+            optimizers = optimizers_of(optimizer or plain_sgd, model)
+        except ValueError:
+            if trainable:  # else none can be built, and what hides the parameters is found
+                raise
     averages = Averages(model, used)
     masked = _masked_in_eval(model, batch, outputs, entries)
     updates: dict[str, int] = {}
@@ -384,10 +389,9 @@ def _step(optimizer: Optimizer) -> None:
     try:
         optimizer.step()
     except Exception as error:
-        raise ValueError(
-            f"{type(optimizer).__name__}.step() raised {type(error).__name__}: {error} Give "
-            "optimizer=a function that builds one whose step() needs no arguments."
-        ) from error
+        then = "Give optimizer=a function that builds one whose step() needs no arguments."
+        what = f"{type(optimizer).__name__}.step()"
+        raise ValueError(raised(what, error, then, of=optimizer)) from error
 
 
 def _values(entries: Sequence[Registered]) -> dict[str, Tensor]:

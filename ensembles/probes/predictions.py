@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ensembles.calling import asked
 from ensembles.message import counted, listed
 from ensembles.probes.reductions import (
     Emitted,
@@ -214,14 +215,9 @@ class Bench:
         return member_outputs(self.model, fresh(self.batch), outputs=self.outputs)
 
     def _given(self) -> Tensor:
-        try:
-            with _rewound():
-                given = self.predict(self.model, fresh(self.batch))
-        except Exception as error:
-            raise ValueError(
-                f"predict=... raised {type(error).__name__}: {error} It takes the model and the "
-                "batch, and returns the ensemble's prediction."
-            ) from error
+        then = "It takes the model and the batch, and returns the ensemble's prediction."
+        with _rewound():
+            given = asked("predict", self.predict, self.model, fresh(self.batch), then=then)
         if not isinstance(given, Tensor):
             raise ValueError(
                 f"predict=... returned an object of type {type(given).__name__}. It returns the "
@@ -236,15 +232,11 @@ class Bench:
         assert self.evaluate is not None
         shaped = labels.reshape(self.classless)
         device = next((p.device for p in self._parameters()), torch.device("cpu"))
-        try:
-            with _rewound():
-                value = self.evaluate(self.model, fresh(self.batch), shaped.to(device))
-            return float(value)
-        except Exception as error:
-            raise ValueError(
-                f"evaluate=... raised {type(error).__name__}: {error} It takes the model, the "
-                "batch and labels (integers), and returns one number."
-            ) from error
+        then = "It takes the model, the batch and labels (integers), and returns one number."
+        given = (self.model, fresh(self.batch), shaped.to(device))
+        with _rewound():
+            value = asked("evaluate", self.evaluate, *given, then=then)
+        return float(asked("evaluate", lambda: float(value), then=then))
 
     def _parameters(self) -> Iterator[Tensor]:
         for module in named_modules_of(self.model).values():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ensembles.calling import called, raised
 from ensembles.probes.state import preserved
 from ensembles.probes.training import hidden_modules, optimizers_of
 from ensembles.subject import Model, named_modules_of
@@ -188,11 +189,13 @@ def rates_of(
                 for advance in advances:
                     advance()
         except Exception as error:
-            raise ValueError(
-                f"scheduler=... raised {type(error).__name__}: {error}. It takes the optimizer "
-                "and returns its scheduler, a list of them, or a function to be called after each "
-                "training step; schedules that wait for a metric have no rates beforehand."
-            ) from error
+            then = (
+                "It takes the optimizer and returns its scheduler, a list of them, or a function "
+                "to be called after each training step; schedules that wait for a metric have no "
+                "rates beforehand."
+            )
+            what = f"scheduler={called(scheduler)}"
+            raise ValueError(raised(what, error, then, of=scheduler)) from error
     return rates
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from ensembles.calling import raised
 from ensembles.message import counted, listed
 from ensembles.probes.rates import advances_of
 from ensembles.probes.state import generators_kept, preserved, seed_generators
@@ -292,7 +293,10 @@ def _train(model: Model, recipe: Recipe, run: Run) -> Iterator[Entry]:
                 if run.alike:
                     clock.rewind()
                 outputs |= member_outputs(called, fresh(recipe.batch), outputs=recipe.outputs)
-            named = _paired(outputs, holders) if recipe.members or not is_one_module(model) else {}
+            # One output of several members, as their mean, is nobody's: only runs in which each
+            # member is followed need to know whose it is.
+            pair = len(outputs) > 1 or run.alike if recipe.members else not is_one_module(model)
+            named = _paired(outputs, holders) if pair else {}
             found = [
                 tensors.entry(step, "output", named.get(member, member), str(i), y)
                 for member, ys in outputs.items()
@@ -335,20 +339,16 @@ def _backward(loss: Tensor, step: int) -> None:
     try:
         loss.backward()  # type: ignore[no-untyped-call]
     except Exception as error:
-        raise ValueError(
-            f"the backward pass of the loss raised {type(error).__name__} in step {step}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        raise ValueError(raised(f"in step {step}, the backward pass of the loss", error)) from error
 
 
 def _step(optimizer: Optimizer) -> None:
     try:
         optimizer.step()
     except Exception as error:
-        raise ValueError(
-            f"{type(optimizer).__name__}.step() raised {type(error).__name__}: {error}. Runs are "
-            "recorded by steps without a closure."
-        ) from error
+        what = f"{type(optimizer).__name__}.step()"
+        then = "Runs are recorded by steps without a closure."
+        raise ValueError(raised(what, error, then, of=optimizer)) from error
 
 
 @contextmanager

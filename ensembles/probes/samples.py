@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
+from ensembles.calling import raised
 from ensembles.probes.recording import digest
 
 __all__ = ["samples_of"]
@@ -62,14 +63,12 @@ def _epoch(found: Iterable[Any], member: str) -> list[int | str]:
 
 
 def _of(data: Callable[[Any], Iterable[Any]], member: Any) -> Iterable[Any]:
+    then = "It takes a member and returns its sample indices, or its loader."
     try:
         found = data(member)
         iter(found)
     except Exception as error:
-        raise ValueError(
-            f"data({member!r}) raised {type(error).__name__}: {error} It takes a member and "
-            "returns its sample indices, or its loader."
-        ) from error
+        raise ValueError(raised(f"data({member!r})", error, then, of=data)) from error
     return found
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ensembles.calling import asked
 from ensembles.message import listed
 from ensembles.probes.confined import taken_for_logits
 from ensembles.probes.state import generators_kept, preserved, seed_generators
@@ -29,7 +30,7 @@ from ensembles.probes.training import (
     output_gradients,
     values_of,
 )
-from ensembles.subject import Model, Outputs, member_outputs, named_modules_of
+from ensembles.subject import SPLIT, Model, Outputs, member_outputs, named_modules_of
 
 __all__ = ["Clip", "MemberLoss", "Scale", "scales_of"]
 
@@ -304,13 +305,11 @@ def _clipped(
             others = torch.full_like(parameter, loudness)
             given = gradient.detach().clone() if gradient is not None else None
             parameter.grad = given if i in own else others
-        try:
-            clip(model)
-        except Exception as error:
-            raise ValueError(
-                f"clip=... raised {type(error).__name__}: {error} It takes the model, whose "
-                "gradients are set, and changes them as training does before a step."
-            ) from error
+        then = (
+            "It takes the model, whose gradients are set, and changes them as training does before "
+            "a step."
+        )
+        asked("clip", clip, model, then=then)
         seen.append([None if (g := parameters[i].grad) is None else g.clone() for i in own])
     for parameter in parameters:
         parameter.grad = None
@@ -348,6 +347,5 @@ def _rewound(seed: int = 0) -> Iterator[None]:
 def _check_members(values: Mapping[str, Any]) -> None:
     if len(values) < 2:
         raise ValueError(
-            f"loss scale compares members, and only one was found ({listed(list(values))}). Give "
-            "a list of modules, or outputs=a function that splits what the model returns."
+            f"loss scale compares members, and only one was found ({listed(list(values))}). {SPLIT}"
         )

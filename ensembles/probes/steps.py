@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ensembles.calling import raised
 from ensembles.message import counted, listed
 from ensembles.message import seed as present_seed
 from ensembles.probes.state import (
@@ -42,6 +43,7 @@ from ensembles.probes.training import (
     values_of,
 )
 from ensembles.subject import (
+    SPLIT,
     Members,
     Model,
     Outputs,
@@ -302,8 +304,7 @@ def _differences(
 def _check_members(found: Mapping[str, Sequence[Tensor]]) -> None:
     if len(found) < 2:
         raise ValueError(
-            f"coupling compares members, and only one was found ({listed(list(found))}). Give "
-            "a list of modules, or outputs=a function that splits what the model returns."
+            f"coupling compares members, and only one was found ({listed(list(found))}). {SPLIT}"
         )
     for name, tensors in found.items():
         if not all(tensor.isfinite().all() for tensor in tensors):
@@ -487,10 +488,9 @@ def _take_step(bench: _Bench, gradients: Sequence[tuple[Tensor, Tensor]]) -> Non
             try:
                 optimizer.step()
             except Exception as error:
-                raise ValueError(
-                    f"{type(optimizer).__name__}.step() raised {type(error).__name__}: {error}. "
-                    "The check steps without a closure, on gradients that it has set."
-                ) from error
+                then = "The check steps without a closure, on gradients that it has set."
+                what = f"{type(optimizer).__name__}.step()"
+                raise ValueError(raised(what, error, then, of=optimizer)) from error
 
 
 def _built(bench: _Bench) -> Sequence[Optimizer]:

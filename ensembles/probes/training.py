@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from ensembles.calling import asked, called
 from ensembles.message import listed
 from ensembles.probes.autograd import postorder
-from ensembles.subject import Model, named_modules_of
+from ensembles.subject import LISTED, Model, named_modules_of
 
 __all__ = [
     "Loss",
@@ -39,6 +40,11 @@ Loss = Callable[[dict[str, Any]], Tensor]
 
 LEARNING_RATE = 0.01
 """Of `plain_sgd`. With gradients of about 1: far above rounding, and no explosion."""
+
+NOTHING_TO_TRAIN = (
+    "The model registers no trainable parameters, so that no step can be taken. "
+    f"{LISTED}, or all is frozen."
+)
 
 # --- the model and what it is called with -------------------------------------------------------
 
@@ -203,13 +209,11 @@ def loss_of(loss: Loss, outputs: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
         tensor(5.)
     """
     given = {name: ys[0] if len(ys) == 1 else ys for name, ys in outputs.items()}
-    try:
-        value: Any = loss(given)
-    except Exception as error:
-        raise ValueError(
-            f"loss={_called(loss)} raised {type(error).__name__}: {error} It takes the dict of "
-            f"member outputs (members {listed(list(outputs))}) and returns a scalar tensor."
-        ) from error
+    then = (
+        f"It takes the dict of member outputs (members {listed(list(outputs))}) and returns a "
+        "scalar tensor."
+    )
+    value = asked("loss", loss, given, then=then)
     if not isinstance(value, Tensor) or value.numel() != 1:
         kind = (
             f"a tensor of shape {tuple(value.shape)}"
@@ -217,12 +221,12 @@ def loss_of(loss: Loss, outputs: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
             else f"an object of type {type(value).__name__}"
         )
         raise ValueError(
-            f"loss={_called(loss)} returned {kind}. It takes the dict of member outputs and "
+            f"loss={called(loss)} returned {kind}. It takes the dict of member outputs and "
             "returns a scalar tensor."
         )
     if not value.detach().isfinite().all():
         raise ValueError(
-            f"loss={_called(loss)} is {float(value.detach())} for this model and batch. Nothing "
+            f"loss={called(loss)} is {float(value.detach())} for this model and batch. Nothing "
             "can be concluded from it."
         )
     return value
@@ -247,7 +251,7 @@ def output_gradients(
     found = gradients_of([value], [torch.ones_like(value)], flat)
     if all(gradient is None for gradient in found):
         raise ValueError(
-            f"loss={_called(loss)} has no gradient in any member's output: it is detached, or "
+            f"loss={called(loss)} has no gradient in any member's output: it is detached, or "
             "computed from something else."
         )
     queue = iter(found)
@@ -274,27 +278,42 @@ def optimizers_of(optimizer: Any, model: Model) -> tuple[Optimizer, ...]:
             f"optimizer=... is an object of type {type(optimizer).__name__}. Give a function that "
             "takes the model and builds its optimizer, because every step needs a new one."
         )
-    try:
-        # PyTorch warns of duplicates, which the coverage check reports with their names.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            built = optimizer(model)
-    except Exception as error:
+    then = "It takes the model and returns its optimizer, or a list of them."
+    if not _trained(model):  # no optimizer takes an empty list
+        then = f"{then} {NOTHING_TO_TRAIN}"
+    # PyTorch warns of duplicates, which the coverage check reports with their names.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        built = asked("optimizer", optimizer, model, then=then)
+    found = tuple(_optimizers_in(built))
+    if not found or not all(isinstance(one, Optimizer) for one in found):
         raise ValueError(
-            f"optimizer={_called(optimizer)} raised {type(error).__name__}: {error} "
-            "It takes the model and returns its optimizer, or a list of them."
-        ) from error
-    found = [built] if isinstance(built, Optimizer) else built
-    if (
-        not isinstance(found, (list, tuple))
-        or not found
-        or not all(isinstance(one, Optimizer) for one in found)
-    ):
-        raise ValueError(
-            f"optimizer={_called(optimizer)} returned an object of type {type(built).__name__}. It "
-            "takes the model and returns a torch.optim.Optimizer, or a list of them."
+            f"optimizer={called(optimizer)} returned an object of type {type(built).__name__}. It "
+            "takes the model and returns a torch.optim.Optimizer, a list of them, or what "
+            "configure_optimizers of a LightningModule returns."
         )
-    return tuple(found)
+    return found
+
+
+def _optimizers_in(built: Any) -> Iterator[Any]:
+    """What Lightning takes too: dicts, and a list of optimizers with one of their schedulers."""
+    if isinstance(built, Mapping) and "optimizer" in built:
+        yield from _optimizers_in(built["optimizer"])
+    elif isinstance(built, (list, tuple)):
+        with_schedulers = len(built) == 2 and all(isinstance(x, (list, tuple)) for x in built)
+        for one in built[0] if with_schedulers else built:
+            yield from _optimizers_in(one)
+    else:
+        yield built
+
+
+def _trained(model: Model) -> dict[int, nn.Parameter]:
+    return {
+        id(p): p
+        for module in named_modules_of(model).values()
+        for p in module.parameters()
+        if p.requires_grad
+    }
 
 
 def plain_sgd(model: Model, *, momentum: float = 0.0) -> Optimizer:
@@ -311,19 +330,7 @@ def plain_sgd(model: Model, *, momentum: float = 0.0) -> Optimizer:
         >>> len(plain_sgd(nn.Linear(2, 2)).param_groups[0]["params"])
         2
     """
-    parameters = {
-        id(p): p
-        for module in named_modules_of(model).values()
-        for p in module.parameters()
-        if p.requires_grad
-    }
+    parameters = _trained(model)
     if not parameters:
-        raise ValueError(
-            "the model registers no trainable parameters, so that no step can be taken. Usual "
-            "cause: members in a Python list instead of nn.ModuleList, or everything is frozen."
-        )
+        raise ValueError(NOTHING_TO_TRAIN)
     return torch.optim.SGD(list(parameters.values()), lr=LEARNING_RATE, momentum=momentum)
-
-
-def _called(function: Any) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))

@@ -485,4 +485,4 @@ def test_the_gate_takes_as_many_steps_as_are_claimed(steps, status):
 def test_the_gate_refuses_a_claim_that_it_does_not_know(claim):
     (result,) = (r for r in check_ensemble(subject(summed, claim)) if r.check == "trajectory")
     assert result.status == "error"
-    assert "'trajectory' cannot be claimed to be" in result.message
+    assert "trajectory cannot be claimed to be" in result.message

@@ -230,7 +230,7 @@ def test_a_claim_of_rows_is_checked_for_a_subject():
     (result,) = (r for r in check_ensemble(subject.claiming(batch="samples")) if r.claim)
     assert (result.status, result.found) == (
         "error",
-        "'batch' cannot be claimed to be 'samples'. It is rows, rows in training.",
+        "batch cannot be claimed to be 'samples'. It is rows or rows in training.",
     )
 
 

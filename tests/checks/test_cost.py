@@ -522,7 +522,7 @@ def test_budgets_can_be_claimed():
 def test_a_claim_that_is_no_dict_of_budgets_is_an_error(claim):
     subject = claiming().claiming(cost=claim)
     (result,) = [r for r in check_ensemble(subject) if r.status == "error"]
-    assert "'cost' cannot be claimed to be" in result.message
+    assert "cost cannot be claimed to be" in result.message
 
 
 def test_the_fixture_measures_and_asserts(compute_cost):

@@ -251,7 +251,7 @@ def test_a_claim_of_data_is_checked_for_a_subject():
     assert status("paired", lambda member: [names[member]], lambda: named)[0] == "broken"
     assert status("bagged", None)[0] == "error"
     assert "has no data: give Subject(data=...)" in status("bagged", None)[1]
-    assert "It is bagged, paired, shuffled." in status("drawn", order)[1]
+    assert "It is bagged, paired or shuffled." in status("drawn", order)[1]
 
 
 def test_the_fixture_asserts_all_three(member_data):

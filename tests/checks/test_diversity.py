@@ -366,6 +366,20 @@ def test_packed_members_with_equal_slices_are_broken():
     assert "1.weight   equal in members 0, 1" in told
 
 
+def test_members_of_which_nothing_can_be_compared_are_refused():
+    def of_classes(*counts):
+        return lambda: [nn.Linear(4, count) for count in counts]
+
+    unlike = measure_member_diversity(of_classes(2, 3, 5), BATCH)
+    assert str(unlike) == (
+        "3 members, 0 of 0 drawn parameters alike, outputs of different shapes, and not compared"
+    )
+    for claim in (assert_members_diverse, assert_members_distinct):
+        with pytest.raises(ValueError, match=r"^no two members have a drawn"):
+            claim(unlike)
+    assert_members_diverse(measure_member_diversity(of_classes(2, 3, 2), BATCH))
+
+
 def test_packed_members_with_equal_outputs_are_broken():
     class Repeated(nn.Linear):
         def forward(self, x):
@@ -393,7 +407,7 @@ def test_a_claim_of_diversity_is_checked_for_a_subject():
     (result,) = (r for r in check_ensemble(subject.claiming(diversity="other")) if r.claim)
     assert (result.status, result.found[:40]) == (
         "error",
-        "'diversity' cannot be claimed to be 'oth",
+        "diversity cannot be claimed to be 'other",
     )
 
 

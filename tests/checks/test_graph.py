@@ -212,7 +212,9 @@ def test_the_fixture_records_and_prints_its_own_message(pytester):
         pytester.makepyfile(test_recorded=RECORDED.format(layer=layer))
         return pytester.runpytest_inprocess("-p", "no:randomly", *options)
 
-    outcome("nn.ReLU()").stdout.fnmatch_lines(["*File not found in data directory, created*"])
+    outcome("nn.ReLU()").stdout.fnmatch_lines(
+        ["*File not found in data directory, created*", "*Look at it, commit it, and run again."]
+    )
     outcome("nn.ReLU()").assert_outcomes(passed=1)
     changed = outcome("nn.Tanh()")
     changed.assert_outcomes(failed=1)
@@ -255,7 +257,7 @@ def test_the_gate_compares_with_the_golden():
     assert (broken, message[:18]) == ("broken", "the autograd graph")
     for claim, said in (
         (Path("nowhere.txt"), "there is no recorded graph at nowhere.txt"),
-        (True, "'graph' cannot be claimed to be True"),
+        (True, "graph cannot be claimed to be True"),
         ("nowhere.txt", "the golden is no recorded graph"),
     ):
         assert status(claim)[0] == "error"

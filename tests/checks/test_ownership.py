@@ -649,7 +649,7 @@ def test_members_that_find_none_are_told_before_outputs():
         claims={"ownership": "independent"},
     )
     (result,) = (r for r in check_ensemble(subject) if r.check == "ownership")
-    assert result.message == "Subject(members=...) has no members: there is nothing to compare."
+    assert result.message == "members=... has no members: there is nothing to compare."
 
 
 class Routed(nn.Module):

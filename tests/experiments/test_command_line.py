@@ -582,7 +582,7 @@ def test_check_tells_when_it_could_not_look(zoo, capsys):
         ("zoo_of_commands", "'zoo_of_commands' names no factory: write package.module:factory"),
         ("nowhere:build", "cannot import 'nowhere'"),
         ("zoo_of_commands:nothing", "'zoo_of_commands' has no 'nothing'"),
-        ("zoo_of_commands:unlucky", "the factory unlucky raised RuntimeError: no weights here"),
+        ("zoo_of_commands:unlucky", "the factory 'unlucky' raised RuntimeError: no weights here"),
         ("zoo_of_commands:silent", "silent claims nothing: give Subject(claims={check: claim})"),
         ("zoo_of_commands:apart --require cost", "apart does not claim cost: add it to Subject("),
         ("zoo_of_commands:apart --require x", "require names 'x', and there is no such check"),

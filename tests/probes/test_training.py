@@ -153,3 +153,60 @@ def test_plain_sgd_steps_each_trainable_parameter_once():
     assert [id(p) for p in held] == [id(first.weight), id(first.bias)]
     with pytest.raises(ValueError, match="no trainable parameters, so that no step"):
         plain_sgd(first.requires_grad_(False))
+
+
+# --- what a LightningModule returns -------------------------------------------------------------
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def scheduled(model):
+    optimizer = sgd(model)
+    return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}
+
+
+def in_two_lists(model):
+    optimizers = [sgd(model), sgd(model)]
+    return optimizers, [torch.optim.lr_scheduler.StepLR(each, 1) for each in optimizers]
+
+
+@pytest.mark.parametrize(
+    ("build", "count"),
+    [
+        (sgd, 1),
+        (scheduled, 1),
+        (in_two_lists, 2),
+        (lambda model: ([sgd(model)], []), 1),
+        (lambda model: (scheduled(model), scheduled(model), sgd(model)), 3),
+    ],
+    ids=["optimizer", "dict", "two_lists", "no_schedulers", "mixed"],
+)
+def test_every_form_of_configure_optimizers_gives_its_optimizers(build, count):
+    model = nn.Linear(2, 2)
+    found = optimizers_of(build, model)
+    assert [type(one) for one in found] == [torch.optim.SGD] * count
+    assert all(one.param_groups[0]["params"][0] is model.weight for one in found)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda m: None, lambda m: {"lr_scheduler": sgd(m)}, lambda m: ([], []), lambda m: [sgd(m), 3]],
+    ids=["none", "dict", "two_lists", "list"],
+)
+def test_what_holds_no_optimizer_is_refused(build):
+    with pytest.raises(ValueError, match=r"^optimizer=\.\.\. returned an object of type "):
+        optimizers_of(build, nn.Linear(2, 2))
+
+
+def test_an_optimizer_of_a_model_that_registers_nothing_is_refused_with_the_cause():
+    told = (
+        r"^optimizer=sgd raised ValueError: optimizer got an empty parameter list "
+        r"\(tests/probes/test_training.py:\d+\)\. It takes the model and returns its optimizer, or "
+        r"a list of them\. The model registers no trainable parameters, so that no step can be "
+        r"taken\. Usual cause: members in a Python list instead of nn\.ModuleList, or all is "
+        r"frozen\.$"
+    )
+    with pytest.raises(ValueError, match=told):
+        optimizers_of(sgd, nn.ReLU())
