@@ -147,6 +147,26 @@ def test_a_layer_that_the_function_of_the_optimizer_replaces_is_broken():
     assert model[4] is head
 
 
+def test_an_optimizer_that_the_model_keeps_is_no_home_of_what_it_lists():
+    """A layer that was replaced after it is stale, and no container would mend that."""
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = conv()
+            self.optimizer = sgd(self.net)
+            self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
+            self.net[4] = nn.Linear(36, 5)
+
+        def forward(self, x):
+            return self.net(x)
+
+    message = message_of(Keeps(), lambda model: model.optimizer, batch_for(conv))
+    assert "optimizer 0, group 0, position 4   stale:" in message
+    assert "Stale: layers replaced or members added after the optimizer was built" in message
+    assert "nn.ModuleList" not in message
+
+
 @architectures
 def test_an_optimizer_of_a_copy_is_stale(make):
     model = make()
