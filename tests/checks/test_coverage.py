@@ -191,6 +191,25 @@ def test_one_module_with_several_optimizers_is_repeated(make):
     assert coverage.places("repeated") == coverage.trainable
 
 
+def all_of(members) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for member in members for p in member.parameters()], lr=0.1)
+
+
+def test_members_that_are_one_network_are_told_as_that(golden):
+    golden(message_of([mlp()] * 3, all_of, batch_for(mlp)), "messages/coverage_one_network.txt")
+
+
+def test_a_layer_of_several_members_is_told_as_that():
+    members = [mlp(), mlp()]
+    members[1][0] = members[0][0]
+    told = " ".join(message_of(members, all_of, batch_for(mlp)).split())
+    assert "0.0.weight repeated: in members 0, 1: optimizer 0, group 0, position 0;" in told
+    assert "a layer made once and passed to several members" in told
+    assert "What is shared by design, list once" in told
+    assert "one network" not in told
+    assert "assigning the Parameter" not in told
+
+
 def test_duplicates_from_a_function_are_reported_and_not_warned_of():
     def twice(model):
         return torch.optim.SGD([*model.parameters(), *model.parameters()], lr=0.1)
