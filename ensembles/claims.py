@@ -38,7 +38,14 @@ from ensembles.checks import (
     sharing,
     trajectory,
 )
-from ensembles.subject import Model, Subject, is_one_module, member_outputs, named_members
+from ensembles.subject import (
+    Model,
+    Partition,
+    Subject,
+    is_one_module,
+    member_outputs,
+    named_members,
+)
 
 __all__ = [
     "CHECKS",
@@ -261,7 +268,7 @@ def _run_prediction(subject: Subject, model: Model, claim: Any) -> object:
 
 def _run_loss_scale(subject: Subject, model: Model, claim: Any) -> object:
     __tracebackhide__ = True
-    known = {"loss", "clipping", "lr", "weight_decay", "warmup", "steps"}
+    known = {"loss", "clipping", "shared", "lr", "weight_decay", "warmup", "steps"}
     words = ["sum", "mean", "joint", "a number", "one for each member"]
     multiples = isinstance(claim, Mapping) and all(
         isinstance(x, (int, float)) for x in claim.values()
@@ -291,10 +298,25 @@ def _run_loss_scale(subject: Subject, model: Model, claim: Any) -> object:
         steps=claim.get("steps", 100),
         clip=subject.clip,
     )
-    loss_scale.assert_loss_scaled(measured, claim["loss"], clipping=claim.get("clipping", "member"))
+    loss_scale.assert_loss_scaled(
+        measured,
+        claim["loss"],
+        clipping=claim.get("clipping", "member"),
+        shared=claim.get("shared", _shared_by_design(subject)),
+    )
     if rates:
         effective_rates.assert_rates_effective(measured, **rates)
     return measured
+
+
+def _shared_by_design(subject: Subject) -> Sequence[str]:
+    """Patterns of the parameters that the subject's other claims call shared."""
+    sharing, ownership = subject.claims.get("sharing"), subject.claims.get("ownership")
+    if isinstance(ownership, Mapping):
+        return [name for name, said in ownership.items() if said not in ("independent", "unused")]
+    if ownership in ("tied", "partition") or isinstance(ownership, Partition):
+        return ["*"]
+    return sharing if isinstance(sharing, (list, tuple)) else ()
 
 
 def _run_diversity(subject: Subject, model: Model, claim: Any) -> object:

@@ -66,6 +66,34 @@ def broken(
     return "\n".join([*lines, f"  {command}"] if command else lines)
 
 
+def told_in_common(members: Sequence[str], *, whole: bool) -> tuple[str, str]:
+    """What it means that members register the same weights, and how that comes about.
+
+    Args:
+        members: The members that do.
+        whole: Whether all that they register is the same, so that they are one network.
+
+    Returns:
+        Meaning and remedy, for `broken`.
+
+    Example:
+        >>> told_in_common(["0", "1"], whole=True)[0]
+        'Members 0, 1 are one network: training them trains one model 2 times.'
+    """
+    if whole:
+        return (
+            f"Members {listed(members)} are one network: training them trains one model "
+            f"{len(members)} times.",
+            "Usual cause: [model] * n, or a registry that returns the same instance. "
+            "Build each member anew.",
+        )
+    return (
+        "A training step of one member moves the others.",
+        "Usual cause: a layer made once and passed to several members (a default "
+        "argument, a dict). Make it in each member, or claim it as shared.",
+    )
+
+
 def aligned(rows: Sequence[Sequence[str]], gap: str = "   ") -> list[str]:
     """Rows as lines, with every column as wide as its widest entry.
 

@@ -157,8 +157,8 @@ def measure_gradient_coupling(
         members: Finds the member modules inside one module; without it only outputs can be
             compared there. They have the names, or the order, of the outputs.
         optimizer: Builds the optimizer, or a list of them, for the model. By default plain SGD on
-            all parameters, with every gradient scaled to a largest element of 1, so that
-            vanishing gradients hide nothing.
+            all parameters. Gradients are scaled to a largest element of 1, tensor by tensor, so
+            that vanishing ones hide nothing, and learning rates above 0.01 are lowered to that.
         loss: The training loss, a function of the dict of member outputs. Where it is given, the
             gradient that it sends to member j must not change with what member i predicts, nor,
             where it holds a penalty on weights, with the weights that are i's alone.
@@ -280,7 +280,7 @@ def assert_members_uncoupled(coupling: GradientCoupling) -> None:
                 )
                 for step, member in coupling.pairs
             ],
-            total=_share(coupling, coupling.pairs),
+            total=f"{_share(coupling, coupling.pairs)}, greatest absolute changes",
             meaning=_COUPLED[_mechanism(kinds)][0],
             remedy=_COUPLED[_mechanism(kinds)][1],
         )

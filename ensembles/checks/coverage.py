@@ -12,7 +12,7 @@ finding only where the parameter reaches no output by structure either, in train
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ensembles.checks.sharing import measure_parameter_sharing
-from ensembles.message import aligned, broken, counted
+from ensembles.message import aligned, broken, counted, listed, told_in_common
 from ensembles.probes.flow import Flow, gradient_flow
 from ensembles.probes.homes import homes_of
-from ensembles.probes.registers import Registered, registered
+from ensembles.probes.registers import Registered, holders_of, one_network, registered
 from ensembles.probes.state import preserved
 from ensembles.probes.training import Loss, optimizers_of
 from ensembles.subject import Model, Outputs, checked_numbers, named_modules_of
@@ -44,11 +44,13 @@ class Finding:
         kind: A key of `Finding.KINDS`.
         place: The parameter's name, or where the tensor was found.
         detail: What was found there.
+        cause: The usual cause and what to do, where the kind has several; "" where it has one.
     """
 
     kind: str
     place: str
     detail: str
+    cause: str = field(default="", compare=False)
 
     KINDS = (
         "missing",
@@ -187,7 +189,7 @@ def measure_optimizer_coverage(
         homes = homes_of(model, {**flow.lost, **foreign})
         found = [
             *(_missing(trainable, slots) if optimizers else ()),
-            *_listed_twice(slots, parameters),
+            *_listed_twice(model, slots, parameters),
             *_made_twice(model, trainable),
             *_foreign(foreign, slots, homes),
             *_unregistered(flow.lost, slots, homes),
@@ -230,7 +232,9 @@ def assert_optimizer_complete(coverage: OptimizerCoverage) -> None:
             total=f"{', '.join(counts)}; {counted(coverage.trainable, 'trainable parameter')} "
             "in all",
             meaning="\n".join(_MEANINGS[kind] for kind in kinds),
-            remedy="\n".join(_REMEDIES[kind] for kind in kinds),
+            remedy="\n".join(
+                dict.fromkeys(found.cause or _REMEDIES[found.kind] for found in coverage.findings)
+            ),
         )
     )
 
@@ -253,8 +257,8 @@ _MEANINGS = {
 _REMEDIES = {
     "missing": "Missing: groups made by hand, or by another model's rule. Build them from "
     "model.parameters() (of every member).",
-    "repeated": "Repeated: a tied weight listed under two names, or two Parameters over one "
-    "memory. Tie by assigning the Parameter itself, and list it once.",
+    "repeated": "Repeated: groups made by hand that list a weight again, as a tied one under each "
+    "of its names. List it once, as model.parameters() does.",
     "stale": "Stale: layers replaced or members added after the optimizer was built. Build the "
     "optimizer when the model is final.",
     "unregistered": "Unregistered: use nn.ModuleList, nn.ModuleDict or nn.ParameterList for "
@@ -273,6 +277,11 @@ _REMEDIES = {
     "than it means to. Leave what is frozen out of it.",
 }
 
+
+_MADE_TWICE = (
+    "Repeated: two Parameters over one memory. Tie by assigning the Parameter itself, "
+    "b.weight = a.weight."
+)
 
 # --- groups -------------------------------------------------------------------------------------
 
@@ -332,12 +341,32 @@ def _at_rate_zero(
                     yield Finding("rate zero", trainable[id(tensor)].names[0], place)
 
 
-def _listed_twice(slots: Slots, parameters: Mapping[int, Registered]) -> Iterator[Finding]:
+def _listed_twice(
+    model: Model, slots: Slots, parameters: Mapping[int, Registered]
+) -> Iterator[Finding]:
+    holders = holders_of(model)
     for key, (tensor, places) in slots.items():
         if len(places) > 1 and tensor.requires_grad:
             name = parameters[key].names[0] if key in parameters else _nowhere(tensor)
             more = f" and {len(places) - 2} more" if len(places) > 2 else ""
-            yield Finding("repeated", name, f"{places[0]}; {places[1]}{more}")
+            detail = f"{places[0]}; {places[1]}{more}"
+            among = holders.get(key, ())
+            if len(among) > 1:
+                yield Finding(
+                    "repeated",
+                    name,
+                    f"in members {listed(among)}: {detail}",
+                    _in_common(among, one_network(model, among)),
+                )
+            else:
+                yield Finding("repeated", name, detail)
+
+
+def _in_common(members: Sequence[str], whole: bool) -> str:
+    """The usual cause where a list of all members' parameters holds what several register."""
+    meaning, remedy = told_in_common(members, whole=whole)
+    design = "" if whole else " What is shared by design, list once."
+    return f"Repeated: listed for each member that has it. {meaning} {remedy}{design}"
 
 
 def _made_twice(model: Model, trainable: Mapping[int, Registered]) -> Iterator[Finding]:
@@ -349,7 +378,8 @@ def _made_twice(model: Model, trainable: Mapping[int, Registered]) -> Iterator[F
         if len(names) > 1:
             extent = "the same memory" if memory.whole else "overlapping memory"
             others = ", ".join(names[1:])
-            yield Finding("repeated", names[0], f"{extent} as the Parameter {others}")
+            detail = f"{extent} as the Parameter {others}"
+            yield Finding("repeated", names[0], detail, _MADE_TWICE)
 
 
 def _foreign(

@@ -31,7 +31,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ensembles.message import aligned, broken, counted, listed
+from ensembles.message import aligned, broken, counted, listed, told_in_common
 from ensembles.probes.likeness import (
     Likeness,
     Packed,
@@ -355,12 +355,15 @@ def _alike(diversity: MemberDiversity, found: Sequence[Likeness]) -> str:
             else "They are one network, however it was loaded."
         )
         remedy = "Draw each member anew, or load another checkpoint into each."
+    elif {likeness.how for likeness in found} == {"one tensor"}:
+        meaning, remedy = told_in_common(found[0].members, whole=_one_function(diversity, found))
     elif whole == set(diversity.drawn):
         meaning = (
             "They start as copies: on equal data they stay equal bit by bit, and the ensemble is "
             "one network at the price of several."
         )
-        remedy = _SEEDED if diversity.constant else _COPIED
+        unseen = _COPIED if diversity.constructed else _COPIED_OR_SEEDED
+        remedy = _SEEDED if diversity.constant else unseen
     elif reordered and len(reordered) == len(found):
         meaning = "These tensors hold the same numbers in another order: they were not drawn anew."
         remedy = _COPIED
@@ -400,11 +403,27 @@ _COPIED = (
     "Usual cause: deepcopy of one initialised network, one state dict loaded into several, or "
     "one seed for each. Build each member anew, without seeding in between."
 )
+_COPIED_OR_SEEDED = (
+    "Usual cause: deepcopy of one initialised network, one state dict loaded into several, "
+    "torch.manual_seed(...) inside a constructor, or one seed for each: which, a function that "
+    "builds the members would show. Build each member anew, without seeding in between."
+)
 _PARTLY = (
     "Usual cause: a copy whose reset does not reach every layer (reset_parameters of some types "
     "only, or of direct children only), or one block built once and copied. Build each member "
     "anew, or claim by name what is alike by design."
 )
+
+
+def _one_function(diversity: MemberDiversity, found: Sequence[Likeness]) -> bool:
+    """Whether the same members share all that is drawn, and nothing else makes them differ."""
+    groups = {likeness.members for likeness in found}
+    compared = diversity.outputs == "compared"
+    return (
+        len(groups) == 1
+        and {likeness.name for likeness in found} == set(diversity.drawn)
+        and (not compared or groups == set(diversity.twins))
+    )
 
 
 def _pairs(groups: Sequence[Sequence[str]]) -> int:

@@ -34,6 +34,9 @@ def assert_rates_effective(
 ) -> None:
     """Checks that every member trains as a single model at these rates does.
 
+    Limits: what follows from multiples is true of parameters that a member has for itself. Where
+    gradients of several add up in one, no single model trains so: `assert_loss_scaled` says where.
+
     Args:
         scale: From `measure_loss_scale` with `optimizer=`.
         lr: The single model's learning rate. One number is what its optimizer is built with; its

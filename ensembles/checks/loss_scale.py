@@ -2,8 +2,9 @@
 
 Catches a mean where the sum of the members' losses is meant (under SGD exactly a training at lr/M
 with M times the weight decay), losses of the mean prediction, weights of members that are not as
-claimed, probabilities that a loss takes for logits, and clipping by one norm. What follows for
-rates is compared by `ensembles.checks.effective_rates`.
+claimed, parameters that members have in common, where their gradients add up, probabilities that a
+loss takes for logits, and clipping by one norm. What follows for rates is compared by
+`ensembles.checks.effective_rates`.
 
 "Sum or mean?" decides what a learning rate means. With s the multiple, a step of SGD is
 lr (s g + wd w) = (s lr) (g + (wd/s) w), so that s lr and wd/s are the rates of the member alone.
@@ -13,14 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import e, log
 from typing import Any
 
-from ensembles.message import SHOWN_ROWS, aligned, broken, counted, listed
+from ensembles.message import SHOWN_ROWS, aligned, broken, counted, listed, told_in_common
 from ensembles.probes.rates import Rate, fraction, groups_of, near
-from ensembles.probes.scales import Clip, MemberLoss, scales_of
+from ensembles.probes.registers import one_network
+from ensembles.probes.scales import Clip, MemberLoss, Overlap, scales_of
 from ensembles.probes.training import Loss
-from ensembles.subject import Model, Outputs, checked_numbers
+from ensembles.subject import Model, Outputs, checked_numbers, is_one_module
 
 __all__ = [
     "LossScale",
@@ -47,6 +50,7 @@ class MemberScale:
         clipped: Whether clipping makes it depend on other members' gradients; None without any.
         rates: One for each optimizer group that holds parameters of the member.
         classes: How many probabilities the loss takes for logits; None where it does not.
+        shared: The parameters in which its gradient and those of other members add up.
     """
 
     member: str
@@ -56,13 +60,20 @@ class MemberScale:
     clipped: bool | None
     rates: tuple[Rate, ...]
     classes: int | None = None
+    shared: tuple[Overlap, ...] = ()
 
 
 @dataclass(frozen=True)
 class LossScale:
-    """What the loss makes of every member's gradient, and the rates that follow."""
+    """What the loss makes of every member's gradient, and the rates that follow.
+
+    Attributes:
+        members: One for each member.
+        one_network: Whether all members register the same parameters and buffers.
+    """
 
     members: tuple[MemberScale, ...]
+    one_network: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,7 +114,9 @@ class LossScale:
         return told + (f", {sum(known):.4g} in all{exact}" if len(known) == len(multiples) else "")
 
     def __str__(self) -> str:
-        lines = [f"{counted(self.members, 'member')}, {self.told}"]
+        common = {overlap.names for member in self.members for overlap in member.shared}
+        added = f", and they add up in {counted(common, 'shared parameter')}" if common else ""
+        lines = [f"{counted(self.members, 'member')}, {self.told}{added}"]
         rows = list(_table(self))
         if len(rows) > 1:
             lines += [f"  {line}" for line in aligned(rows[: SHOWN_ROWS + 1])]
@@ -196,13 +209,21 @@ def measure_loss_scale(
                     group.rate(scale.multiple) for group in groups if group.holds(scale.parameters)
                 ),
                 scale.classes,
+                scale.shared,
             )
             for name, scale in scales.items()
-        )
+        ),
+        one_network=not is_one_module(model) and one_network(model, scales),
     )
 
 
-def assert_loss_scaled(scale: LossScale, claim: Claim = "sum", *, clipping: str = "member") -> None:
+def assert_loss_scaled(
+    scale: LossScale,
+    claim: Claim = "sum",
+    *,
+    clipping: str = "member",
+    shared: Sequence[str] = (),
+) -> None:
     """Checks that every member's gradient is the claimed multiple of its gradient alone.
 
     Args:
@@ -210,11 +231,15 @@ def assert_loss_scaled(scale: LossScale, claim: Claim = "sum", *, clipping: str 
         claim: "sum" (each multiple is 1), "mean" (1/M), "joint" (members are coupled), one number,
             or one for each member, by name or in order.
         clipping: "member" where clipping must not couple members, "joint" where it may.
+        shared: Patterns (`fnmatch`) of the parameters that members share by design, as those of a
+            trunk, or of a parent under its subnets: there the members' gradients add up, and what
+            is claimed is the multiple of each in the sum.
 
     Raises:
         ValueError: If the claim is none of these, or does not fit the members.
         AssertionError: If a multiple is another, members are coupled where they are not claimed
-            to be, or the loss takes probabilities for logits.
+            to be, gradients add up in weights that are not claimed shared, or the loss takes
+            probabilities for logits.
 
     Example:
         >>> labels = torch.tensor([0, 1, 1])
@@ -230,6 +255,7 @@ def assert_loss_scaled(scale: LossScale, claim: Claim = "sum", *, clipping: str 
         _assert_joint(scale)
     else:
         _assert_multiples(scale, claim)
+        _assert_apart(scale, claim, shared)
     _assert_not_confined(scale)
     clipped = [member for member in scale.members if member.clipped]
     if clipped and clipping == "member":
@@ -333,6 +359,65 @@ def _assert_multiples(scale: LossScale, claim: Claim) -> None:
             "weight decay and all absolute rates of the schedule, and claim what it is.",
         )
     )
+
+
+def _assert_apart(scale: LossScale, claim: Claim, shared: Sequence[str]) -> None:
+    """Where members share weights, what arrives there is the multiple of nobody's gradient."""
+    __tracebackhide__ = True
+    expected = _expected(scale, claim)
+    found: dict[tuple[str, ...], list[tuple[str, Overlap]]] = {}
+    for member in scale.members:
+        for overlap in member.shared:
+            wrong = not near(overlap.multiple, expected[member.member])
+            if wrong and not _fits(overlap.names, shared):
+                found.setdefault(overlap.names, []).append((member.member, overlap))
+    if not found:
+        return
+    rows = []
+    for names, those in found.items():
+        multiples = {fraction(overlap.multiple) for _, overlap in those}
+        wanted = {fraction(expected[member]) for member, _ in those}
+        rows.append(
+            (
+                names[0] if names else "an unregistered parameter",
+                f"gradients of members {listed(those[0][1].members)}",
+                f"expected {listed(sorted(wanted))}",
+                f"found {listed(sorted(multiples))}",
+            )
+        )
+    members = list(dict.fromkeys(name for those in found.values() for name, _ in those))
+    several = all(len(n) >= max(2, len(those[0][1].members)) for n, those in found.items())
+    words = (
+        f"the {claim} of their losses" if isinstance(claim, str) else "multiples of their losses"
+    )
+    meaning = (
+        "A step there follows the sum of these gradients: no learning rate makes that a training "
+        "of one alone."
+    )
+    remedy = (
+        "Usual cause: a trunk or a parent's weights under several members, or features of one that "
+        "another reads. "
+    )
+    if several:
+        common, cause = told_in_common(members, whole=scale.one_network)
+        meaning = common if scale.one_network else meaning
+        remedy = f"{cause} "
+    raise AssertionError(
+        broken(
+            f"members {listed(scale.names)} are claimed to train on {words}, each by its gradient "
+            "alone, and have weights in common, where gradients add up",
+            rows,
+            total=f"multiples of the gradient alone, in {counted(found, 'parameter')}",
+            meaning=meaning,
+            remedy=f"{remedy}What is shared by design is claimed by name: shared=[...].",
+        )
+    )
+
+
+def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether a name, with its member in front or without, is claimed."""
+    known = [*names, *(name.partition(".")[2] for name in names)]
+    return any(fnmatchcase(name, pattern) for name in known for pattern in patterns)
 
 
 def _assert_joint(scale: LossScale) -> None:

@@ -26,9 +26,10 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from ensembles.message import aligned, broken, counted, listed
+from ensembles.message import aligned, broken, counted, listed, told_in_common
 from ensembles.probes.influence import Probe, Values, probing
-from ensembles.subject import LISTED, SPLIT, Model, Outputs, Partition
+from ensembles.probes.registers import registered
+from ensembles.subject import LISTED, SPLIT, Model, Outputs, Partition, named_modules_of
 
 __all__ = [
     "OwnershipMap",
@@ -76,6 +77,7 @@ class OwnershipMap:
         frozen: Parameters that are not trained; nor is it a finding where these reach nobody.
         homes: Parameter to the member that registers it, where members are modules of their own,
             whose names then begin with the member's; empty for one module.
+        names: Parameter to every name under which it is registered.
     """
 
     members: Owners
@@ -84,6 +86,7 @@ class OwnershipMap:
     lookups: frozenset[str]
     frozen: frozenset[str]
     homes: Mapping[str, str]
+    names: Mapping[str, tuple[str, ...]]
     elements: Mapping[str, _Owners] = field(compare=False, repr=False)
 
     def statement(self, name: str) -> str:
@@ -192,6 +195,7 @@ def measure_ownership_map(
         lookups=lookups,
         frozen=frozen,
         homes=homes,
+        names={e.names[0]: e.names for e in registered(named_modules_of(model))},
         elements=owned,
     )
 
@@ -251,8 +255,8 @@ def assert_ownership(
     kinds = Counter(finding.kind for _, finding in findings)
     main = next(kind for kind in _VERBS if kind in kinds)
     touched = {name for name, _ in findings}
-    meaning, remedy = _EXPLANATIONS[main]
-    last = [_short(ownership, name) for name, finding in findings if finding.kind == main][-1]
+    found = [(name, finding.owners) for name, finding in findings if finding.kind == main]
+    meaning, remedy = _explained(ownership, main, found)
     raise AssertionError(
         broken(
             f"weights of members {listed(ownership.members)} are claimed {_told(claim)}, "
@@ -268,9 +272,24 @@ def assert_ownership(
             ],
             total=f"{len(touched)} of {counted(ownership.owners, 'parameter')}",
             meaning=meaning,
-            remedy=remedy.format(last=last),
+            remedy=remedy,
         )
     )
+
+
+def _explained(
+    ownership: OwnershipMap, kind: str, found: list[tuple[str, Owners]]
+) -> tuple[str, str]:
+    """Meaning and usual cause: what several register leaks by that, and mixes nothing."""
+    meaning, remedy = _EXPLANATIONS[kind]
+    if kind != "leaking":
+        return meaning, remedy
+    mixed = [n for n, owners in found if len(ownership.names[n]) < max(2, len(owners))]
+    if mixed:
+        return meaning, remedy.format(last=_short(ownership, mixed[-1]))
+    among = found[0][1]
+    every = all({*ownership.owners[name]} <= {among, ()} for name in ownership.owners)
+    return told_in_common(among, whole=every)
 
 
 # --- what is found ------------------------------------------------------------------------------

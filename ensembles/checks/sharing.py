@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ensembles.message import aligned, broken, counted, listed
+from ensembles.message import aligned, broken, counted, listed, told_in_common
 from ensembles.subject import LISTED, Members, Model, checked_initialised, named_members
 
 __all__ = [
@@ -260,6 +260,7 @@ def _assert_nothing_else_shared(sharing: ParameterSharing, names: Sequence[str])
     everything = all(memory.whole for memory in surplus) and all(
         place in touched for place in sharing.places if place.member in seen_in
     )
+    meaning, remedy = told_in_common(seen_in, whole=everything)
     kinds = "parameters" if touched_names else "buffers"
     claim = "are claimed independent" if not names else f"are claimed to share {listed(names)} only"
     raise AssertionError(
@@ -269,19 +270,8 @@ def _assert_nothing_else_shared(sharing: ParameterSharing, names: Sequence[str])
             [(listed(memory.names, 2), _seen(memory)) for memory in surplus],
             total=f"{len(touched_names)} of {counted(among, 'parameter')}"
             + (f", {counted(buffers, 'buffer')}" if buffers else ""),
-            meaning=(
-                f"Members {listed(seen_in)} are one network: training them trains one model "
-                f"{len(seen_in)} times."
-                if everything
-                else "A training step of one member moves the others."
-            ),
-            remedy=(
-                "Usual cause: [model] * n, or a registry that returns the same instance. "
-                "Build each member anew."
-                if everything
-                else "Usual cause: a layer made once and passed to several members (a default "
-                "argument, a dict). Make it in each member, or claim it as shared."
-            ),
+            meaning=meaning,
+            remedy=remedy,
         )
     )
 

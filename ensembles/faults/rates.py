@@ -127,7 +127,7 @@ def decay_of_one(architecture: Architecture, place: Place, broken: bool) -> Subj
     return replace(subject, optimizer=optimizer)
 
 
-@fault("training", "sharing", "trajectory")
+@fault("training", "sharing", "trajectory", "loss_scale")
 def streams_of_one(architecture: Architecture, place: Place, broken: bool) -> Subject:
     """One network is run once for each member: its gradient is M times that of a single model."""
 
@@ -136,7 +136,8 @@ def streams_of_one(architecture: Architecture, place: Place, broken: bool) -> Su
             members[:] = [members[0]] * len(members)
 
     subject = separate(architecture, place, plant)
-    return replace(subject, claims={"sharing": "independent", "trajectory": SINGLE})
+    claims = {"sharing": "independent", "trajectory": SINGLE, "loss_scale": "sum"}
+    return replace(subject, claims=claims)
 
 
 # --- rates --------------------------------------------------------------------------------------

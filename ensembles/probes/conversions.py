@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -29,6 +31,7 @@ __all__ = [
     "NotLookedAt",
     "Source",
     "converted",
+    "trace_kept_apart",
 ]
 
 SAME_CODE = 1e-6
@@ -260,6 +263,10 @@ def _quantize(source: Source) -> Converted:
         raise NotLookedAt("this PyTorch has no dynamic quantization")
     if not any(isinstance(module, nn.Linear) for module in source.module.modules()):
         raise NotLookedAt("the model has no linear layer")
+    of_torch = nn.TransformerEncoderLayer.forward
+    if any(type(module).forward is of_torch for module in source.module.modules()):
+        # Its fast path asks layers for the device of weights, which are functions once packed.
+        raise NotLookedAt("PyTorch cannot call a quantized nn.TransformerEncoderLayer")
     return Converted(quantize(copy.deepcopy(source.module), {nn.Linear}), None)
 
 
@@ -299,3 +306,31 @@ def converted(conversion: Conversion, source: Source) -> Converted:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return conversion.convert(source)
+
+
+@contextmanager
+def trace_kept_apart() -> Iterator[None]:
+    """Keeps what torch traces for its own tools out of handlers of others, as pytest's.
+
+    Compiling and exporting log a hundred records without a text to a logger that does not
+    propagate. pytest listens to such loggers too, and would show them under every failing test.
+
+    Example:
+        >>> trace = logging.getLogger("torch.__trace")
+        >>> trace.addHandler(handler := logging.NullHandler())
+        >>> with trace_kept_apart():
+        ...     handler in trace.handlers
+        False
+        >>> handler in trace.handlers
+        True
+        >>> trace.removeHandler(handler)
+    """
+    trace = logging.getLogger("torch.__trace")
+    others = [one for one in trace.handlers if not type(one).__module__.startswith("torch.")]
+    try:
+        for handler in others:
+            trace.removeHandler(handler)
+        yield
+    finally:
+        for handler in others:
+            trace.addHandler(handler)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ensembles.probes.training import leaves_of
 from ensembles.subject import Model, named_modules_of
@@ -65,7 +66,7 @@ def homes_of(model: Model, wanted: Mapping[int, Tensor]) -> dict[int, str]:
 def things_below(model: Model) -> Iterator[tuple[str, str, Any]]:
     """All that is in attributes, containers, functions and classes below the model.
 
-    Breadth first, so that the shortest path names a thing.
+    Breadth first, so that the shortest path names a thing. Optimizers are not looked into.
 
     Yields:
         Path, kind of place ("" for attributes), and the thing.
@@ -85,7 +86,8 @@ def things_below(model: Model) -> Iterator[tuple[str, str, Any]]:
         if isinstance(thing, Tensor):
             yield path, how, thing
             continue
-        if id(thing) in seen:
+        # What an optimizer lists, it steps: that is no home. A schedule's optimizer is one too.
+        if id(thing) in seen or isinstance(thing, Optimizer):
             continue
         seen.add(id(thing))
         yield path, how, thing

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from ensembles.subject import Model, is_one_module, named_modules_of
 
-__all__ = ["Registered", "registered"]
+__all__ = ["Registered", "holders_of", "one_network", "registered"]
 
 
 class Registered(NamedTuple):
@@ -46,3 +47,32 @@ def registered(model: Model) -> list[Registered]:
         Registered(tensor, tuple(names[i]), "parameter" if i in parameters else "buffer")
         for i, tensor in tensors.items()
     ]
+
+
+def holders_of(model: Model) -> dict[int, tuple[str, ...]]:
+    """The members that register each parameter and buffer, by its id.
+
+    Example:
+        >>> one = nn.Linear(2, 2)
+        >>> holders_of([one, nn.Sequential(one), nn.Linear(2, 2)])[id(one.weight)]
+        ('0', '1')
+    """
+    holders: defaultdict[int, dict[str, None]] = defaultdict(dict)
+    for member, module in named_modules_of(model).items():
+        for tensor in (*module.parameters(), *module.buffers()):
+            holders[id(tensor)][member] = None
+    return {key: tuple(members) for key, members in holders.items()}
+
+
+def one_network(model: Model, members: Collection[str]) -> bool:
+    """Whether all that these members register is registered by each of them.
+
+    Example:
+        >>> one = nn.Linear(2, 2)
+        >>> one_network([one, one, nn.Linear(2, 2)], ["0", "1"])
+        True
+    """
+    wanted = {*members}
+    return all(
+        wanted <= {*held} for held in holders_of(model).values() if not wanted.isdisjoint(held)
+    )

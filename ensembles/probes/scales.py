@@ -1,7 +1,8 @@
 """What a loss, and clipping, make of each member's gradient: a multiple, or a mixture of members.
 
 A member's gradient "alone" is that of its own loss. It is compared in the parameters that the
-member has for itself; where all are shared, in its output.
+member has for itself; where all are shared, in its output. In elements that gradients of several
+members reach, they add up: that is a measurement of its own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from ensembles.calling import asked
 from ensembles.message import listed
 from ensembles.probes.confined import taken_for_logits
+from ensembles.probes.registers import registered
 from ensembles.probes.state import generators_kept, preserved, seed_generators
 from ensembles.probes.training import (
     Loss,
@@ -32,7 +34,7 @@ from ensembles.probes.training import (
 )
 from ensembles.subject import SPLIT, Model, Outputs, member_outputs, named_modules_of
 
-__all__ = ["Clip", "MemberLoss", "Scale", "scales_of"]
+__all__ = ["Clip", "MemberLoss", "Overlap", "Scale", "scales_of"]
 
 MemberLoss = Callable[[Any], Tensor]
 """The loss of one member: a function of its output, to a scalar tensor."""
@@ -48,6 +50,22 @@ LOUD = 1e6
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """A parameter in which a member's gradient and those of others add up.
+
+    Attributes:
+        names: Under which it is registered; none where nothing registers it.
+        members: Whose gradients reach the same elements.
+        multiple: The whole gradient in these elements, of the member's alone; None where it points
+            elsewhere.
+    """
+
+    names: tuple[str, ...]
+    members: tuple[str, ...]
+    multiple: float | None
+
+
+@dataclass(frozen=True)
 class Scale:
     """What becomes of one member's gradient.
 
@@ -59,6 +77,7 @@ class Scale:
             there is no clipping.
         parameters: The parameters that the member has for itself.
         classes: Of the probabilities that the loss takes for logits; None where it does not.
+        shared: The parameters in which its gradient and those of other members add up.
     """
 
     multiple: float | None
@@ -67,6 +86,7 @@ class Scale:
     clipped: bool | None
     parameters: tuple[Tensor, ...]
     classes: int | None = None
+    shared: tuple[Overlap, ...] = ()
 
 
 def scales_of(
@@ -135,7 +155,16 @@ def scales_of(
             held = tuple(parameters[i] for i in own)
             clipped = None if clip is None else _clipped(clip, model, parameters, total, own, name)
             scales[name] = Scale(multiple, exact, coupled[name], clipped, held, classes.get(name))
-        return scales
+        if single is None:
+            return scales
+        names = {id(entry.tensor): entry.names for entry in registered(model)}
+        return {
+            name: replace(
+                scale,
+                shared=tuple(_overlaps(name, scales, alone, total, parameters, names)),
+            )
+            for name, scale in scales.items()
+        }
 
 
 # --- coupling -----------------------------------------------------------------------------------
@@ -242,6 +271,56 @@ def _alone(
                 value = loss_of(partial(_of_one, single[name], name), {name: ys})
         gradients[name] = gradients_of([value], [torch.ones_like(value)], parameters)
     return gradients
+
+
+def _overlaps(
+    name: str,
+    scales: Mapping[str, Scale],
+    alone: Mapping[str, Sequence[Tensor | None]],
+    total: Sequence[Tensor | None],
+    parameters: Sequence[Tensor],
+    names: Mapping[int, tuple[str, ...]],
+) -> Iterator[Overlap]:
+    """Where others that are trained send gradients to elements in which this member has its own.
+
+    Who is not trained sends none. Elements are looked at, and not tensors: packed members have
+    slices of one.
+    """
+    own = [_dense(gradient) if scales[name].multiple != 0 else None for gradient in alone[name]]
+    greatest = max((float(g.norm()) for g in own if g is not None), default=0.0)
+    for i, (parameter, mine) in enumerate(zip(parameters, own, strict=True)):
+        tolerance = SAME.get(parameter.dtype, 1e-4)
+        # Of a bias before a norm, rounding is all that there is.
+        if mine is None or float(mine.norm()) <= tolerance / 100 * greatest:
+            continue
+        here = mine != 0
+        least = tolerance * float(mine.norm())
+        among = [
+            other
+            for other, scale in scales.items()
+            if other == name
+            or (
+                scale.multiple != 0
+                and (theirs := _dense(alone[other][i])) is not None
+                and float((theirs * here).norm()) > least
+            )
+        ]
+        if len(among) > 1:
+            whole = _dense(total[i])
+            found = mine.new_zeros(mine.shape) if whole is None else whole * here
+            by = float((found * mine).sum() / mine.square().sum())
+            along = float((found - by * mine).norm()) <= tolerance * float(found.norm())
+            yield Overlap(
+                names.get(id(parameter), ()),
+                tuple(among),
+                (_simple(by, tolerance / 4) if by else 0.0) if along else None,
+            )
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    if gradient is None:
+        return None
+    return (gradient.to_dense() if gradient.is_sparse else gradient).detach().double()
 
 
 def _of_one(loss: MemberLoss, name: str, outputs: dict[str, Any]) -> Tensor:

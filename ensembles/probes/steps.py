@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from ensembles.probes.state import (
     seed_generators,
 )
 from ensembles.probes.training import (
+    LEARNING_RATE,
     fresh,
     hidden_modules,
     optimizers_of,
@@ -114,8 +116,9 @@ def step_effects(
         outputs: Splits what one module returns into member outputs.
         members: Finds the member modules inside one module.
         optimizer: Builds the optimizer, or a list of them, for the model. By default plain SGD on
-            all parameters, with every gradient scaled to a largest element of 1. What it moves
-            where gradients are zero (weight decay of a packed weight) is not an effect.
+            all parameters. Gradients are scaled to a largest element of 1, tensor by tensor, and
+            learning rates above 0.01 are lowered to that. What the optimizer moves where gradients
+            are zero (weight decay of a packed weight) is not an effect.
 
     Returns:
         The effects. The model, its gradients and the random generators are as before.
@@ -476,7 +479,7 @@ def _gradients(
             "Usual cause: members in a Python list, frozen parameters, detach, or an "
             "optimizer of another model; the coverage check says which."
         )
-    return found if bench.optimizer else [(p, _scaled(g)) for p, g in found]
+    return [(p, _scaled(g)) for p, g in found]
 
 
 def _take_step(bench: _Bench, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -486,7 +489,8 @@ def _take_step(bench: _Bench, gradients: Sequence[tuple[Tensor, Tensor]]) -> Non
             parameter.grad = _laid_out(gradient, parameter)
         for optimizer in optimizers:
             try:
-                optimizer.step()
+                with _at_most(optimizer, LEARNING_RATE):
+                    optimizer.step()
             except Exception as error:
                 then = "The check steps without a closure, on gradients that it has set."
                 what = f"{type(optimizer).__name__}.step()"
@@ -509,6 +513,23 @@ def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
     if gradient.layout is not torch.strided:
         return gradient
     return torch.empty_like(parameter).copy_(gradient)
+
+
+@contextmanager
+def _at_most(optimizer: Optimizer, rate: float) -> Iterator[None]:
+    """Learning rates are capped, so that a step on a deep network does not blow numbers up."""
+    before = [group.get("lr") for group in optimizer.param_groups]
+    try:
+        for group, lr in zip(optimizer.param_groups, before, strict=True):
+            if isinstance(lr, Tensor):
+                group["lr"] = lr.clamp(max=rate)
+            elif lr is not None:
+                group["lr"] = min(lr, rate)
+        yield
+    finally:
+        for group, lr in zip(optimizer.param_groups, before, strict=True):
+            if lr is not None:
+                group["lr"] = lr
 
 
 def _scaled(gradient: Tensor) -> Tensor:

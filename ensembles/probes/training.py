@@ -21,6 +21,7 @@ from ensembles.probes.autograd import postorder
 from ensembles.subject import LISTED, Model, named_modules_of
 
 __all__ = [
+    "LEARNING_RATE",
     "Loss",
     "fresh",
     "gradients_of",
@@ -39,7 +40,8 @@ Loss = Callable[[dict[str, Any]], Tensor]
 """The training loss: a function of the dict of member outputs, to a scalar tensor."""
 
 LEARNING_RATE = 0.01
-"""Of `plain_sgd`. With gradients of about 1: far above rounding, and no explosion."""
+"""Of `plain_sgd`, and the greatest in steps that are looked at. With gradients of about 1: far
+above rounding, and no explosion."""
 
 NOTHING_TO_TRAIN = (
     "The model registers no trainable parameters, so that no step can be taken. "

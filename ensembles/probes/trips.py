@@ -147,10 +147,10 @@ def trip(
     try:
         found = _outputs(result.call, batch, seed)
     except Exception as error:
-        said = _said(error)
         if conversion.partial and (result.module is None or conversion.result == "shared"):
-            return Trip(reason=f"calling it raised {said}")
-        return Trip(error=said, **facts)
+            # By whom it was called, on what, is no news here.
+            return Trip(reason=f"what it makes cannot be called: {_said(error.__cause__ or error)}")
+        return Trip(error=_said(error), **facts)
     facts["difference"] = _difference(before, found)
     if trained is not None and result.module is not None:
         original = source.module if conversion.result == "copy" else None
@@ -369,6 +369,6 @@ def _compared(before: list[frozenset[str]], module: nn.Module) -> _Facts:
     return facts
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"[:160]

@@ -599,6 +599,26 @@ def test_vanishing_gradients_hide_nothing():
 # --- wrong use ----------------------------------------------------------------------------------
 
 
+def deep() -> nn.Module:
+    layers = [[nn.Linear(18, 18), nn.BatchNorm1d(18), nn.ReLU()] for _ in range(12)]
+    return nn.Sequential(nn.Flatten(), *(layer for block in layers for layer in block))
+
+
+@pytest.mark.parametrize("rate", [1.0, torch.tensor(1.0)], ids=["number", "tensor"])
+def test_a_step_of_the_optimizer_blows_no_numbers_up(rate):
+    """An untrained network of many layers would be thrown far off by its full learning rate."""
+    torch.manual_seed(0)
+    one = deep()
+    kept = torch.optim.SGD(one.parameters(), lr=rate)
+    x = torch.randn(8, 2, 3, 3)
+    coupling = measure_gradient_coupling([one, one], x, optimizer=lambda members: kept)
+    weights = [m.by for m in coupling.moved if m.place.startswith("parameter ")]
+    assert max(weights) == pytest.approx(0.01, rel=1e-3)
+    outputs = [m.by for m in coupling.moved if m.place == "output"]
+    assert max(outputs) < 10
+    assert kept.param_groups[0]["lr"] is rate
+
+
 def test_one_member_cannot_be_compared():
     with pytest.raises(ValueError, match="only one was found"):
         measure_gradient_coupling(mlp(), batch_for(mlp))

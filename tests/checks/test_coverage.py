@@ -147,6 +147,26 @@ def test_a_layer_that_the_function_of_the_optimizer_replaces_is_broken():
     assert model[4] is head
 
 
+def test_an_optimizer_that_the_model_keeps_is_no_home_of_what_it_lists():
+    """A layer that was replaced after it is stale, and no container would mend that."""
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = conv()
+            self.optimizer = sgd(self.net)
+            self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
+            self.net[4] = nn.Linear(36, 5)
+
+        def forward(self, x):
+            return self.net(x)
+
+    message = message_of(Keeps(), lambda model: model.optimizer, batch_for(conv))
+    assert "optimizer 0, group 0, position 4   stale:" in message
+    assert "Stale: layers replaced or members added after the optimizer was built" in message
+    assert "nn.ModuleList" not in message
+
+
 @architectures
 def test_an_optimizer_of_a_copy_is_stale(make):
     model = make()
@@ -169,6 +189,25 @@ def test_one_module_with_several_optimizers_is_repeated(make):
     one = make()
     coverage = measure_optimizer_coverage([one] * 2, [sgd(one), sgd(one)], batch_for(make))
     assert coverage.places("repeated") == coverage.trainable
+
+
+def all_of(members) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for member in members for p in member.parameters()], lr=0.1)
+
+
+def test_members_that_are_one_network_are_told_as_that(golden):
+    golden(message_of([mlp()] * 3, all_of, batch_for(mlp)), "messages/coverage_one_network.txt")
+
+
+def test_a_layer_of_several_members_is_told_as_that():
+    members = [mlp(), mlp()]
+    members[1][0] = members[0][0]
+    told = " ".join(message_of(members, all_of, batch_for(mlp)).split())
+    assert "0.0.weight repeated: in members 0, 1: optimizer 0, group 0, position 0;" in told
+    assert "a layer made once and passed to several members" in told
+    assert "What is shared by design, list once" in told
+    assert "one network" not in told
+    assert "assigning the Parameter" not in told
 
 
 def test_duplicates_from_a_function_are_reported_and_not_warned_of():

@@ -188,6 +188,36 @@ def test_copied_members_are_broken(golden):
     golden(message(make), "messages/diversity_copied.txt")
 
 
+def test_members_that_are_one_network_are_told_as_that(golden):
+    one = classifier()
+    golden(message([one] * 3), "messages/diversity_one_network.txt")
+    assert "Members 0, 1, 2 are one network" in message([one] * 3, None)
+
+
+def test_a_layer_of_several_members_is_no_copy():
+    first, second = classifier(), classifier()
+    second[0] = first[0]
+    told = " ".join(message([first, second]).split())
+    assert "a layer made once and passed to several members" in told
+    assert "one network" not in told
+    assert "a copy whose reset" not in told
+
+
+def test_members_that_read_all_weights_otherwise_are_not_one_network():
+    one = classifier()
+    told = message([one, nn.Sequential(*one, nn.Tanh())])
+    assert "A training step of one member moves the others" in told
+    assert "one network" not in told
+
+
+def test_without_a_factory_a_copy_and_a_seed_are_both_told():
+    told = " ".join(message([seeded(), seeded()]).split())
+    assert "deepcopy of one" in told
+    assert "torch.manual_seed(...) inside a constructor" in told
+    assert "a function that builds the members would show" in told
+    assert "manual_seed" not in message(lambda: [copy.deepcopy(m) for m in [classifier()] * 2])
+
+
 def test_a_reset_that_misses_layers_is_broken(golden):
     def make():
         members = [copy.deepcopy(one) for one in [classifier()] * 3]

@@ -1,6 +1,7 @@
 """The diary's question of 11/03: sum or mean, and what does the learning rate mean then?"""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from ensembles.checks.loss_scale import assert_loss_scaled, measure_loss_scale
 from ensembles.conformance import check_ensemble
-from ensembles.subject import Subject, split_axis
+from ensembles.models.example import wide_resnet18_with_subnets
+from ensembles.subject import Partition, Subject, split_axis
 
 ROWS, CLASSES = 6, 4
 LABELS = torch.tensor([0, 1, 2, 3, 1, 2])
@@ -297,7 +299,152 @@ def test_members_packed_in_one_weight_are_looked_at_in_their_outputs():
 def test_shared_weights_do_not_hide_the_scale():
     member = mlp()
     scale = measure_loss_scale([member, member], batch(), sum_of_losses)
-    assert_loss_scaled(scale, "sum")
+    assert_loss_scaled(scale, "sum", shared=["*"])
+    with pytest.raises(AssertionError, match="and train on their sum"):
+        assert_loss_scaled(scale, "mean", shared=["*"])
+
+
+# --- weights in common, where gradients add up --------------------------------------------------
+
+
+def broken_sum(model, **kinds) -> str:
+    with pytest.raises(AssertionError, match="in common, where gradients add up") as broken:
+        assert_loss_scaled(measure_loss_scale(model, batch(), sum_of_losses, **kinds), "sum")
+    return " ".join(str(broken.value).split())
+
+
+def test_members_that_are_one_network_are_broken(golden):
+    one = plain()
+    scale = measure_loss_scale([one] * 3, batch(), sum_of_losses)
+    golden(str(scale), "messages/loss_scale_in_common.txt")
+    with pytest.raises(AssertionError) as broken:
+        assert_loss_scaled(scale, "sum")
+    golden(str(broken.value), "messages/loss_scale_one_network.txt")
+    # On one batch, the mean over copies of a member is its gradient alone.
+    scale = measure_loss_scale([one] * 3, batch(), mean_of_losses)
+    with pytest.raises(AssertionError, match="expected 1/3   found 1"):
+        assert_loss_scaled(scale, "mean")
+
+
+def plain() -> nn.Module:
+    """Draws nothing in the call, so that one network three times has one gradient."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(18, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def test_a_norm_of_several_members_is_broken():
+    members = several(3, conv)
+    members[2][1] = members[0][1]
+    told = broken_sum(members)
+    assert "0.1.weight gradients of members 0, 2 expected 1 found no multiple" in told
+    assert "in 2 parameters" in told
+    assert "a layer made once and passed to several members" in told
+    assert "one network" not in told
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(18, 8)
+        self.heads = nn.ModuleList(nn.Linear(8, CLASSES) for _ in range(2))
+
+    def forward(self, x):
+        features = self.trunk(x.flatten(1)).relu()
+        return [head(features) for head in self.heads]
+
+
+def test_a_trunk_is_claimed_as_shared_by_name():
+    told = broken_sum(Heads())
+    assert "trunk.weight gradients of members 0, 1" in told
+    assert "a trunk or a parent's weights under several members" in told
+    scale = measure_loss_scale(Heads(), batch(), sum_of_losses)
+    assert_loss_scaled(scale, "sum", shared=["trunk.*"])
+    with pytest.raises(AssertionError, match=r"trunk\.bias"):
+        assert_loss_scaled(scale, "sum", shared=["trunk.weight", "heads.*"])
+
+
+def test_a_frozen_trunk_is_nobodys():
+    model = Heads()
+    model.trunk.requires_grad_(False)
+    assert_loss_scaled(measure_loss_scale(model, batch(), sum_of_losses), "sum")
+
+
+def test_a_member_that_the_loss_leaves_out_adds_nothing_to_shared_weights():
+    scale = measure_loss_scale(Heads(), batch(), weighted(2.0, 0.0))
+    assert_loss_scaled(scale, [2.0, 0.0])
+
+
+class Groups(nn.Module):
+    """Two members in the channels; with one group in the middle they read each other."""
+
+    def __init__(self, middle: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 8, 1, groups=2)
+        self.second = nn.Conv2d(8, 8, 1, groups=middle)
+
+    def forward(self, x):
+        y = self.second(self.first(x.repeat(1, 2, 1, 1)).relu()).mean((2, 3))
+        return list(y.chunk(2, 1))
+
+
+def test_groups_of_channels_are_apart_and_what_mixes_them_is_broken():
+    assert_loss_scaled(measure_loss_scale(Groups(2), batch(), sum_of_losses), "sum")
+    told = broken_sum(Groups(1))
+    assert "first.weight gradients of members 0, 1 expected 1 found no multiple" in told
+    assert "second" not in told
+    assert "features of one that another reads" in told
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_rows_of_an_embedding_that_members_read_are_shared(sparse):
+    tokens = torch.arange(ROWS)[:, None]
+
+    def measured_of(first, second):
+        pair = [nn.Sequential(first, nn.Flatten()), nn.Sequential(second, nn.Flatten())]
+        return measure_loss_scale(pair, tokens, sum_of_losses)
+
+    one, two = (nn.Embedding(ROWS, CLASSES, sparse=sparse) for _ in range(2))
+    assert_loss_scaled(measured_of(one, two), "sum")
+    with pytest.raises(AssertionError, match=r"0\.0\.weight   gradients of members 0, 1"):
+        assert_loss_scaled(measured_of(one, one), "sum")
+
+
+@pytest.mark.parametrize(
+    ("claims", "status"),
+    [
+        ({"loss_scale": "sum"}, "broken"),
+        ({"loss_scale": "sum", "sharing": "distinct"}, "broken"),
+        ({"loss_scale": "sum", "ownership": "independent"}, "broken"),
+        ({"loss_scale": "sum", "ownership": {"heads.*": "independent", "*": "unused"}}, "broken"),
+        ({"loss_scale": {"loss": "sum", "shared": ["heads.*"]}}, "broken"),
+        ({"loss_scale": {"loss": "sum", "shared": ["trunk.*"]}}, "held"),
+        ({"loss_scale": "sum", "ownership": {"trunk.*": "tied", "*": "independent"}}, "held"),
+        ({"loss_scale": "sum", "ownership": "tied"}, "held"),
+        ({"loss_scale": "sum", "ownership": Partition(parent="0")}, "held"),
+        ({"loss_scale": "sum", "sharing": ["trunk.*"]}, "held"),
+    ],
+)
+def test_what_other_claims_call_shared_is_shared_by_design(claims, status):
+    subject = Subject(make=Heads, batch=batch, loss=sum_of_losses, claims=claims)
+    (result,) = (r for r in check_ensemble(subject) if r.check == "loss_scale")
+    assert result.status == status, result.message
+
+
+def test_subnets_share_the_parents_weights_by_design():
+    def loss(outputs):
+        return sum(cross_entropy(y, torch.arange(2)) for y in outputs.values())
+
+    subject = replace(wide_resnet18_with_subnets(base_channels=2), loss=loss)
+
+    def result_of(**claims):
+        found = check_ensemble(replace(subject, claims={"loss_scale": "sum", **claims}))
+        return next(result for result in found if result.check == "loss_scale")
+
+    designed = result_of(ownership=subject.claims["ownership"])
+    assert designed.status == "held", designed.message
+    assert "and they add up in 20 shared parameters" in designed.found
+    apart = result_of()
+    assert apart.status == "broken"
+    assert "parent.conv1.weight" in apart.message
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

@@ -124,6 +124,62 @@ def test_swapped_outputs_are_broken():
 # --- tied ---------------------------------------------------------------------------------------
 
 
+class Side(nn.Module):
+    """Members in a container of one module."""
+
+    def __init__(self, *members: nn.Module) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x):
+        return [member(x) for member in self.members]
+
+
+def leaking(model) -> str:
+    with pytest.raises(AssertionError, match="and leak into other members") as broken:
+        owned(model)
+    return str(broken.value)
+
+
+def test_members_that_are_one_network_are_told_as_that(golden):
+    golden(leaking([convnet()] * 3), "messages/ownership_one_network.txt")
+    one = convnet()
+    assert "Members 0, 1 are one network" in leaking(Side(one, one))
+
+
+def test_a_layer_of_several_members_is_no_mixing():
+    first, second = convnet(), convnet()
+    second[4] = first[4]
+    for model in ([first, second], Side(first, second)):
+        told = " ".join(leaking(model).split())
+        assert "a layer made once and passed to several members" in told
+        assert "They mix" not in told
+        assert "one network" not in told
+
+
+def test_members_that_also_mix_are_told_where():
+    first, second = convnet(), convnet()
+    second[4] = first[4]
+
+    class Mixing(Side):
+        def forward(self, x):
+            one, two = super().forward(x)
+            return one, two + one
+
+    assert "They mix after members.0.8.bias" in leaking(Mixing(first, second))
+
+    class Swapped(nn.Module):
+        def __init__(self, own, other):
+            super().__init__()
+            self.own, self.other = own, [other]
+
+        def forward(self, x):
+            return self.other[0](x)
+
+    one, two = convnet(), convnet()
+    assert "They mix after" in leaking([Swapped(one, two), Swapped(two, one)])
+
+
 def test_streams_through_one_network_are_tied():
     measured = owned(NStreams(convnet(), 3), claim="tied")
     assert set(measured.owners["model.network.0.weight"]) == {("0", "1", "2")}

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -123,6 +125,7 @@ def test_our_models_survive_every_conversion_that_pytorch_does_not_break(make):
 
 def test_a_weight_under_two_names_is_tied_by_pytorchs_rules_only(golden):
     names = [name for name in PLAIN if name != "quantize_dynamic"]  # not in every PyTorch
+    names += ["ddp", "fsdp2"]
     found = measure_round_trips(Tied, ROWS, conversions=names)
     assert_round_trips_kept(found)
     golden(str(found), "messages/round_trips_tied.txt")
@@ -148,6 +151,70 @@ def test_compiled_and_exported_models_are_the_model():
     found = measure_round_trips(Tied, ROWS, conversions=["compile", "export"])
     assert_round_trips_kept(found, ["compile", "export"])
     assert [one.ties for one in found.trips] == ["kept", "kept"]
+
+
+def test_the_first_line_names_what_is_let_pass():
+    """The gate shows no other: what PyTorch breaks, how to tie again, what was not looked at."""
+    found = measure_round_trips(Tied, ROWS, conversions=["deepcopy", "assign=True", "ddp", "fsdp2"])
+    assert str(found).splitlines()[0] == (
+        "2 conversions, 1 tied tensor: 1 kept, 0 broken; 1 broken by PyTorch: assign=True (after "
+        "these tie again: b.weight = a.weight); 2 not looked at: ddp, fsdp2 (it needs two "
+        'processes: give factory="package.module:factory")'
+    )
+    kept = measure_round_trips(Tied, ROWS, conversions="deepcopy")
+    assert str(kept).splitlines()[0] == "1 conversion, 1 tied tensor: 1 kept, 0 broken"
+
+
+def test_a_broken_claim_of_all_names_what_is_let_pass():
+    class Both(Tied):
+        def __init__(self):
+            super().__init__()
+            weight = self.embed.weight
+            self.compute = lambda x: F.linear(x, weight)
+
+        def forward(self, x):
+            return self.compute(x)
+
+    found = measure_round_trips(Both, ROWS, conversions=["deepcopy", "assign=True", "ddp"])
+    with pytest.raises(AssertionError) as broken:
+        assert_round_trips_kept(found)
+    told = " ".join(str(broken.value).split())
+    assert "Let pass: 1 not looked at: ddp (it needs two processes" in told
+    with pytest.raises(AssertionError) as broken:
+        assert_round_trips_kept(found, ["deepcopy"])
+    assert "Let pass" not in str(broken.value)
+
+
+def test_an_encoder_layer_that_pytorch_quantizes_and_cannot_call_is_named():
+    def make():
+        return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    (found,) = measure_round_trips(make, ROWS[None], conversions="quantize_dynamic").trips
+    assert "cannot call a quantized nn.TransformerEncoderLayer" in found.reason
+
+
+def test_why_a_result_cannot_be_called_is_told_by_its_cause():
+    class Asks(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.to(self[0].weight.device))
+
+    (found,) = measure_round_trips(
+        lambda: Asks(nn.Linear(8, 3)), ROWS, conversions="quantize_dynamic"
+    ).trips
+    assert found.reason.startswith("what it makes cannot be called: AttributeError: ")
+
+
+def test_what_torch_traces_is_in_no_captured_log(caplog):
+    """pytest listens to loggers that do not propagate, as torch's own is."""
+    trace = logging.getLogger("torch.__trace")
+    listening = [*trace.handlers, caplog.handler]
+    trace.addHandler(caplog.handler)
+    try:
+        measure_round_trips(Tied, ROWS, conversions=["compile", "export"])
+        assert caplog.records == []
+        assert caplog.handler in trace.handlers
+    finally:
+        trace.handlers[:] = [one for one in listening if one is not caplog.handler]
 
 
 def test_two_processes_keep_the_model(tmp_path, monkeypatch):
