@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -85,7 +86,15 @@ def _robustness(places: Sequence[str], reduction: str) -> dict[str, Figure]:
     from ensembles.experiments.evaluation.results import read_results
     from ensembles.experiments.plots import plot_results
 
-    results = read_results(places)
+    results = []
+    for result in read_results(places):
+        if len(result.evaluations) > 1:
+            results.append(result)
+        else:
+            inside = result.evaluations[0].data.name
+            print(f"{result.identifier}: left out, it is on {inside} only", file=sys.stderr)
+    if not results:
+        raise ValueError("no result has a shifted set: `ensembles evaluate --shifted ...` adds one")
     inside = results[0].evaluations[0].data.name
     drawn = plot_results(results, reduction=reduction)
     return {f"{inside}_to_{shifted}": figure for shifted, figure in drawn.items()}
