@@ -1,4 +1,4 @@
-"""The console script `ensembles`: train, evaluate, plot, convert, check.
+"""The console script `ensembles`: train, evaluate, plot, robustness, convert, check.
 
 A command is imported when it is called: `ensembles --help` is quick, and tells what is missing
 where the extra is not installed. What a user can mend is told in one line, with exit status 2.
@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "Trains a network, or goes on with a run that was stopped.",
     "evaluate": "Evaluates a model on a set of images and on shifted sets, and writes a result.",
     "plot": "Draws results, or the training curves of runs.",
+    "robustness": "Compares models under distribution shift: accuracies, lines, and dominance.",
     "convert": "Converts a training checkpoint to a plain state dict.",
     "check": "Checks that a model is what it claims to be.",
 }

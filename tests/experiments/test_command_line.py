@@ -296,6 +296,17 @@ def test_an_option_reaches_the_run_that_it_describes(option, told, runs, capsys)
     assert f"  {told}\n" in capsys.readouterr().err.replace("  training.sch", "  sch")
 
 
+def test_train_tells_of_a_small_last_batch_and_calls_no_new_run_finished(tmp_path, capsys):
+    few = "--training.batch_size 448 --training.drop_last false"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message="the last batch")
+        assert ensembles(f"train {tmp_path}/run {QUICK} {few}") == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("3 steps, accuracies of the last epoch:\n")
+    told = "ensembles train: warning: the last batch of every epoch has 4 of 900 images, the others"
+    assert only_line(shown).startswith(told)
+
+
 def test_of_several_processes_one_tells(runs, capsys, monkeypatch):
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -673,10 +684,10 @@ def test_warnings_of_ours_are_told_in_a_line_and_those_of_others_with_their_plac
         return 0
 
     monkeypatch.setattr(convert, "main", warned)
-    before = warnings.showwarning
     with pytest.warns(UserWarning, match="this is old") as others:
+        before = warnings.showwarning
         assert ensembles("convert a b") == 0
-    assert warnings.showwarning is before
+        assert warnings.showwarning is before
     shown = only_line(capsys.readouterr())
     assert shown == "ensembles convert: warning: the file is damaged"
     assert [(str(w.message), w.filename, w.lineno) for w in others] == [
