@@ -273,7 +273,7 @@ def _shift(shift: Mapping[str, Any]) -> str:
     triples = shift.get("triples")
     if triples and triples["count"]:
         told += [
-            f"  {triples['count']:,} triples: the middle model is "
+            f"  {triples['count']:,} triple{'s' * (triples['count'] > 1)}: the middle model is "
             f"{100 * triples['mean_deviation']:.2f} points from the chord in the mean, and "
             f"{100 * triples['largest_deviation']:.2f} at most",
             f"    ({', '.join(triples['farthest'])}); the bound is "
@@ -349,8 +349,8 @@ def _means(report: Mapping[str, Any]) -> str:
     if not pairs:
         return "no means over pairs: there are fewer than 2 single models"
     head = (
-        f"means over {pairs:,} pairs of single models, % of the images; dominance is that of the "
-        "weaker one"
+        f"means over {pairs:,} pair{'s' * (pairs > 1)} of single models, % of the images; "
+        "dominance is that of the weaker one"
     )
     return "\n".join([head, *(f"  {line}" for line in aligned(rows))])
 

@@ -33,6 +33,12 @@ LABELS = "labels"
 class Predictions:
     """Predicted classes of several models on one set of images.
 
+    Example:
+        >>> classes = np.array([[0, 1], [0, 0]])
+        >>> found = Predictions(("a", "vote"), classes, np.array([0, 1]), ("vote",))
+        >>> found.correct.tolist(), found.single.tolist()
+        ([[True, True], [True, False]], [True, False])
+
     Args:
         models: Names.
         classes: Predicted classes, (model, sample), integers from 0.
@@ -62,6 +68,10 @@ def write_predictions(evaluations: Sequence[Evaluation], path: Path | str, *, mo
 
     Members have their names, and one that is alone that of the model; reductions are called
     "ensemble, arithmetic", and so on.
+
+    Example::
+
+        write_predictions([evaluate(network, images)], "predictions.npz", model="four")
 
     Args:
         evaluations: Of one network, one for each set, in distribution first.
@@ -147,6 +157,11 @@ def joined_predictions(
     files: Mapping[str, Mapping[str, Predictions]],
 ) -> dict[str, Predictions]:
     """Puts the models of several files side by side.
+
+    Example:
+        >>> found = {"digits": Predictions(("single",), np.array([[0, 1]]), np.array([0, 1]))}
+        >>> joined_predictions({"one": found, "two": found})["digits"].models
+        ('one, single', 'two, single')
 
     Args:
         files: By the file's name, what `read_predictions` returned.
