@@ -1,4 +1,4 @@
-"""The console script `ensembles`: train, evaluate, plot, convert, check.
+"""The console script `ensembles`: train, evaluate, plot, robustness, convert, check.
 
 A command is imported when it is called: `ensembles --help` is quick, and tells what is missing
 where the extra is not installed. What a user can mend is told in one line, with exit status 2.
@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from traceback import walk_tb
+from typing import TextIO
 
 from ensembles import __version__
 
@@ -20,10 +24,14 @@ COMMANDS = {
     "train": "Trains a network, or goes on with a run that was stopped.",
     "evaluate": "Evaluates a model on a set of images and on shifted sets, and writes a result.",
     "plot": "Draws results, or the training curves of runs.",
+    "robustness": "Compares models under distribution shift: accuracies, lines, and dominance.",
     "convert": "Converts a training checkpoint to a plain state dict.",
     "check": "Checks that a model is what it claims to be.",
 }
 """What there is, with the first line of each command's docstring."""
+
+OURS = Path(__file__).resolve().parents[1]
+"""The folder of this package."""
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -50,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR
     try:
         module = import_module(f"ensembles.experiments.commands.{command}")
-        return int(module.main(given[1:]))
+        with _warnings_told(command):
+            return int(module.main(given[1:]))
     except SystemExit as told:  # a command's --help
         return int(told.code or 0)
     except KeyboardInterrupt as error:
@@ -93,6 +102,31 @@ def _overview() -> argparse.ArgumentParser:
 def _told(command: str, message: str, status: int) -> int:
     print(f"ensembles {command}: error: {message}", file=sys.stderr)
     return status
+
+
+@contextmanager
+def _warnings_told(command: str) -> Iterator[None]:
+    """Tells warnings of this package as errors are told; those of others keep their place."""
+    before = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if OURS in Path(filename).resolve().parents:
+            print(f"ensembles {command}: warning: {message}", file=sys.stderr)
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _is_ours(error: Exception) -> bool:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -18,10 +19,13 @@ import yaml
 from ensembles import __version__
 from ensembles.experiments.command_line import COMMANDS, main
 from ensembles.experiments.commands.parsing import values_of
+from ensembles.experiments.data.cifar10 import CLASSES
+from ensembles.experiments.data.sources import load_images
 from ensembles.experiments.evaluation.loading import CombinedNetwork, load_named
 from ensembles.experiments.evaluation.results import read_result
 from ensembles.experiments.training.networks import NetworkOptions, SingleNetwork
 from ensembles.experiments.training.options import Execution, TrainingOptions
+from ensembles.experiments.training.trainer import train
 from ensembles.models.resnet import resnet18
 
 COMMAND_FILES = Path(__file__).parents[2] / "ensembles" / "experiments" / "commands"
@@ -45,11 +49,19 @@ def only_line(captured):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs: an ensemble of two, and a network alone."""
+    """Runs: an ensemble of two, a network alone, and one of CIFAR-10's classes."""
     folder = tmp_path_factory.mktemp("runs")
     two = f"train {folder}/two {QUICK} --network.kind ensemble --network.members 2 --seed 3"
     assert ensembles(two) == 0
     assert ensembles(f"train {folder}/one {QUICK} --training.validation 100") == 0
+    airplanes = load_images("digits", "train").select(range(450))
+    train(
+        NetworkOptions(base_channels=1),
+        TrainingOptions(epochs=1, batch_size=400),
+        replace(airplanes, name="cifar10", classes=CLASSES),
+        folder / "cifar",
+        execution=Execution(accelerator="cpu", progress=False, tensorboard=False),
+    )
     return folder
 
 
@@ -192,6 +204,37 @@ def lines_of_the_readme():
     return [line for line in lines if line.startswith("ensembles ")]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_calls_no_value_by_its_python_name(command, capsys):
+    assert ensembles(f"{command} --help") == 0
+    assert "None" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["training.augment", "training.compile", "lam", "root"])
+def test_null_is_asked_for_where_none_is_given(option, tmp_path, capsys):
+    """As text, None is the backend or the folder of that name."""
+    train = f"train {tmp_path}/run --data digits"
+    told = f"ensembles train: error: --{option} None is written --{option} null (ensembles train "
+    for line in (f"--{option} None", f"--{option}=None"):
+        assert ensembles(f"{train} {line}") == 2
+        assert only_line(capsys.readouterr()).startswith(told)
+    values = {}
+    inner = values
+    *outer, last = option.split(".")
+    for name in outer:
+        inner = inner.setdefault(name, {})
+    inner[last] = "None"
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    assert ensembles(f"{train} --config {tmp_path}/a.yaml") == 2
+    assert f"a.yaml: {option}: None is written null (" in only_line(capsys.readouterr())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_may_be_called_none(capsys):
+    assert ensembles("convert None member.pt") == 2
+    assert only_line(capsys.readouterr()) == "ensembles convert: error: there is no checkpoint None"
+
+
 def test_the_readme_shows_every_command():
     assert {line.split()[1] for line in lines_of_the_readme()} == set(COMMANDS)
 
@@ -229,7 +272,8 @@ def test_train_writes_a_run_that_says_how_it_was_trained(runs):
 def test_train_goes_on_with_its_own_run_and_leaves_others_alone(runs, capsys):
     before = (runs / "one" / "epochs.csv").read_bytes()
     assert ensembles(f"train {runs}/one {QUICK} --training.validation 100") == 0
-    assert "2 steps, accuracies of the last epoch:" in capsys.readouterr().out
+    told = "this run was finished already, nothing was trained: 2 steps, accuracies of the last"
+    assert capsys.readouterr().out.startswith(told)
     assert ensembles(f"train {runs}/one {QUICK} --training.validation 100 --seed 1") == 2
     told = capsys.readouterr().err
     assert "belongs to another run, which differs in\n  training.seed: 0 there, 1 here\n" in told
@@ -250,6 +294,17 @@ def test_train_goes_on_with_its_own_run_and_leaves_others_alone(runs, capsys):
 def test_an_option_reaches_the_run_that_it_describes(option, told, runs, capsys):
     assert ensembles(f"train {runs}/one {QUICK} --training.validation 100 {option}") == 2
     assert f"  {told}\n" in capsys.readouterr().err.replace("  training.sch", "  sch")
+
+
+def test_train_tells_of_a_small_last_batch_and_calls_no_new_run_finished(tmp_path, capsys):
+    few = "--training.batch_size 448 --training.drop_last false"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message="the last batch")
+        assert ensembles(f"train {tmp_path}/run {QUICK} {few}") == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("3 steps, accuracies of the last epoch:\n")
+    told = "ensembles train: warning: the last batch of every epoch has 4 of 900 images, the others"
+    assert only_line(shown).startswith(told)
 
 
 def test_of_several_processes_one_tells(runs, capsys, monkeypatch):
@@ -312,6 +367,10 @@ def test_a_config_file_that_is_missing_is_named(tmp_path, capsys):
     [
         ("--objective interpolated", "the objective interpolated needs --lam, a number from 0"),
         ("--objective interpolated --lam 1.5", "lam must be"),
+        (
+            "--objective stochastic --p .5",
+            "a network of kind 'single' has none: set kind='subnets'",
+        ),
         ("--objective sum --lam 0.5", "--lam has no meaning for the objective sum: leave it out"),
         ("--objective stochastic --p 0.5 --beta 0.1", "--beta has no meaning for the objective st"),
         ("--training.lr -1", "lr must be a finite number above 0, got -1.0"),
@@ -399,6 +458,11 @@ def test_evaluate_overwrites_nothing_and_looks_before_it_computes(runs, tmp_path
     ("options", "told"),
     [
         ("--model resnet21", "there is no model 'resnet21': name a pretrained network (resnet20,"),
+        (
+            "--model cifar",
+            "the network classifies airplane, automobile, bird and 7 more, and digits",
+        ),
+        ("--model cifar,one", "cifar, one classify different things: they are no ensemble"),
         ("--model one --data moons", "there is no set of images 'moons'"),
         ("--model one --shifted moons", "there is no set of images 'moons'"),
         ("--model one --shifted rotation", "shifted=rotation: with its level, from 1 to 5, such"),
@@ -426,7 +490,6 @@ def test_evaluate_says_what_is_wrong(options, told, runs, tmp_path, capsys, monk
 
 def test_a_set_of_other_classes_is_no_shifted_set(monkeypatch):
     from ensembles.experiments.commands.evaluate import _sets
-    from ensembles.experiments.data.sources import load_images
 
     digits = load_images("digits", "test")
     others = replace(digits, name="letters", classes=tuple("abcdefghij"))
@@ -441,7 +504,6 @@ def test_a_set_of_other_classes_is_no_shifted_set(monkeypatch):
 
 def test_the_same_images_are_found_by_their_index():
     from ensembles.experiments.commands.evaluate import _same
-    from ensembles.experiments.data.sources import load_images
 
     whole = load_images("digits", "test")
     inside, outside = whole.select([5, 2, 9]), whole.select(list(range(20, -1, -1)))
@@ -529,6 +591,23 @@ def test_plot_draws_one_picture_for_each_shifted_set(runs, tmp_path, capsys):
     assert "there are 2 pictures, one for each shifted set" in only_line(capsys.readouterr())
 
 
+def test_plot_leaves_out_results_without_a_shifted_set_and_says_so(runs, tmp_path, capsys):
+    evaluate = f"evaluate --model {runs}/one --data digits --out {tmp_path}/results"
+    assert ensembles(evaluate) == 0
+    plot = f"plot robustness {tmp_path}/results --out {tmp_path}/a.png"
+    assert ensembles(plot) == 2
+    *left_out, error = capsys.readouterr().err.splitlines()
+    (path,) = (tmp_path / "results").iterdir()
+    assert left_out[-1] == f"{path.stem}: left out, it is on digits only"
+    assert error.startswith("ensembles plot: error: no result has a shifted set: `ensembles eval")
+    assert ensembles(f"{evaluate} --shifted blur:1") == 0
+    capsys.readouterr()
+    assert ensembles(plot) == 0
+    shown = capsys.readouterr()
+    assert shown.err == f"{path.stem}: left out, it is on digits only\n"
+    assert shown.out == f"{tmp_path}/a.png\n"
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
@@ -591,6 +670,35 @@ def test_check_tells_when_it_could_not_look(zoo, capsys):
 def test_check_says_what_is_wrong_with_the_subject(arguments, told, zoo, capsys):
     assert ensembles(f"check {arguments}") == 2
     assert told in only_line(capsys.readouterr())
+
+
+def test_warnings_of_ours_are_told_in_a_line_and_those_of_others_with_their_place(
+    monkeypatch, capsys
+):
+    from ensembles.experiments.commands import convert
+
+    def warned(arguments):
+        file = convert.__file__
+        warnings.warn_explicit("the file is damaged", UserWarning, file, 1)
+        warnings.warn_explicit("this is old", UserWarning, "/elsewhere/torch.py", 7)
+        return 0
+
+    monkeypatch.setattr(convert, "main", warned)
+    shows = []
+
+    def called():
+        shows.append(warnings.showwarning)
+        assert ensembles("convert a b") == 0
+        shows.append(warnings.showwarning)
+
+    with pytest.warns(UserWarning, match="this is old") as others:
+        called()
+    assert shows[0] is shows[1]
+    shown = only_line(capsys.readouterr())
+    assert shown == "ensembles convert: warning: the file is damaged"
+    assert [(str(w.message), w.filename, w.lineno) for w in others] == [
+        ("this is old", "/elsewhere/torch.py", 7)
+    ]
 
 
 def test_errors_that_are_ours_alone_keep_their_frames(monkeypatch):

@@ -42,6 +42,7 @@ def run(
     device: str = "auto",
     seed: int = 0,
     out: Path = Path("results"),
+    predictions: Path | None = None,
     command: Sequence[str] = (),
 ) -> int:
     """Evaluates a model on a set of images and on shifted sets, and writes a result.
@@ -68,6 +69,8 @@ def run(
         device: cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.
         seed: Of corruptions that draw.
         out: Folder of results, or the name of a new .json file. Nothing is overwritten.
+        predictions: A new .npz file for the predicted classes of every member and reduction, which
+            `ensembles robustness` compares.
         command: The command line, for the result.
 
     Returns:
@@ -78,10 +81,14 @@ def run(
     from ensembles.experiments.evaluation.loading import load_named
     from ensembles.experiments.evaluation.results import Result, write_result
     from ensembles.experiments.evaluation.scores import evaluate
+    from ensembles.experiments.robustness.predictions import write_predictions
     from ensembles.experiments.training.runs import make_folder
 
-    if out.suffix == ".json" and out.exists():  # before hours of computing
-        raise FileExistsError(f"{out} exists, and is not overwritten: choose another name")
+    if predictions is not None and predictions.suffix != ".npz":
+        raise ValueError(f"{predictions}: predictions are an .npz file, such as predictions.npz")
+    for path in (out, predictions):  # before hours of computing
+        if path is not None and path.suffix in (".json", ".npz") and path.exists():
+            raise FileExistsError(f"{path} exists, and is not overwritten: choose another name")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = _device(device)
@@ -112,10 +119,14 @@ def run(
         device=place,
     )
     path = write_result(result, out)
+    if predictions is not None:
+        write_predictions(evaluations, predictions, model=loaded.name)
     for line in _copies(evaluations[0]):
         print(line, file=sys.stderr)
     print(_table(result))
     print(path)
+    if predictions is not None:
+        print(predictions)
     return 0
 
 

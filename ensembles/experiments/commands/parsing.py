@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import docstring_parser
 import yaml
@@ -19,9 +22,15 @@ from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 __all__ = ["parser_of", "values_of"]
 
+NOTHING = "null"
+"""What command lines and YAML call None."""
+
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """jsonargparse's, which keeps the lines of examples."""
+    """jsonargparse's, which keeps the lines of examples, and names no value by its Python name."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return re.sub(r"\bNone\b", NOTHING, super()._expand_help(action))
 
 
 def parser_of(
@@ -58,7 +67,10 @@ def parser_of(
         allow_abbrev=False,  # an option that is added later must not change what a script means
     )
     parser.add_argument(
-        "--config", action="config", help="YAML file of options, named as here; later ones count."
+        "--config",
+        action="config",
+        help="YAML file that sets options by the names that they have here. Of an option that is "
+        "given several times, in files or on the command line, the last counts.",
     )
     ours: set[str] = {*(classes or {}), *hidden}
     flags: list[str] = []
@@ -94,12 +106,31 @@ def values_of(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any
     """
     for path in _config_files(arguments):
         _require_known(parser, path)
+    _require_null(parser, arguments)
     try:
         parsed = parser.parse_args(list(arguments))
     except argparse.ArgumentError as error:
         raise argparse.ArgumentError(None, f"{error}{_meant(parser, arguments)}") from error
     values = parser.instantiate(parsed)
     return {name: value for name, value in vars(values).items() if name != "config"}
+
+
+def _require_null(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    """Refuses None for an option that may be nothing: as text it would be another value.
+
+    Raises:
+        argparse.ArgumentError: Naming the option, and what to write.
+    """
+    options = parser._option_string_actions
+    for argument, following in pairwise([*arguments, ""]):
+        name, equals, value = argument.partition("=")
+        if _is_none(value if equals else following, options.get(name)):
+            raise argparse.ArgumentError(None, f"{name} None is written {name} {NOTHING}")
+
+
+def _is_none(value: object, action: argparse.Action | None) -> bool:
+    """Whether a value is the text None, and that of an option that may be nothing."""
+    return value == "None" and NoneType in get_args(getattr(action, "_typehint", None))
 
 
 def _meant(parser: ArgumentParser, arguments: Sequence[str]) -> str:
@@ -130,7 +161,7 @@ def _require_known(parser: ArgumentParser, path: Path) -> None:
     """Refuses a config file with the file's name, which the parser does not tell.
 
     Raises:
-        argparse.ArgumentError: If it is no YAML, or names what is no option.
+        argparse.ArgumentError: If it is no YAML, names what is no option, or has the text None.
     """
     try:
         given = yaml.safe_load(path.read_bytes().decode("utf-8"))
@@ -140,19 +171,23 @@ def _require_known(parser: ArgumentParser, path: Path) -> None:
         raise argparse.ArgumentError(
             None, f"{path} holds no options: expected a value for each name, such as seed: 1"
         )
-    names = {action.dest for action in parser._actions}
-    for name in _names(given, names):
-        if name not in names:
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in _options(given, actions):
+        if name not in actions:
             raise argparse.ArgumentError(
-                None, f"{path}: there is no option {name}{_nearest(name, names)}"
+                None, f"{path}: there is no option {name}{_nearest(name, actions)}"
             )
+        if _is_none(value, actions[name]):
+            raise argparse.ArgumentError(None, f"{path}: {name}: None is written {NOTHING}")
 
 
-def _names(given: Mapping[Any, Any], names: Collection[str], within: str = "") -> Iterator[str]:
-    """The options of a config file: those of a class are nested."""
+def _options(
+    given: Mapping[Any, Any], names: Collection[str], within: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """The options of a config file with their values: those of a class are nested."""
     for key, value in given.items():
         name = f"{within}{key}"
         if isinstance(value, dict) and any(known.startswith(f"{name}.") for known in names):
-            yield from _names(value, names, f"{name}.")
+            yield from _options(value, names, f"{name}.")
         else:
-            yield name
+            yield name, value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,9 +14,10 @@ from ensembles.experiments.commands.parsing import parser_of, values_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ensembles.experiments.evaluation.results import Result
     from ensembles.experiments.plots.curves import Curves
 
-__all__ = ["main", "parser", "run"]
+__all__ = ["main", "parser", "run", "shifted_results"]
 
 EXAMPLE = (
     "ensembles plot robustness results --out robustness.png\n"
@@ -82,13 +84,33 @@ def run(
 
 
 def _robustness(places: Sequence[str], reduction: str) -> dict[str, Figure]:
-    from ensembles.experiments.evaluation.results import read_results
     from ensembles.experiments.plots import plot_results
 
-    results = read_results(places)
+    results = shifted_results(places)
     inside = results[0].evaluations[0].data.name
     drawn = plot_results(results, reduction=reduction)
     return {f"{inside}_to_{shifted}": figure for shifted, figure in drawn.items()}
+
+
+def shifted_results(places: Sequence[str]) -> list[Result]:
+    """The results that have a shifted set; says which have none.
+
+    Raises:
+        ValueError: If there are none, or one is malformed.
+        OSError: If there is no such file or folder.
+    """
+    from ensembles.experiments.evaluation.results import read_results
+
+    results = []
+    for result in read_results(places):
+        if len(result.evaluations) > 1:
+            results.append(result)
+        else:
+            inside = result.evaluations[0].data.name
+            print(f"{result.identifier}: left out, it is on {inside} only", file=sys.stderr)
+    if not results:
+        raise ValueError("no result has a shifted set: `ensembles evaluate --shifted ...` adds one")
+    return results
 
 
 def _curves(

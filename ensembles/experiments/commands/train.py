@@ -48,16 +48,17 @@ def run(
     fractions, losses nats), steps.csv, checkpoints, and TensorBoard's files.
 
     Args:
-        folder: Of this run, and of no other.
+        folder: Where the run is kept. It holds one run: another one needs another folder.
         data: The training set: digits, cifar10, cifar10_lossless or cifar10_jpeg.
         objective: How member losses become one loss: their sum or mean; interpolated, lam * parent
             + (1 - lam) * mean of the subnets; stochastic, the parent with probability p and
             otherwise subnets; mean_field, the mean over the groups of one network; joint, with
             weight beta on the loss of the mean prediction.
-        lam: Of interpolated, 0 to 1.
-        p: Of stochastic, 0 to 1.
-        beta: Of joint, 0 to 1.
-        subnets: Of stochastic: all, or one that is drawn. All where this is not given.
+        lam: For the objective interpolated only: the weight of the parent, 0 to 1.
+        p: For the objective stochastic only: the probability of the parent, 0 to 1.
+        beta: For the objective joint only: the weight of the mean prediction's loss, 0 to 1.
+        subnets: For the objective stochastic only: whether all subnets are trained in a step, or
+            one that is drawn; all by default.
         seed: Of initial weights, batches, augmentations, coins and dropout.
         deterministic: Refuses operations whose result is not the same each time; on a GPU a run
             goes on bit by bit only with it.
@@ -82,8 +83,10 @@ def run(
     # Lightning: after what may be refused.
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+    from ensembles.experiments.training.checkpoints import last_checkpoint
     from ensembles.experiments.training.trainer import train
 
+    before = last_checkpoint(folder / "checkpoints")
     done = train(network, options, images, folder, execution=execution)
     if getattr(rank_zero_only, "rank", 0):  # of several processes one tells
         return 0
@@ -93,7 +96,8 @@ def run(
         for name, value in last.items()
         if name.endswith("/accuracy")
     ]
-    print(f"{done.steps:,} steps, accuracies of the last epoch:")
+    already = "this run was finished already, nothing was trained: " * (done.checkpoint == before)
+    print(f"{already}{done.steps:,} steps, accuracies of the last epoch:")
     print("\n".join(f"  {line}" for line in aligned(rows)))
     print(f"{folder}: evaluate it by `ensembles evaluate --model {folder} --data ...`")
     return 0

@@ -11,10 +11,27 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
-__all__ = ["read_npy", "read_npz", "require_array", "require_labels"]
+__all__ = ["npz_keys", "read_npy", "read_npz", "require_array", "require_labels"]
 
 SHOWN = 8
 """So many arrays of a file are named in an error."""
+
+
+def npz_keys(path: Path) -> tuple[str, ...]:
+    """The names of the arrays of an npz file, in their order.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no npz file, or is cut off or damaged.
+    """
+    with path.open("rb") as file:
+        opened = _opened(file, path)
+        if not isinstance(opened, NpzFile):
+            raise ValueError(f"{path} is a single array, expected an npz file.")
+        return tuple(opened)
 
 
 def read_npz(path: Path, keys: Sequence[str]) -> dict[str, NDArray[Any]]:

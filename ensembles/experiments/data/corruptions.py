@@ -73,7 +73,7 @@ def corrupt(images: ImageSet, corruption: str, level: int, *, seed: int) -> Imag
     Example:
         >>> from ensembles.experiments.data.sources import load_images
         >>> corrupt(load_images("digits", "test"), "rotation", 3, seed=0)
-        ImageSet(digits_rotation_3 ..., rotation 3, seed 0 test, 797 images of ...)
+        ImageSet(digits_rotation_3 (..., rotation 3, seed 0), test: 797 images of ...)
 
     Source:
         Hendrycks and Dietterich 2019, "Benchmarking Neural Network Robustness to Common Corruptions

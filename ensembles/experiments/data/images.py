@@ -41,7 +41,7 @@ class ImageSet:
         >>> images = ImageSet("dots", "1", torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
         ...     torch.tensor([0, 1]), torch.arange(2), ("dot", "dash"), (0.5,) * 3, (0.5,) * 3)
         >>> images
-        ImageSet(dots 1, 2 images of 3 x 8 x 8, 2 classes)
+        ImageSet(dots (1): 2 images of 3 x 8 x 8, 2 classes)
         >>> images.counts()
         (1, 1)
         >>> ImageSet("dots", "1", images.pixels, torch.tensor([0, 2]), images.indices,
@@ -114,8 +114,8 @@ class ImageSet:
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.pixels.shape[1:]))
-        about = " ".join(filter(None, (self.name, self.version, self.split)))
-        return f"ImageSet({about}, {len(self)} images of {size}, {len(self.classes)} classes)"
+        about = ", ".join(filter(None, (f"{self.name} ({self.version})", self.split)))
+        return f"ImageSet({about}: {len(self)} images of {size}, {len(self.classes)} classes)"
 
     @property
     def sha256(self) -> str:

@@ -17,18 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensembles.experiments.data.cifar10 import load_cifar10
+from ensembles.experiments.data.cifar10 import CLASSES, load_cifar10
 from ensembles.experiments.data.cifar10_1 import CIFAR10_1
 from ensembles.experiments.data.containers import load_cifar10_jpeg, load_cifar10_lossless
 from ensembles.experiments.data.draws import permutation
 from ensembles.experiments.data.images import ImageSet
 
-__all__ = ["SETS", "data_folder", "load_images", "split_validation"]
+__all__ = ["CLASS_NAMES", "SETS", "data_folder", "load_images", "split_validation"]
 
 SPLITS = ("train", "test")
 
 DIGITS_TEST = 797
 """Of the 1,797 digits, so that 1,000 are left for training."""
+
+DIGITS_CLASSES = tuple("0123456789")
 
 DIGITS_MEAN, DIGITS_STD = (0.3060, 0.3060, 0.3060), (0.3761, 0.3761, 0.3761)
 """Over all pixels of the 1,000 training digits, scale 0 to 1."""
@@ -69,7 +71,7 @@ def load_images(
 
     Example:
         >>> load_images("digits", "train")
-        ImageSet(digits scikit-learn, 1,000 + 797 train, 1000 images of 3 x 8 x 8, 10 classes)
+        ImageSet(digits (scikit-learn, 1,000 + 797), train: 1000 images of 3 x 8 x 8, 10 classes)
     """
     if name not in SETS:
         raise ValueError(f"there is no set of images {name!r}. There are: {', '.join(SETS)}.")
@@ -170,7 +172,7 @@ def _digits(split: str, root: Path, *, download: bool) -> ImageSet:
         pixels=grey[:, None].repeat(1, 3, 1, 1),
         labels=labels,
         indices=torch.arange(len(labels)),
-        classes=tuple(map(str, bunch.target_names.tolist())),
+        classes=DIGITS_CLASSES,
         mean=DIGITS_MEAN,
         std=DIGITS_STD,
         split=split,
@@ -214,3 +216,8 @@ SETS: Mapping[str, _Source] = MappingProxyType(
     }
 )
 """Loader of each set by its name, called with the split, the folder, and `download=`."""
+
+CLASS_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {name: DIGITS_CLASSES if name == "digits" else CLASSES for name in SETS}
+)
+"""What each set has images of, by class number: known without its files."""

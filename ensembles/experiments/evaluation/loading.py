@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ensembles.experiments.data.downloads import sha256_of
-from ensembles.experiments.data.sources import data_folder
+from ensembles.experiments.data.sources import CLASS_NAMES, data_folder
 from ensembles.experiments.evaluation.pretrained import PRETRAINED, load_pretrained
 from ensembles.experiments.evaluation.results import WeightFile
 from ensembles.experiments.training.checkpoints import (
@@ -56,7 +56,8 @@ class CombinedNetwork(nn.Module):
         networks: By name. The members of those that have several are called name.member.
 
     Raises:
-        ValueError: If they were trained on images that were normalised differently.
+        ValueError: If they were trained on images that were normalised differently, or have other
+            classes.
     """
 
     def __init__(self, networks: Mapping[str, Network]) -> None:
@@ -68,6 +69,12 @@ class CombinedNetwork(nn.Module):
                 "them one by one"
             )
         self.normalisation = found[0]
+        classes = [known for n in networks.values() if (known := getattr(n, "class_names", None))]
+        if any(known != classes[0] for known in classes):
+            raise ValueError(
+                f"{', '.join(networks)} classify different things: they are no ensemble"
+            )
+        self.class_names = classes[0] if classes else None
         self.labels = list(networks)
         self.networks = nn.ModuleList(cast(Iterable[nn.Module], networks.values()))
 
@@ -170,9 +177,13 @@ def _load(name: str, root: Path | str | None) -> LoadedNetwork:
     path = checkpoint_of(name)
     checkpoint = read_checkpoint(path)
     run = path.parent.parent if path.parent.name == "checkpoints" else path.with_suffix("")
+    trained = load_network(path)
+    # A number of classes alone would let a network of digits be evaluated on airplanes.
+    trained_on = checkpoint.run["data"]["name"]
+    cast(Any, trained).class_names = CLASS_NAMES.get(trained_on)
     return LoadedNetwork(
         run.resolve().name,
-        load_network(path),
+        trained,
         {**checkpoint.run, "step": checkpoint.step},
         (WeightFile(file=path.name, sha256=sha256_of(path)),),
     )

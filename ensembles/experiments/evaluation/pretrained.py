@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from ensembles.experiments.data.cifar10 import CLASSES
 from ensembles.experiments.data.sources import data_folder
 
 __all__ = ["PRETRAINED", "CifarResNet", "PretrainedNetwork", "Weights", "load_pretrained"]
@@ -163,12 +164,14 @@ class PretrainedNetwork(nn.Module):
     Attributes:
         normalisation: Mean and standard deviation of each channel, on the scale from 0 to 1, that
             the images were normalised with in training; `evaluate` does likewise.
+        class_names: What it classifies, by class number; `evaluate` refuses other classes.
 
     Raises:
         ValueError: If there are none.
     """
 
     normalisation = (MEAN, STD)
+    class_names = CLASSES
 
     def __init__(self, networks: Mapping[str, CifarResNet]) -> None:
         super().__init__()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ensembles.experiments.data.batches import evaluation_batches
 from ensembles.experiments.data.images import ImageSet
 from ensembles.experiments.training.networks import Network
+from ensembles.message import listed
 from ensembles.models.predictions import Reduction, log_probabilities, predict
 
 __all__ = ["Evaluation", "Scores", "evaluate"]
@@ -119,7 +120,8 @@ def evaluate(
     Args:
         network: Returns logits (sample, class) by member name. Images are normalised by its
             attribute ``normalisation`` (mean and standard deviation of each channel) where it has
-            one, and otherwise as the set says.
+            one, and otherwise as the set says. A network with an attribute ``class_names`` (by
+            class number) is evaluated on sets of these classes only.
         images: The set.
         batch_size: Samples that are computed together.
         device: Where to compute; by default where the network is.
@@ -131,9 +133,9 @@ def evaluate(
         The evaluation, on the CPU.
 
     Raises:
-        ValueError: If a class is missing, the network has another number of classes than the set,
-            a name in ``reduced`` is unknown, ``batch_size`` is less than 1, or the network computes
-            in less than float32.
+        ValueError: If a class is missing, the network has other classes than the set, or another
+            number of them, a name in ``reduced`` is unknown, ``batch_size`` is less than 1, or the
+            network computes in less than float32.
         TypeError: If the network is no module with ``member_names``.
         FloatingPointError: If a member's logits are no distribution, naming member and row.
     """
@@ -146,6 +148,12 @@ def evaluate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not allow_missing_classes:
         images.require_every_class()
+    known = getattr(network, "class_names", None)
+    if known is not None and tuple(known) != images.classes:
+        raise ValueError(
+            f"the network classifies {listed(known, 3)}, and {images.name} is of "
+            f"{listed(images.classes, 3)}: evaluate it on images of its classes"
+        )
     names = tuple(network.member_names)
     chosen = tuple(n for n in names if not _is_parent(n)) if reduced is None else tuple(reduced)
     unknown = [name for name in chosen if name not in names]

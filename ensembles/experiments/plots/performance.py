@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ensembles.experiments.evaluation.counts import Counts, as_counts
 from ensembles.experiments.plots.robustness import Point, plot_robustness
 from ensembles.experiments.plots.saving import save_figure
-from ensembles.experiments.robustness.line import LINES
+from ensembles.experiments.robustness.line import LINES, Line, published_line
 
 if TYPE_CHECKING:
     from ensembles.experiments.evaluation.results import Data, EvaluatedData, Result, Score
@@ -111,8 +111,49 @@ def plot_results(
             different images under one name, their sets in distribution differ, or the reduction
             is unknown.
     """
+    return {
+        shift.shifted.name: plot_robustness(
+            shift.points,
+            in_dist=_set_name(shift.inside),
+            out_dist=_set_name(shift.shifted),
+            line=shift.line,
+            published=PUBLISHED_SHIFTS[shift.shifted.name] if shift.line else None,
+        )
+        for shift in shifts_of(results, reduction=reduction)
+    }
+
+
+class Shift(NamedTuple):
+    """What several models get right on a set in distribution and on a shifted one.
+
+    Attributes:
+        inside: The set in distribution.
+        shifted: The shifted set.
+        points: The models.
+        line: The line that is published for these two sets, effective robustness 0.
+    """
+
+    inside: "Data"
+    shifted: "Data"
+    points: list[Point]
+    line: Line | None
+
+
+def shifts_of(results: Sequence["Result"], *, reduction: str = "arithmetic") -> list[Shift]:
+    """Takes results together, by shifted set.
+
+    Args:
+        results: As in `plot_results`.
+        reduction: Likewise.
+
+    Returns:
+        The shifts, in the order in which results have them.
+
+    Raises:
+        ValueError: As `plot_results` does.
+    """
     if not results:
-        raise ValueError("there are no results to draw")
+        raise ValueError("there are no results")
     if reduction not in ("arithmetic", "geometric", "vote"):
         raise ValueError(
             f"reduction must be 'arithmetic', 'geometric' or 'vote', got {reduction!r}"
@@ -134,17 +175,10 @@ def plot_results(
             points.setdefault(known.name, []).extend(
                 _result_points(name, here, evaluation, reduction)
             )
-    figures = {}
-    for place, data in shifted.items():
-        version = PUBLISHED_SHIFTS.get(data.name) if first.name in OFFICIAL_PIXELS else None
-        figures[place] = plot_robustness(
-            points[place],
-            in_dist=_set_name(first),
-            out_dist=_set_name(data),
-            line=LINES["cifar10.1"] if version else None,
-            published=version,
-        )
-    return figures
+    return [
+        Shift(first, data, points[place], published_line(first.name, data.name))
+        for place, data in shifted.items()
+    ]
 
 
 DATASETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -217,9 +251,6 @@ def _free_names(stem: str, ending: str) -> Iterator[str]:
         number += 1
 
 
-OFFICIAL_PIXELS = ("cifar10", "cifar10_lossless")
-"""Sets in distribution from which the published baseline leads to CIFAR-10.1."""
-
 PUBLISHED_SHIFTS = MappingProxyType({"cifar10_1_v4": "v4", "cifar10_1_v6": "v6"})
 
 SET_NAMES = MappingProxyType(
@@ -245,7 +276,7 @@ def _set_name(data: "Data") -> str:
 def _require_same(data: "Data", other: "Data") -> None:
     if data.name != other.name:
         raise ValueError(
-            f"the results start from different sets, {other.name} and {data.name}: draw them apart"
+            f"the results start from different sets, {other.name} and {data.name}: give them apart"
         )
     if data.sha256 != other.sha256:
         raise ValueError(

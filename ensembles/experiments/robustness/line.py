@@ -27,6 +27,7 @@ __all__ = [
     "clopper_pearson",
     "effective_robustness",
     "fit_line",
+    "published_line",
 ]
 
 
@@ -81,6 +82,33 @@ LINES: Mapping[str, Line] = MappingProxyType(
     }
 )
 """The published lines on which effective robustness is 0, by shifted set."""
+
+
+SHIFTS: Mapping[tuple[str, ...], tuple[str, ...]] = MappingProxyType(
+    {
+        ("cifar10", "cifar10_lossless"): ("cifar10_1_v4", "cifar10_1_v6"),
+        ("original",): ("v4", "v6"),  # the names in the file of the published predictions
+    }
+)
+"""From which sets to which CIFAR-10.1's line was published: those with the official pixels."""
+
+
+def published_line(in_dist: str, shifted: str) -> Line | None:
+    """The line that is published for two sets, by their names; None where there is none.
+
+    Example:
+        >>> published_line("cifar10", "cifar10_1_v6") == LINES["cifar10.1"]
+        True
+        >>> published_line("cifar10_jpeg", "cifar10_1_v6"), published_line("cifar10", "digits")
+        (None, None)
+
+    Args:
+        in_dist: Name of the set in distribution.
+        shifted: Name of the shifted set.
+    """
+    if any(in_dist in inside and shifted in outside for inside, outside in SHIFTS.items()):
+        return LINES["cifar10.1"]
+    return None
 
 
 @overload

@@ -30,11 +30,11 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ensembles.experiments.evaluation.counts import Counts
+from ensembles.experiments.robustness.predictions import Predictions
 
-__all__ = ["Predictions", "PublishedModel", "published_models", "published_predictions"]
+__all__ = ["PublishedModel", "published_models", "published_predictions"]
 
 
 @dataclass(frozen=True)
@@ -80,27 +80,6 @@ def published_models() -> tuple[PublishedModel, ...]:
         )
         for row in csv.DictReader(table.read_text("utf-8").splitlines())
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """Predicted classes of several models on one set of images.
-
-    Args:
-        models: Names.
-        classes: Predicted classes, (model, sample), uint8.
-        labels: (sample,), uint8.
-    """
-
-    models: tuple[str, ...]
-    classes: NDArray[np.uint8]
-    labels: NDArray[np.uint8]
-
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """Where each model is right, (model, sample)."""
-        correct: NDArray[np.bool_] = self.classes == self.labels
-        return correct
 
 
 CONTAINER = "cifar10_1_predictions.npz"

@@ -42,7 +42,9 @@ class TrainingOptions:
         order: "shared": one order of the images for all members; "own": each member's own.
         augment: "shared": an image looks the same to all members in an epoch; "own": each member
             sees it differently; None: images as they are.
-        drop_last: Leaves out the images that do not fill a batch.
+        drop_last: Leaves out the images that do not fill a batch, other ones in every epoch; a
+            BatchNorm learns little good of a last batch of a few. Validation and evaluation leave
+            out none.
         validation: Images that are kept from training, to validate on after every epoch: a share
             of the set, or a whole number of images, or 0 for none.
         split_seed: Which images these are. It is no part of ``seed``, so that members that are
@@ -87,7 +89,7 @@ class TrainingOptions:
     schedule: Schedule = field(default_factory=Schedule)
     order: Literal["shared", "own"] = "shared"
     augment: Literal["shared", "own"] | None = "shared"
-    drop_last: bool = False
+    drop_last: bool = True
     validation: float | int = 0.1
     split_seed: int = 0
     precision: Precision = "32-true"

@@ -134,6 +134,6 @@ def test_a_set_is_carried_to_other_processes_and_devices(images):
 
 def test_a_set_is_shown_by_its_size_and_not_its_pixels(images):
     assert repr(replace(images, split="train")) == (
-        "ImageSet(dots 2 train, 6 images of 3 x 5 x 4, 3 classes)"
+        "ImageSet(dots (2), train: 6 images of 3 x 5 x 4, 3 classes)"
     )
     assert len(images) == 6

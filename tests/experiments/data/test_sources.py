@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from ensembles.experiments.data.sources import SETS, data_folder, load_images, split_validation
+from ensembles.experiments.data.sources import (
+    CLASS_NAMES,
+    SETS,
+    data_folder,
+    load_images,
+    split_validation,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +44,7 @@ def test_the_digits_are_scikit_learns(digits):
         for channel in range(3):
             assert (part.pixels[:, channel].double() - expected).abs().max() <= 0.5
         assert part.labels.tolist() == stored.target[rows].tolist()
+        assert part.classes == CLASS_NAMES["digits"] == tuple(map(str, stored.target_names))
         assert not part.flippable
 
 

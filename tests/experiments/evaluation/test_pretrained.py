@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ensembles.experiments.data.sources import load_images
+from ensembles.experiments.data.cifar10 import CLASSES
+from ensembles.experiments.data.sources import CLASS_NAMES, SETS, load_images
 from ensembles.experiments.evaluation.counts import clopper_pearson
 from ensembles.experiments.evaluation.pretrained import (
     PRETRAINED,
@@ -138,6 +139,16 @@ def test_the_networks_have_the_published_number_of_parameters(depth, parameters)
 def test_there_is_no_network_of_another_depth(depth):
     with pytest.raises(ValueError, match=f"depth must be 6n \\+ 2 .*, got {depth}"):
         CifarResNet(depth)
+
+
+def test_networks_of_cifar10_are_refused_digits_and_take_every_set_of_their_classes():
+    network = PretrainedNetwork({"a": CifarResNet(8)})
+    digits = load_images("digits", "test")
+    told = "classifies airplane, automobile, bird and 7 more, and digits is of 0, 1, 2 and 7 more: "
+    with pytest.raises(ValueError, match=told):
+        evaluate(network, digits)
+    assert evaluate(network, replace(digits, classes=CLASSES)).members["a"].n == 797
+    assert {CLASS_NAMES[name] for name in SETS if name != "digits"} == {CLASSES}
 
 
 def test_the_shortcut_without_parameters_is_that_of_option_a():

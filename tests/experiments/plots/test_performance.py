@@ -297,7 +297,7 @@ def test_results_of_one_name_are_told_apart_by_seed_or_number():
 @pytest.mark.parametrize(
     ("results", "message"),
     [
-        ([], "there are no results to draw"),
+        ([], "there are no results"),
         (
             [result("single", evaluated("cifar10", 10_000, {"single": 9307}))],
             "the result of 'single' has accuracies on cifar10 only: evaluate it on a shifted set",
@@ -316,7 +316,7 @@ def test_results_of_one_name_are_told_apart_by_seed_or_number():
         ),
         (
             [SINGLE, result("digits", *SINGLE.evaluations[1:])],
-            "the results start from different sets, cifar10 and cifar10_1_v6: draw them apart",
+            "the results start from different sets, cifar10 and cifar10_1_v6: give them apart",
         ),
         (
             [

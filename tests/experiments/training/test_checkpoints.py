@@ -47,7 +47,7 @@ def images():
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory):
     """A finished run of an ensemble, of 2 steps an epoch, whose files no test changes."""
-    options = TrainingOptions(epochs=2, batch_size=50, validation=20)
+    options = TrainingOptions(epochs=2, batch_size=40, validation=20)
     return train(ENSEMBLE, options, images, tmp_path_factory.mktemp("run"), execution=QUIET)
 
 

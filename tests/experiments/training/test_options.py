@@ -59,6 +59,13 @@ def test_the_defaults_are_those_of_wide_resnets():
     assert (options.weight_decay, options.batch_size, options.epochs) == (5e-4, 128, 200)
 
 
+def test_a_rest_that_fills_no_batch_is_left_out_but_where_a_run_says_otherwise():
+    """As of runs whose options were written when it was kept."""
+    assert TrainingOptions().drop_last
+    kept = {**TrainingOptions().to_dict(), "drop_last": False}
+    assert TrainingOptions.from_dict(kept).to_dict() == kept
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

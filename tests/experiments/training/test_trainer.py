@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import random
+import re
 import signal
 import warnings
 
@@ -263,7 +264,9 @@ def test_the_tables_say_what_the_network_does(images, tmp_path):
 
 def test_epochs_add_up_their_steps(images, tmp_path):
     """The last batch is smaller: a mean of the batches' means would be another number."""
-    options = TrainingOptions(epochs=2, batch_size=30, validation=20, schedule=Schedule(floor=0.5))
+    options = TrainingOptions(
+        epochs=2, batch_size=30, validation=20, drop_last=False, schedule=Schedule(floor=0.5)
+    )
     run = train(NamedEnsemble([small(1), small(2)]), options, images, tmp_path, execution=QUIET)
     steps, sizes = run.steps_taken(), [30, 30, 20]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
@@ -303,17 +306,39 @@ def test_the_progress_bar_shows_loss_and_accuracy(images, tmp_path, capsys):
 
 
 def test_without_validation_all_images_are_trained_on(images, tmp_path):
-    options = TrainingOptions(epochs=1, batch_size=40, validation=0)
+    options = TrainingOptions(epochs=1, batch_size=40, validation=0, drop_last=False)
     run = train(SingleNetwork(small()), options, images, tmp_path, execution=QUIET)
     (row,) = run.epochs()
     assert row["train/single/n"] == 100
     assert not [name for name in row if name.startswith("val/")]
 
 
-def test_the_last_batch_is_left_out_where_that_is_asked(images, tmp_path):
-    options = TrainingOptions(epochs=1, batch_size=30, validation=20, drop_last=True)
+def test_a_last_batch_that_is_not_full_is_left_out(images, tmp_path):
+    options = TrainingOptions(epochs=1, batch_size=30, validation=20)
     run = train(SingleNetwork(small()), options, images, tmp_path, execution=QUIET)
     assert (run.steps, run.epochs()[0]["train/single/n"]) == (2, 60)
+    assert run.epochs()[0]["val/single/n"] == 20
+
+
+def test_a_last_batch_that_is_too_small_for_batch_norm_is_told(images, tmp_path):
+    """Of 80 images: 38, 38 and 4. Half of a batch of 12 is well, and all without BatchNorm."""
+
+    def told(name, size, *, batch_norm=True, drop_last=False):
+        options = TrainingOptions(epochs=1, batch_size=size, validation=20, drop_last=drop_last)
+        network = SingleNetwork(small(batch_norm=batch_norm))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(network, options, images, tmp_path / name, execution=QUIET)
+        return [str(w.message) for w in caught if "BatchNorm" in str(w.message)]
+
+    (few,) = told("few", 38)
+    assert few.startswith("the last batch of every epoch has 4 of 80 images, the others 38: the ")
+    assert told("again", 38) == [*told("few", 38), few]  # of a finished run nothing is told
+    assert told("plain", 38, batch_norm=False) == []
+    assert told("left_out", 38, drop_last=True) == []
+    assert told("sixteen", 64) == []
+    assert told("fifteen", 65) != []
+    assert told("half", 12) == []
 
 
 # --- how it is computed ---------------------------------------------------------------------------
@@ -540,8 +565,14 @@ def test_an_objective_of_other_members_is_refused_before_the_folder_is_taken(ima
     """The folder stays free for the run with the right options."""
     options = TrainingOptions(**STEP, objective=Interpolated(0.5))
     network = NetworkOptions(kind="ensemble", members=2, base_channels=2)
-    with pytest.raises(ValueError, match="no member is named 'parent', as the parent is"):
+    told = (
+        "the objective interpolated trains a parent and its subnets, and a network of kind "
+        "'ensemble' has none: set kind='subnets' (--network.kind subnets --network.width 2)"
+    )
+    with pytest.raises(ValueError, match=re.escape(told)):
         train(network, options, images, tmp_path, execution=QUIET)
+    with pytest.raises(ValueError, match="no member is named 'parent', as the parent is"):
+        train(NamedEnsemble([small()]), options, images, tmp_path, execution=QUIET)
     assert not list(tmp_path.iterdir())
 
 
