@@ -28,28 +28,32 @@ from ensembles.subject import Subject
 
 __all__ = ["FAULTS", "KillMatrix", "Run", "kill_matrix"]
 
+_MODULES = (
+    members,
+    packed,
+    starts,
+    seeds,
+    rows,
+    predictions,
+    groups,
+    training,
+    rates,
+    sharing,
+    cost,
+    state,
+    drifts,
+    trips,
+)
+
 FAULTS: Mapping[str, Fault] = MappingProxyType(
     {
         fault.name: fault
-        for fault in (
-            *members.FAULTS,
-            *packed.FAULTS,
-            *starts.FAULTS,
-            *seeds.FAULTS,
-            *rows.FAULTS,
-            *predictions.FAULTS,
-            *groups.FAULTS,
-            *training.FAULTS,
-            *rates.FAULTS,
-            *sharing.FAULTS,
-            *cost.FAULTS,
-            *state.FAULTS,
-            *drifts.FAULTS,
-            *trips.FAULTS,
-        )
+        for module in _MODULES
+        for fault in vars(module).values()
+        if isinstance(fault, Fault)
     }
 )
-"""Every fault of the catalogue, by name and in the order of its sections."""
+"""Every fault that a module defines, by name, in the order in which they stand there."""
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ensembles.faults.architectures import WIDTH, Architecture, Network
-from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.fault import Place, fault
 from ensembles.faults.members import separate
 from ensembles.subject import Subject
-
-__all__ = ["FAULTS"]
 
 
 def _as_cheap_as(
@@ -133,11 +131,3 @@ def kept_zeros(architecture: Architecture, place: Place, broken: bool) -> Subjec
     kept = measure_compute_cost(with_padding(0).make(), architecture.batch()).kept_bytes
     subject = with_padding(3 * WIDTH if broken else 0)
     return replace(subject, claims={**subject.claims, "cost": {"kept_bytes": kept}})
-
-
-FAULTS: tuple[Fault, ...] = (
-    masked_at_full_width,
-    tied_model_stored_twice,
-    computed_twice,
-    kept_zeros,
-)

@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ensembles.faults.architectures import CLASSES, WIDTH, Architecture, Network
-from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.fault import Place, fault
 from ensembles.faults.state import MaskedHead, with_head
 from ensembles.subject import Subject
-
-__all__ = ["FAULTS"]
-
 
 # --- behind a mask ------------------------------------------------------------------------------
 
@@ -146,12 +143,3 @@ def average_swapped_in(architecture: Architecture, place: Place, broken: bool) -
     subject = _averaging(architecture, place, _with_the_weights)
     swapping = with_head(architecture, place, lambda: Swapping(_with_the_weights))
     return replace(subject, make=swapping.make)
-
-
-FAULTS: tuple[Fault, ...] = (
-    decay_behind_mask,
-    norm_behind_mask,
-    average_of_first_statistics,
-    average_of_last_statistics,
-    average_swapped_in,
-)

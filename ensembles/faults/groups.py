@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 from ensembles.faults.architectures import CLASSES, WIDTH, Architecture, Network, sgd
-from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.fault import Place, fault
 from ensembles.faults.members import separate
 from ensembles.subject import Subject
-
-__all__ = ["FAULTS"]
 
 
 def _healthy(architecture: Architecture, place: Place) -> Subject:
@@ -146,16 +144,3 @@ def rate_of_zero(architecture: Architecture, place: Place, broken: bool) -> Subj
         return torch.optim.SGD(groups, lr=0.1)
 
     return replace(_healthy(architecture, place), optimizer=optimizer)
-
-
-FAULTS: tuple[Fault, ...] = (
-    not_in_optimizer,
-    stale_optimizer,
-    optimizer_of_a_copy,
-    optimizer_of_another,
-    twice_in_optimizer,
-    in_two_optimizers,
-    member_added_later,
-    converted_after_optimizer,
-    rate_of_zero,
-)

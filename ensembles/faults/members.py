@@ -19,10 +19,10 @@ from ensembles.faults.architectures import (
     loss_of_members,
     sgd,
 )
-from ensembles.faults.fault import INDEPENDENT, Fault, Place, fault
+from ensembles.faults.fault import INDEPENDENT, Place, fault
 from ensembles.subject import Model, Outputs, Subject
 
-__all__ = ["FAULTS", "Masked", "separate", "subject_of", "together"]
+__all__ = ["Masked", "separate", "subject_of", "together"]
 
 
 def separate(
@@ -347,23 +347,3 @@ def list_members(architecture: Architecture, place: Place, broken: bool) -> Subj
             return [member(x) * temperature for member, temperature in pairs]
 
     return together(architecture, place, Weighted)
-
-
-FAULTS: tuple[Fault, ...] = (
-    same_module,
-    shared_layer,
-    shared_activation,
-    shared_norm,
-    cache_without_member,
-    assigned_snapshots,
-    overlapping_memory,
-    shared_statistics,
-    shared_mask,
-    coupled_loss,
-    common_target,
-    common_weights,
-    foreign_features,
-    swapped_outputs,
-    mixed_by_chance,
-    list_members,
-)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ensembles.faults.architectures import WIDTH, Architecture, Ensemble, Packed
-from ensembles.faults.fault import INDEPENDENT, Fault, Place, fault
+from ensembles.faults.fault import INDEPENDENT, Place, fault
 from ensembles.faults.members import subject_of, together
 from ensembles.subject import Subject, split_axis
 
-__all__ = ["FAULTS", "side_by_side"]
+__all__ = ["side_by_side"]
 
 
 def side_by_side(
@@ -113,12 +113,3 @@ def mixed_rows(architecture: Architecture, place: Place, broken: bool) -> Subjec
             return logits.transpose(0, 1)
 
     return together(architecture, place, Stacked, outputs=split_axis(0))
-
-
-FAULTS: tuple[Fault, ...] = (
-    leaky_group,
-    channel_shuffle,
-    joint_norm,
-    wrong_reshape,
-    mixed_rows,
-)

@@ -11,11 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ensembles.faults.architectures import Architecture, Network, cross_entropy
-from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.fault import Place, fault
 from ensembles.faults.members import separate
 from ensembles.subject import Subject
-
-__all__ = ["FAULTS"]
 
 Members = Sequence[Network]
 
@@ -221,19 +219,3 @@ def softmax_of_the_mean(architecture: Architecture, place: Place, broken: bool) 
     return _trained_on_probabilities(
         architecture, place, lambda ps: loss(torch.stack(list(ps)).mean(0)), "joint", loss
     )
-
-
-FAULTS: tuple[Fault, ...] = (
-    average_of_logits,
-    softmax_twice,
-    one_member_predicts,
-    mixed_predictions,
-    weights_twice,
-    unnormalised_geometric,
-    dropped_last_batch,
-    loss_of_probabilities,
-    metric_of_one,
-    mean_of_metrics,
-    softmax_in_members,
-    softmax_of_the_mean,
-)

@@ -19,11 +19,9 @@ from ensembles.faults.architectures import (
     loss_of_members,
     sgd,
 )
-from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.fault import Place, fault
 from ensembles.faults.members import separate, together
 from ensembles.subject import Subject
-
-__all__ = ["FAULTS"]
 
 SEPARATE: Mapping[str, Any] = {"members": "separate"}
 SINGLE: Mapping[str, Any] = {"members": "single"}
@@ -255,20 +253,3 @@ def warmup_of_nothing(architecture: Architecture, place: Place, broken: bool) ->
     return replace(
         _members(architecture, place, loss_scale=claim), optimizer=_at(RATE), scheduler=scheduler
     )
-
-
-FAULTS: tuple[Fault, ...] = (
-    mean_for_sum,
-    weighted_member,
-    joint_clipping,
-    rate_by_count,
-    divided_logits,
-    decay_of_one,
-    streams_of_one,
-    rate_of_the_sum,
-    absolute_minimum,
-    schedule_for_each_member,
-    fractional_warmup,
-    absolute_warmup_start,
-    warmup_of_nothing,
-)

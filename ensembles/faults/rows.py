@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ensembles.faults.architectures import WIDTH, Architecture, Network
-from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.fault import Place, fault
 from ensembles.faults.members import separate
 from ensembles.subject import Subject
-
-__all__ = ["FAULTS"]
 
 
 def _with_layer(
@@ -125,14 +123,3 @@ def positions_of_rows(architecture: Architecture, place: Place, broken: bool) ->
     """Learned positions are added along the batch: a sample is another in another place."""
     rows = len(architecture.batch()) if broken else 1
     return _with_layer(architecture, place, lambda: _Positions(rows))
-
-
-FAULTS: tuple[Fault, ...] = (
-    viewed_rows,
-    batch_statistics,
-    batch_for_sequence,
-    softmax_over_batch,
-    scaled_by_batch,
-    dormant_mean,
-    positions_of_rows,
-)

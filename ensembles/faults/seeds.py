@@ -20,11 +20,9 @@ from ensembles.faults.architectures import (
     Network,
     sgd,
 )
-from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.fault import Place, fault
 from ensembles.faults.members import separate
 from ensembles.subject import Subject
-
-__all__ = ["FAULTS"]
 
 
 def _repeating(
@@ -212,16 +210,3 @@ def order_of_a_set(architecture: Architecture, place: Place, broken: bool) -> Su
             "determinism": {"factory": f"{__name__}:{path}"},
         },
     )
-
-
-FAULTS: tuple[Fault, ...] = (
-    built_before_seed,
-    seeds_in_constructor,
-    clock_for_seed,
-    counter_for_seed,
-    entropy_for_seed,
-    generator_of_its_own,
-    rate_by_run,
-    unrepeatable_operation,
-    order_of_a_set,
-)

@@ -20,11 +20,9 @@ from ensembles.faults.architectures import (
     loss_of_members,
     sgd,
 )
-from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.fault import Place, fault
 from ensembles.faults.members import separate
 from ensembles.subject import Partition, Subject
-
-__all__ = ["FAULTS"]
 
 # --- members with a common stem -----------------------------------------------------------------
 
@@ -284,20 +282,3 @@ def lost_activation(architecture: Architecture, place: Place, broken: bool) -> S
         members[place.member].blocks.insert(place.layer + 1, activation)
 
     return separate(architecture, place, plant)
-
-
-FAULTS: tuple[Fault, ...] = (
-    cloned_stem,
-    cache_by_member,
-    two_leaves,
-    wrong_factor,
-    untied_stem,
-    untied_block,
-    wrong_block,
-    empty_group,
-    norm_of_two_subnets,
-    missing_switch,
-    lost_bias,
-    lost_arguments,
-    lost_activation,
-)

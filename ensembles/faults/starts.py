@@ -13,11 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
 from ensembles.faults.architectures import WIDTH, Architecture, Network
-from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.fault import Place, fault
 from ensembles.faults.members import separate
 from ensembles.subject import Subject
-
-__all__ = ["FAULTS"]
 
 SAMPLES = 100
 
@@ -286,22 +284,3 @@ def order_of_one_epoch(architecture: Architecture, place: Place, broken: bool) -
 
     claims = {"sharing": "independent", "determinism": {"loaders": "augmented"}}
     return replace(_trained_on(architecture, place, data, "paired"), claims=claims)
-
-
-FAULTS: tuple[Fault, ...] = (
-    copied_members,
-    one_state_dict,
-    partly_reset,
-    same_seed,
-    permuted_twin,
-    perturbed_copies,
-    one_stream,
-    same_bootstrap,
-    bootstrap_without_replacement,
-    unpaired_loaders,
-    one_order,
-    workers_of_one_stream,
-    loader_by_entropy,
-    workers_by_number,
-    order_of_one_epoch,
-)

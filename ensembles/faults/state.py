@@ -19,11 +19,11 @@ from ensembles.faults.architectures import (
     Network,
     cross_entropy,
 )
-from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.fault import Place, fault
 from ensembles.faults.members import separate, together
 from ensembles.subject import Subject
 
-__all__ = ["CLEAN", "FAULTS", "MaskedHead", "with_head"]
+__all__ = ["CLEAN", "MaskedHead", "with_head"]
 
 CLEAN: Mapping[str, Any] = {"sharing": "independent", "hygiene": "clean"}
 
@@ -333,23 +333,3 @@ def reads_the_last_call(architecture: Architecture, place: Place, broken: bool) 
             return y
 
     return with_head(architecture, place, Scaled)
-
-
-FAULTS: tuple[Fault, ...] = (
-    mask_not_buffer,
-    norm_in_a_list,
-    eval_misses_a_member,
-    dropout_in_eval,
-    statistics_move_in_eval,
-    frozen_but_moving,
-    norm_updated_twice,
-    norm_of_two_widths,
-    drifting_unused,
-    snapshot_by_reference,
-    batch_in_place,
-    wakes_after_a_call,
-    stays_behind,
-    seeds_in_forward,
-    stale_cache,
-    reads_the_last_call,
-)

@@ -19,14 +19,12 @@ from ensembles.faults.architectures import (
     Network,
     loss_of_members,
 )
-from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.fault import Place, fault
 from ensembles.faults.members import Masked, separate
 from ensembles.subject import Subject
 
-__all__ = ["FAULTS"]
 
-
-def healthy(architecture: Architecture, place: Place) -> Subject:
+def _healthy(architecture: Architecture, place: Place) -> Subject:
     return separate(architecture, place, lambda members: None)
 
 
@@ -191,7 +189,7 @@ def member_without_loss(architecture: Architecture, place: Place, broken: bool) 
             del members[str(place.member)]
         return loss_of_members(members)
 
-    return replace(healthy(architecture, place), loss=loss)
+    return replace(_healthy(architecture, place), loss=loss)
 
 
 @fault("training", "coverage")
@@ -250,19 +248,3 @@ def two_zero_factors(architecture: Architecture, place: Place, broken: bool) -> 
         blocks[place.layer] = Corrected(blocks[place.layer])
 
     return separate(architecture, place, plant)
-
-
-FAULTS: tuple[Fault, ...] = (
-    unregistered,
-    lost_parameter,
-    detached_branch,
-    no_grad_branch,
-    reentrant_checkpoint,
-    weight_by_data,
-    unused_layer,
-    hidden_by_mask,
-    member_without_loss,
-    false_freeze,
-    undone_freeze,
-    two_zero_factors,
-)

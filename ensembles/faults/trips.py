@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ensembles.faults.architectures import CLASSES, WIDTH, Architecture, Network
-from ensembles.faults.fault import Fault, Place, fault
+from ensembles.faults.fault import Place, fault
 from ensembles.faults.members import separate
 from ensembles.faults.state import MaskedHead, with_head
 from ensembles.subject import Subject
-
-__all__ = ["FAULTS"]
 
 KEPT = ["deepcopy", "state_dict", "double"]
 SURVIVES: Mapping[str, Any] = {"sharing": "independent", "round_trips": KEPT}
@@ -212,17 +210,3 @@ def copy_without_dropout(architecture: Architecture, place: Place, broken: bool)
             return new
 
     return with_head(architecture, place, lambda: Dropped(0.5), SURVIVES)
-
-
-FAULTS: tuple[Fault, ...] = (
-    unsaved_mask,
-    copy_reads_original,
-    tied_by_two_names,
-    names_that_change,
-    cast_unties,
-    view_of_a_layout,
-    pickled_without_a_part,
-    loaded_without_gradients,
-    copy_shares_statistics,
-    copy_without_dropout,
-)
