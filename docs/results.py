@@ -346,6 +346,7 @@ def main() -> None:
         return
     if given.runs is None:
         parser.error("measure needs --runs FOLDER")
+    torch.set_num_threads(1)
     measure_pretrained()
     for seed in given.seed:
         for study in given.study:

@@ -84,7 +84,8 @@ def raised(what: str, error: Exception, then: str = "", *, of: Any = None) -> st
         >>> raised("clip=...", ZeroDivisionError("division by zero"), "It takes the model.")
         'clip=... raised ZeroDivisionError: division by zero. It takes the model.'
     """
-    return f"{what} raised {said(error, of=of)}. {then}".rstrip()
+    told = f"{what} raised {said(error, of=of)}"
+    return f"{told}{'' if told.endswith(('?', '!')) else '.'} {then}".rstrip()
 
 
 def said(error: Exception, *, of: Any = None) -> str:

@@ -102,3 +102,14 @@ def test_a_long_error_is_cut_between_words_and_says_so():
 def test_there_is_one_full_stop_with_and_without_what_to_do():
     assert raised("step()", ValueError("no closure.")) == "step() raised ValueError: no closure."
     assert raised("a", ValueError("b"), "Do c.") == "a raised ValueError: b. Do c."
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("Is it so?", "x raised ValueError: Is it so? Do this."),
+        ("It is so.", "x raised ValueError: It is so. Do this."),
+    ],
+)
+def test_what_was_asked_is_not_ended_again(text, told):
+    assert raised("x", ValueError(text), "Do this.") == told

@@ -77,7 +77,7 @@ class MemberData:
         size: How many samples the data set has, where it was told.
         by_content: Whether samples are known by their content, not by an index.
         redrawn: (member, share): how much of what the member sees in its next epoch it did not see
-            in the first, where the two are not the same samples.
+            in the first, where that is more than half of what a new draw would show.
         repeated: (member, what, places): a random stream of the member's loader that several
             workers, or a worker in several epochs, have in common.
     """
@@ -157,10 +157,12 @@ def measure_member_data(
             keys, *again = samples_of(data, name)
             by_content |= any(isinstance(key, str) for key in keys)
             read[str(name)] = keys
-            if again and Counter(again[0]) != Counter(keys):
+            if again:
                 known = set(keys)
                 share = sum(key not in known for key in again[0]) / len(again[0])
-                redrawn.append((str(name), share))
+                # Of a new draw. A last batch that is left out is another too, and is less.
+                if share > 0.5 * math.exp(-len(keys) / (size or len(keys))):
+                    redrawn.append((str(name), share))
         for name in names if by_content else ():
             loader = data(name)
             if can_be_asked(loader) and loader.num_workers:

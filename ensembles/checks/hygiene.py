@@ -10,6 +10,9 @@ statistics of others, and snapshots that alias live weights.
 
 Healthy networks stay silent: a frozen BatchNorm kept in eval mode by an own train(), a teacher
 that forward moves, dropped paths, and branches that start at zero are no findings.
+
+Limits: a cache that outlives the weights is seen in plain attributes, lists and dicts; one in another
+object, or in another kind of mapping, answers both calls alike.
 """
 
 from __future__ import annotations
@@ -126,12 +129,14 @@ def measure_state_hygiene(
     given = named_modules_of(model)
     hidden = unlisted_modules(model)
     everything = [*given.values(), *(module for _, module in hidden)]
-    found = [*left_behind(model), *live_snapshots(model), *stale_gradients(model, optimizer)]
+    found = [*live_snapshots(model), *stale_gradients(model, optimizer)]
     with (
         torch.inference_mode(False),
         generators_kept(),
         preserved(everything) as start,
     ):
+        found += left_behind(model)
+        start.restore()  # what is bound to the original moves that
         found += mode_disorders(given)
         start.restore()
         with torch.no_grad():

@@ -288,7 +288,8 @@ def _explained(
     if mixed:
         return meaning, remedy.format(last=_short(ownership, mixed[-1]))
     among = found[0][1]
-    every = all({*ownership.owners[name]} <= {among, ()} for name in ownership.owners)
+    theirs = [{*o} for o in ownership.owners.values() if not {*among}.isdisjoint(sum(o, ()))]
+    every = all(owners <= {among, ()} for owners in theirs)
     return told_in_common(among, whole=every)
 
 

@@ -164,6 +164,8 @@ def left_behind(model: Model) -> Iterator[Disorder]:
     try:
         empty = {id(e.tensor): _empty(e.tensor) for e in registered(model)}
         copied: Any = copy.deepcopy(model, empty)
+        if _inner_modules(copied) & _inner_modules(model):
+            return  # of itself an own __deepcopy__ may give the original, which must not move
         for module in named_modules_of(copied).values():
             module.to("meta")
     except Exception:  # what cannot be copied, or computes as it moves, tells nothing
@@ -171,6 +173,10 @@ def left_behind(model: Model) -> Iterator[Disorder]:
     for entry in registered(copied):
         if not entry.tensor.is_meta:
             yield Disorder("stays behind", entry.names[0], f"{entry.kind} that .to() leaves")
+
+
+def _inner_modules(model: Model) -> set[int]:
+    return {id(m) for module in named_modules_of(model).values() for m in module.modules()}
 
 
 def _empty(tensor: Tensor) -> Tensor:

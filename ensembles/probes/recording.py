@@ -357,9 +357,7 @@ def _told(what: str, takes: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(
-            f"{what}=... raised {type(error).__name__}: {error}. It takes {takes}."
-        ) from error
+        raise ValueError(raised(f"{what}=...", error, f"It takes {takes}.")) from error
 
 
 def _with_momentum(model: Model) -> Optimizer:

@@ -303,6 +303,7 @@ def _optimizers_in(built: Any) -> Iterator[Any]:
         yield from _optimizers_in(built["optimizer"])
     elif isinstance(built, (list, tuple)):
         with_schedulers = len(built) == 2 and all(isinstance(x, (list, tuple)) for x in built)
+        with_schedulers = with_schedulers and not any(isinstance(x, Optimizer) for x in built[1])
         for one in built[0] if with_schedulers else built:
             yield from _optimizers_in(one)
     else:

@@ -11,6 +11,7 @@ from torch.utils.data import (
     DataLoader,
     RandomSampler,
     SequentialSampler,
+    Subset,
     TensorDataset,
 )
 
@@ -79,6 +80,17 @@ def test_bootstraps_that_are_drawn_anew_in_every_epoch_are_broken(golden):
     told = message(assert_members_bagged, lambda member: sampled if member else bootstrap(0))
     assert "draw anew in every epoch" in told
     assert "member 0" not in told
+
+
+def test_a_bootstrap_whose_last_batch_is_left_out_holds():
+    data = TensorDataset(torch.arange(1000.0)[:, None])
+    kept = [bootstrap(member, size=1000) for member in range(3)]
+
+    def loader_of(member):
+        subset = Subset(data, kept[member].tolist())
+        return DataLoader(subset, batch_size=64, shuffle=True, drop_last=True)
+
+    assert_members_bagged(measure_member_data(loader_of, 3, size=1000))
 
 
 def test_bootstraps_in_other_orders_and_what_is_read_once_hold():

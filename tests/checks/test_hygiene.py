@@ -426,6 +426,64 @@ def test_a_layer_that_no_move_reaches_is_broken():
     assert found.places("stays behind") == ("1.bias", "1.weight")
 
 
+def test_a_part_that_is_its_own_copy_stays_where_it_is():
+    class Teacher(nn.Linear):
+        def __deepcopy__(self, memo):
+            return self
+
+    class Distilled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = Teacher(4, 2).requires_grad_(False)
+            self.student = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.student(x) + self.teacher(x)
+
+    model = Distilled()
+    assert_state_clean(measure_state_hygiene(model, ROWS))
+    assert model.teacher.weight.device.type == "cpu"
+
+
+def test_what_is_bound_to_the_original_is_put_back():
+    net = nn.Linear(4, 2)
+    weight, moved = net.weight, net._apply
+    net._apply = lambda fn, recurse=True: moved(fn, recurse)
+    measure_state_hygiene(net, ROWS)
+    assert net.weight is weight
+    assert weight.device.type == "cpu"
+
+
+def test_a_weight_that_is_expanded_is_looked_at():
+    net = nn.Linear(4, 3)
+    net.bias = nn.Parameter(torch.zeros(1).expand(3), requires_grad=False)
+    assert_state_clean(measure_state_hygiene(net, ROWS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_merged_and_taken_apart_again_rounds_as_its_type_does(dtype):
+    class Merged(nn.Linear):
+        """A low-rank update that is added to the weight in eval mode (Hu et al. 2021, LoRA)."""
+
+        def __init__(self) -> None:
+            super().__init__(4, 2)
+            self.a, self.b = (nn.Parameter(torch.randn(*shape)) for shape in ((2, 1), (1, 4)))
+            self.merged = False
+
+        def train(self, mode=True):
+            if self.merged == mode:
+                self.weight.data += (self.a @ self.b).data * (-1 if mode else 1)
+                self.merged = not mode
+            return super().train(mode)
+
+        def forward(self, x):
+            weight = self.weight if self.merged else self.weight + self.a @ self.b
+            return nn.functional.linear(x, weight, self.bias)
+
+    found = measure_state_hygiene(Merged().to(dtype), ROWS.to(dtype))
+    assert found.places("stale") == ()
+
+
 def test_what_cannot_be_copied_may_move_as_it_does():
     class Uncopied(nn.Linear):
         def __deepcopy__(self, memo):

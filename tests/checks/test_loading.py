@@ -2,7 +2,7 @@ import random
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from ensembles.checks.loading import assert_loader_deterministic, measure_loader_determinism
 
@@ -274,3 +274,23 @@ def test_the_fixture_checks_loaders(seeded_determinism):
     seeded_determinism.assert_loader(Loader(lambda: Augmented(from_torch), num_workers=0))
     with pytest.raises(ValueError, match="check augmented=False"):
         seeded_determinism.assert_loader(Loader(lambda: Augmented(nothing), num_workers=0))
+
+
+class Passes(Sampler):
+    """Reads all samples in order, several times in each epoch."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __iter__(self):
+        for _ in range(3):
+            yield from range(self.size)
+
+    def __len__(self):
+        return 3 * self.size
+
+
+def test_several_passes_in_order_are_no_shuffle():
+    data = Augmented(lambda: float(torch.rand(())), size=32)
+    measured = measure_loader_determinism(lambda: DataLoader(data, 4, sampler=Passes(len(data))))
+    assert not measured.shuffled

@@ -147,6 +147,11 @@ def test_members_that_are_one_network_are_told_as_that(golden):
     assert "Members 0, 1 are one network" in leaking(Side(one, one))
 
 
+def test_two_of_three_members_that_are_one_network_are_told_as_that():
+    one = convnet()
+    assert "Members 0, 1 are one network" in leaking([one, one, convnet()])
+
+
 def test_a_layer_of_several_members_is_no_mixing():
     first, second = convnet(), convnet()
     second[4] = first[4]

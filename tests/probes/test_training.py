@@ -190,6 +190,11 @@ def test_every_form_of_configure_optimizers_gives_its_optimizers(build, count):
     assert all(one.param_groups[0]["params"][0] is model.weight for one in found)
 
 
+def test_optimizers_in_lists_of_lists_are_all_taken():
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    assert len(optimizers_of(lambda model: [[sgd(model[0])], [sgd(model[1])]], model)) == 2
+
+
 @pytest.mark.parametrize(
     "build",
     [lambda m: None, lambda m: {"lr_scheduler": sgd(m)}, lambda m: ([], []), lambda m: [sgd(m), 3]],

@@ -97,6 +97,8 @@ def run(
     )
     loaded = load_named(_listed(model), root=root)
     make_folder(out.parent if out.suffix == ".json" else out)
+    if predictions is not None:
+        make_folder(predictions.parent)
     evaluations = []
     for images in sets:
         print(f"{loaded.name} on {images}, {device}", file=sys.stderr)
