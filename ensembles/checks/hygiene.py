@@ -11,8 +11,8 @@ statistics of others, and snapshots that alias live weights.
 Healthy networks stay silent: a frozen BatchNorm kept in eval mode by an own train(), a teacher
 that forward moves, dropped paths, and branches that start at zero are no findings.
 
-Limits: a cache that outlives the weights is seen in plain attributes, lists and dicts; one in another
-object, or in another kind of mapping, answers both calls alike.
+Limits: a cache that outlives the weights is seen in plain attributes, lists and dicts; one in
+another object, or in another kind of mapping, answers both calls alike.
 """
 
 from __future__ import annotations
