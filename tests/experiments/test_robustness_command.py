@@ -261,3 +261,14 @@ def test_evaluate_looks_for_the_file_of_predictions_before_it_computes(tmp_path,
         assert ensembles(f"{line} {tmp_path}/{name}") == 2
         assert told in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["kept.npz"]
+
+
+def test_predictions_that_can_have_no_folder_are_told_before_anything_is_evaluated(
+    digits, tmp_path, capsys
+):
+    (tmp_path / "taken").write_text("precious")
+    line = f"evaluate --model {digits}/other --data digits --device cpu --out {tmp_path}/results"
+    assert ensembles(f"{line} --predictions {tmp_path}/taken/p.npz") == 2
+    assert "taken cannot be used as a folder" in capsys.readouterr().err
+    assert (tmp_path / "taken").read_text() == "precious"
+    assert [*tmp_path.rglob("*.json")] == []
