@@ -25,36 +25,38 @@ weight is split into its blocks once for all members. The parent computes with w
 a CPU where blocks are large, as the sum of block products. Only members that are asked for are
 computed, and of the stem only the rows that they read.
 
+A max-pool behind the stem, and the normalisation before it, are computed once for all too; see
+`ensembles.models.stems`. That is for eager execution on a CPU, and needs BatchNorm and ReLU.
+
 Kept for the backward pass is 1 + k times what the parent keeps, less the stem's product, which is
-kept once (from width 3 on a CPU twice, see below). Weights are not copied. An inf in a block
-reaches the parent and the one subnet that owns the block.
+kept once, and less all up to the pool where that is shared. Weights are not copied. An inf in a
+block reaches the parent and the one subnet that owns the block.
 
 A layout is no part of the function. On a CPU, unless the image or the stem's weight is channels
 last already, members are computed channels last behind the stem for as long as the weights that
 they compute with are small: normalisation, max-pool and convs of few channels are faster so, and
-wide convs are not. From width 3 on the stem's product is channels last too, and each of its row
-blocks is copied together for the k subnets that read it: normalising a row block of a wider
-product takes three times as long. Elsewhere a layout changes only between a product and its
-normalisation, or a normalisation and its activation, where the tensor that is left is not kept.
-On other devices the layout is left as it is.
+wide convs are not. A stem whose pool is shared is channels last as well. Elsewhere a layout changes
+only between a product and its normalisation, or a normalisation and its activation, where the
+tensor that is left is not kept. On other devices the layout is left as it is.
 
 What the time cannot go below: only products are shared out, so they cost 2 whatever k. What is
-done for each activation (normalisation, max-pool, sums) costs 1 + k, as there are 1 + k times as
-many activations. One CPU thread, ResNet-18 of 16 channels, width 4, 32 images of 32x32: such work
-is 15 % of a parent's train step and products are 85 %, so 0.85 * 2 + 0.15 * 5 = 2.45 is what k = 4
-costs if narrow convs are as fast as wide ones; 2.46 is measured.
+done for each activation behind the stem (normalisation, sums) costs 1 + k, as there are 1 + k times
+as many activations. One CPU thread, ResNet-18 of 16 channels, width 4, 32 images of 32x32: of a
+parent's train step 80 % are products, 9 % the rest of the stem, 11 % the rest. So 0.80 * 2 + 0.09 +
+0.11 * 5 = 2.24 is what k = 4 costs if narrow convs are as fast as wide ones; 2.26 is measured.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ensembles.models.layers import ChannelSwitcher, SubnetConv2d
-from ensembles.models.resnet import ResNet
+from ensembles.models.resnet import ResNet, in_turn
 from ensembles.models.routing import Block
+from ensembles.models.stems import PooledStem, Reader, pooled_stem, reads_pooled
 
 __all__ = ["Construction", "ConstructionName", "known_construction", "make_construction"]
 
@@ -67,15 +69,9 @@ _LARGE_BLOCK = 2 * 2**20
 
 # Where the weight that is computed with has more bytes, a CPU computes contiguous. Same machine,
 # batch 32, ResNet-18, train step of parent and subnets in steps of the parent alone, all
-# contiguous against subnets in this bound: 1.67 and 1.60 at width 2; at a quarter of the channels
-# 2.57 and 2.21 at width 2, 3.18 and 2.59 at width 4. Without the bound 1.71, 2.19 and 2.69.
+# contiguous, in this bound, and without it: 1.63, 1.60 and 1.62 at width 2; at a quarter of the
+# channels 2.09, 1.89 and 1.92 at width 2, 2.64, 2.36 and 2.31 at width 4.
 _SMALL_WEIGHT = 2**18
-
-# From this width on the stem's rows are copied for the subnets. Same machine, a quarter of the
-# channels, steps of the parent alone without and with: 2.29 and 2.07 at width 2, 2.52 and 2.34 at
-# width 3, 2.67 and 2.47 at width 4. The copy is kept: 0.16 of what the parent alone keeps, at any
-# width. At width 2 that is much (2.84 in place of 2.68), and there the stem is kept once.
-_COPIED_STEM = 3
 
 ConstructionName: TypeAlias = Literal["zero_padded", "sum_of_subnets"]
 
@@ -86,11 +82,26 @@ class Construction(Protocol):
     One is made for every forward pass, and holds what the members share in it.
     """
 
-    def share(self, x: Tensor, parent: ResNet, *, starts: Sequence[int], with_parent: bool) -> None:
-        """Computes what members share: the subnets that start in ``starts``, and the parent."""
+    def share(
+        self,
+        x: Tensor,
+        parent: ResNet,
+        *,
+        with_parent: bool,
+        subnets: Sequence[tuple[int, Reader]],
+    ) -> None:
+        """Computes what members share: the parent, and subnets with the groups they start in."""
+
+    def whole_stem(self, x: Tensor, conv: nn.Conv2d, *modules: nn.Module) -> Tensor:
+        """Computes with the parent's stem, and applies what is between it and the first layer."""
 
     def whole(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        """Computes with the whole weight of a parent's conv."""
+        """Computes with the whole weight of a parent's conv behind the stem."""
+
+    def stem(
+        self, x: Tensor, conv: SubnetConv2d, group: int, width: int, *modules: nn.Module
+    ) -> Tensor:
+        """Computes with the stem's rows of a group, and applies a subnet's modules behind them."""
 
     def conv(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
         """Computes with one block of a parent's conv."""
@@ -108,12 +119,27 @@ class Construction(Protocol):
 class _ZeroPadded:
     """Activations at the parent's width, zero outside of the live group; nothing is shared."""
 
-    def share(self, x: Tensor, parent: ResNet, *, starts: Sequence[int], with_parent: bool) -> None:
+    def share(
+        self,
+        x: Tensor,
+        parent: ResNet,
+        *,
+        with_parent: bool,
+        subnets: Sequence[tuple[int, Reader]],
+    ) -> None:
         pass
+
+    def whole_stem(self, x: Tensor, conv: nn.Conv2d, *modules: nn.Module) -> Tensor:
+        return in_turn(x, conv, *modules)
 
     def whole(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         y: Tensor = conv(x)
         return y
+
+    def stem(
+        self, x: Tensor, conv: SubnetConv2d, group: int, width: int, *modules: nn.Module
+    ) -> Tensor:
+        return self.own(self.conv(conv, x, (group, 0)), group, width, *modules)
 
     def conv(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
         return conv.zero_padded(x, *block)
@@ -143,32 +169,47 @@ class _SumOfSubnets:
         self._blocks: dict[nn.Module, Mapping[Block, Tensor]] = {}
         self._whole_stem: Tensor | None = None
         self._stems: dict[int, Tensor] = {}
+        self._pooled: dict[nn.Module, PooledStem] = {}
         self._lays_out = False
-        self._behind_stem = False
 
     # Everything is computed here and nothing on first use: a member that is recomputed in the
     # backward pass (activation checkpointing) must do what it did at first.
-    def share(self, x: Tensor, parent: ResNet, *, starts: Sequence[int], with_parent: bool) -> None:
+    def share(
+        self,
+        x: Tensor,
+        parent: ResNet,
+        *,
+        with_parent: bool,
+        subnets: Sequence[tuple[int, Reader]],
+    ) -> None:
         stem = parent.conv1
         assert isinstance(stem, SubnetConv2d)
+        starts = sorted({start for start, _ in subnets})
         if starts:
             convs = [module for module in parent.modules() if isinstance(module, SubnetConv2d)]
             self._blocks = {conv: conv.split_weight() for conv in convs}
+        pooling = _pooling(x, [reader for _, reader in subnets])
         if not with_parent:
-            self._stems = {start: self._stem(stem, x, (start, 0)) for start in starts}
+            self._stems = {start: self._stem(stem, x, start) for start in starts}
+            for start, product in self._stems.items():
+                here = {reader: 0 for at, reader in subnets if at == start and reader in pooling}
+                self._pool(product, 1, here)
             return
         self._lays_out = _layout_is_free(stem, x)
-        copied = self._lays_out and bool(starts) and stem.width >= _COPIED_STEM
-        self._whole_stem = stem(_channels_last(x) if copied else x)
+        self._whole_stem = stem(_channels_last(x) if self._lays_out and pooling else x)
         rows = self._whole_stem.chunk(stem.width, dim=1)
-        self._stems = {
-            start: _channels_last(rows[start]) if copied else rows[start] for start in starts
-        }
+        self._stems = {start: rows[start] for start in starts}
+        groups = {reader: start for start, reader in subnets if reader in pooling}
+        self._pool(self._whole_stem, stem.width, groups, parent)
+
+    def whole_stem(self, x: Tensor, conv: nn.Conv2d, *modules: nn.Module) -> Tensor:
+        norm, activation = modules[:2]
+        if norm in self._pooled:
+            return self._pooled[norm].read(cast(nn.BatchNorm2d, norm), activation)
+        return in_turn(conv(x) if self._whole_stem is None else self._whole_stem, *modules)
 
     def whole(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         assert isinstance(conv, SubnetConv2d)
-        if not conv.split_input and self._whole_stem is not None:
-            return self._whole_stem
         blocks = self._blocks.get(conv)
         in_blocks = (
             blocks is not None
@@ -178,25 +219,23 @@ class _SumOfSubnets:
         y: Tensor = conv(x, blocks) if in_blocks else conv(x)
         return self._laid_out(y, conv.weight.nbytes)
 
+    def stem(
+        self, x: Tensor, conv: SubnetConv2d, group: int, width: int, *modules: nn.Module
+    ) -> Tensor:
+        norm, activation, *others = modules
+        if norm in self._pooled:
+            return self._pooled[norm].read(cast(nn.BatchNorm2d, norm), activation)
+        product = self._stems.get(group)
+        y: Tensor = norm(self._stem(conv, x, group) if product is None else product)
+        # Not before the BatchNorm, which keeps its input: that is shared, and a copy of it is not.
+        return in_turn(_channels_last(y) if self._lays_out else y, activation, *others)
+
     def conv(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
-        self._behind_stem = not conv.split_input
-        if self._behind_stem:
-            stem = self._stems.get(block[0])
-            return self._stem(conv, x, block) if stem is None else stem
-        return self._laid_out(
-            self._block(conv, x, block), conv.weight.nbytes // math.prod(conv.grid)
-        )
+        y = conv.narrow(x, *block, blocks=self._blocks.get(conv))
+        return self._laid_out(y, conv.weight.nbytes // math.prod(conv.grid))
 
     def own(self, x: Tensor, group: int, width: int, *modules: nn.Module) -> Tensor:
-        first, *others = modules
-        x = first(x)
-        # Not before the stem's BatchNorm, which keeps its input: that is shared, and a copy of it
-        # is not.
-        if self._behind_stem and self._lays_out:
-            x = _channels_last(x)
-        for module in others:
-            x = module(x)
-        return x
+        return in_turn(x, *modules)
 
     def switch(self, x: Tensor, switcher: ChannelSwitcher) -> Tensor:
         return x
@@ -204,12 +243,28 @@ class _SumOfSubnets:
     def leave(self, x: Tensor, group: int, width: int) -> Tensor:
         return x
 
-    def _stem(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
-        self._lays_out = _layout_is_free(conv, x)
-        return self._block(conv, _channels_last(x) if self._lays_out else x, block)
+    def _pool(
+        self,
+        product: Tensor,
+        width: int,
+        groups: Mapping[Reader, int],
+        parent: Reader | None = None,
+    ) -> None:
+        """Pools a product for the subnets that read it, and for the parent where it may share."""
+        if not groups:
+            return
+        readers = list(groups)
+        if parent is not None and reads_pooled(parent, readers[0]):
+            readers.append(parent)
+        whole = pooled_stem(product, readers)
+        parts = whole.chunk(width)
+        for reader in readers:
+            self._pooled[reader.bn1] = whole if reader is parent else parts[groups[reader]]
 
-    def _block(self, conv: SubnetConv2d, x: Tensor, block: Block) -> Tensor:
-        return conv.narrow(x, *block, blocks=self._blocks.get(conv))
+    def _stem(self, conv: SubnetConv2d, x: Tensor, group: int) -> Tensor:
+        self._lays_out = _layout_is_free(conv, x)
+        x = _channels_last(x) if self._lays_out else x
+        return conv.narrow(x, group, 0, blocks=self._blocks.get(conv))
 
     # What a conv computed and not what it computes with: its input is kept already, by the
     # activation, and a copy of it would be kept too.
@@ -220,6 +275,17 @@ class _SumOfSubnets:
 def _layout_is_free(stem: SubnetConv2d, x: Tensor) -> bool:
     """Whether nobody chose a layout, and another one than the usual is faster."""
     return x.device.type == "cpu" and x.is_contiguous() and stem.weight.is_contiguous()
+
+
+def _pooling(x: Tensor, readers: Sequence[Reader]) -> list[Reader]:
+    """Those for which the stem's product may be pooled at once.
+
+    Whether weights are negative must be looked at: on a CPU that costs nothing, another device
+    would have to be waited for, and what is compiled cannot depend on it.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return []
+    return [reader for reader in readers if reads_pooled(reader, readers[0])]
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -68,9 +68,20 @@ class ResNetOptions(TypedDict, total=False):
     activation: Callable[[], nn.Module]
 
 
+EnterStem: TypeAlias = Callable[..., Tensor]
+"""How all in front of the first layer is computed: ``enter(x, conv, norm, activation, pool)``."""
+
+
 def _called(conv: nn.Conv2d, x: Tensor) -> Tensor:
     y: Tensor = conv(x)
     return y
+
+
+def in_turn(x: Tensor, *modules: nn.Module) -> Tensor:
+    """Calls one module after the other."""
+    for module in modules:
+        x = module(x)
+    return x
 
 
 class Layer(nn.Sequential):
@@ -267,9 +278,17 @@ class ResNet(nn.Module):
         """The residual blocks, layer by layer."""
         return tuple(tuple(cast(ResidualBlock, block) for block in layer) for layer in self.layers)
 
-    def forward(self, x: Tensor, convolve: Convolve = _called) -> Tensor:
-        """Computes the logits; ``convolve`` may compute convs in another way."""
-        x = self.maxpool(self.activation(self.bn1(convolve(self.conv1, x))))
+    def forward(
+        self, x: Tensor, convolve: Convolve = _called, enter: EnterStem = in_turn
+    ) -> Tensor:
+        """Computes the logits.
+
+        Args:
+            x: (N, image_channels, H, W).
+            convolve: May compute convs behind the stem in another way.
+            enter: May compute the stem and all up to the first layer in another way.
+        """
+        x = enter(x, self.conv1, self.bn1, self.activation, self.maxpool)
         for layer in self.layers:
             x = layer(x, convolve)
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))

@@ -272,8 +272,8 @@ class Subnet(nn.Module):
             steps: What this step shares with other members; None where it shares nothing.
         """
         steps = steps or make_construction(self.construction)
-        x = steps.conv(self.conv1, x, self.route.stem)
-        x = steps.own(x, self.start, self.width, self.bn1, self.activation, self.maxpool)
+        own = (self.bn1, self.activation, self.maxpool)
+        x = steps.stem(x, self.conv1, self.start, self.width, *own)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x, steps)
         x = steps.leave(x, self.route.head, self.width)
@@ -403,11 +403,18 @@ class SubnetResNet(nn.Module):
             ValueError: If ``members`` is empty, or names a member that there is not.
         """
         names = self._selected(members)
-        starts = {cast(Subnet, self.subnets[name]).start for name in names if name != "parent"}
+        subnets = {name: cast(Subnet, self.subnets[name]) for name in names if name != "parent"}
         steps = make_construction(self.construction)
-        steps.share(x, self.parent, starts=sorted(starts), with_parent="parent" in names)
+        steps.share(
+            x,
+            self.parent,
+            with_parent="parent" in names,
+            subnets=[(subnet.start, subnet) for subnet in subnets.values()],
+        )
         return {
-            name: self.parent(x, steps.whole) if name == "parent" else self.subnets[name](x, steps)
+            name: subnets[name](x, steps)
+            if name in subnets
+            else self.parent(x, steps.whole, steps.whole_stem)
             for name in names
         }
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ensembles.checks.ownership import measure_ownership_map
-from ensembles.models import constructions
+from ensembles.models import constructions, stems
 from ensembles.models.layers import SubnetConv2d
 from ensembles.models.resnet import ResNet
 from ensembles.models.routing import all_subnets
@@ -268,19 +268,38 @@ class TestCost:
         ]
         assert flops[0] == flops[1]
 
-    @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
     @pytest.mark.parametrize("width", [2, 3])
-    def test_all_that_is_kept_for_backward_is_narrow_and_the_stem_is_kept_once(self, width, stem):
-        network = make(width=width, stem=stem)
+    def test_all_that_is_kept_for_backward_is_narrow_and_the_stem_is_kept_once(self, width):
+        network = make(width=width)
         x = images(16)
         narrow = network.subnets["subnet_0_0"].extract()
         stem_bytes = network.parent.conv1(x).nbytes
         parent = kept_bytes(network.parent, x)
         subnet = kept_bytes(narrow, x)
         shared = width * stem_bytes  # k*k subnets have 1/k of the stem each
-        # From width 3 on all subnets have one copy of it, in the layout of the image's copy.
-        copied = stem_bytes + x.nbytes if width >= 3 else 0
-        assert kept_bytes(network, x) == parent + width**2 * subnet - shared + copied
+        assert kept_bytes(network, x) == parent + width**2 * subnet - shared
+
+    @pytest.mark.parametrize("stem", ["cifar_maxpool", "imagenet"])
+    @pytest.mark.parametrize("width", [2, 3])
+    def test_a_stem_that_is_pooled_is_kept_once_in_all_that_is_in_front_of_the_pool(
+        self, width, stem
+    ):
+        network = make(width=width, stem=stem)
+        x = images(16)
+        parent = kept_bytes(network.parent, x)
+        subnet = kept_bytes(network.subnets["subnet_0_0"].extract(), x)
+        product = network.parent.conv1(x)
+        pooled = network.parent.maxpool(product)
+        # Each keeps its product, the mean and the scale of its norm, what is activated of it, and
+        # the indices of the pool; an index has 8 bytes, as a number has.
+        statistics = 2 * product.shape[1] * 8
+        by_each = product.nbytes + statistics + product.nbytes + pooled.nbytes
+        readers = 1 + width  # k*k subnets have 1/k of the stem each
+        # Once: as much, what is normalised in place of what is activated; the statistics that
+        # running ones are moved by; what is scaled; and the image's copy.
+        once = by_each + statistics + pooled.nbytes + x.nbytes
+        network_alone = parent + width**2 * subnet
+        assert kept_bytes(network, x) == network_alone - readers * by_each + once
 
     @pytest.mark.parametrize("width", [2, 3])
     def test_nothing_is_kept_twice_where_the_layout_changes(self, monkeypatch, width):
@@ -290,15 +309,6 @@ class TestCost:
         monkeypatch.setattr(constructions, "_SMALL_WEIGHT", 1500)
         assert {True, False} == set(layouts(network, "subnets.subnet_0_1", images(32)))
         assert kept_bytes(network, images(16)) == at_once
-
-    @pytest.mark.parametrize("width", [2, 3])
-    def test_where_the_layout_was_chosen_the_stem_is_kept_once_at_every_width(self, width):
-        network = make(width=width).to(memory_format=torch.channels_last)
-        x = images(16).contiguous(memory_format=torch.channels_last)
-        narrow = network.subnets["subnet_0_0"].extract()
-        stem_bytes = network.parent.conv1(x).nbytes
-        subnets = width**2 * kept_bytes(narrow, x) - width * stem_bytes
-        assert kept_bytes(network, x) == kept_bytes(network.parent, x) + subnets
 
     def test_weights_are_not_copied(self):
         network = make(width=2)
@@ -370,8 +380,9 @@ class TestLayout:
         assert not any(layouts(make(base_channels=4), "parent", images(32)))
 
     @pytest.mark.parametrize("member", ["parent", "subnets.subnet_1_0"])
-    def test_from_width_three_on_the_stem_is_channels_last_too(self, member):
-        found = layouts(make(width=3), member, images(32))
+    def test_behind_a_stem_whose_pool_is_shared_all_is_channels_last(self, member):
+        prefix = f"{member}.layer"  # a hook on the stem's norm would make it compute by itself
+        found = layouts(make(stem="cifar_maxpool"), prefix, images(32))
         assert len(found) >= 15
         assert all(found)
 
@@ -392,10 +403,11 @@ class TestLayout:
     def test_the_parent_leaves_channels_last_where_its_own_weight_is_large(self, monkeypatch):
         # In float64 its 3x3 convs have 2,592, 10,368, ... bytes, the blocks a ninth of that.
         monkeypatch.setattr(constructions, "_SMALL_WEIGHT", 3000)
-        found = layouts(make(width=3), "parent", images(32))
-        assert found[:5] == 5 * [True]  # the stem and the first layer
-        assert found[5] is False
-        assert layouts(make(width=3), "subnets.subnet_1_0", images(32))[5] is True
+        network = make(width=3, stem="cifar_maxpool")
+        found = layouts(network, "parent.layer", images(32))
+        assert found[:4] == 4 * [True]  # the first layer
+        assert found[4] is False
+        assert layouts(network, "subnets.subnet_1_0.layer", images(32))[4] is True
 
 
 class TestUse:
@@ -446,21 +458,7 @@ class TestUse:
 
     @pytest.mark.parametrize("what", ["whole", "members", "layers"])
     def test_activations_can_be_recomputed(self, what):
-        network, expected = make(), make()
-        x = images()
-        if what == "whole":
-            outputs = checkpoint(network, x, use_reentrant=False)
-        else:
-            wrap_members(network) if what == "members" else wrap_layers(network)
-            outputs = network(x)
-        loss_of(outputs).backward()
-        loss_of(expected(x)).backward()
-        mine = {
-            name.replace("_checkpoint_wrapped_module.", ""): gradient
-            for name, gradient in gradients(network).items()
-        }
-        for name, gradient in gradients(expected).items():
-            assert torch.equal(mine[name], gradient), name
+        assert_recomputed(make(), make(), what)
 
     @pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
     def test_a_single_subnet_is_exported(self):
@@ -510,6 +508,24 @@ class TestUse:
         assert all("equal" in text for text in said)
 
 
+def assert_recomputed(network, expected, what):
+    """Gradients are those of another network of the same weights, bit by bit."""
+    x = images()
+    if what == "whole":
+        outputs = checkpoint(network, x, use_reentrant=False)
+    else:
+        wrap_members(network) if what == "members" else wrap_layers(network)
+        outputs = network(x)
+    loss_of(outputs).backward()
+    loss_of(expected(x)).backward()
+    mine = {
+        name.replace("_checkpoint_wrapped_module.", ""): gradient
+        for name, gradient in gradients(network).items()
+    }
+    for name, gradient in gradients(expected).items():
+        assert torch.equal(mine[name], gradient), name
+
+
 def wrap_members(network):
     network.parent = checkpoint_wrapper(network.parent)
     for name, subnet in network.subnets.items():
@@ -550,3 +566,133 @@ for (name, mine), expected in zip(network.named_parameters(), alone.parameters()
 print("equal")
 dist.destroy_process_group()
 """
+
+
+def kept_in_eval_mode(norm):
+    norm.eval()
+    norm.train = lambda mode=True: norm
+
+
+def without_statistics(subnet):
+    subnet.bn1 = nn.BatchNorm2d(2, eps=0.1, track_running_stats=False).double()
+
+
+def without_weight(subnet):
+    subnet.bn1 = nn.BatchNorm2d(2, eps=0.1, affine=False).double()
+
+
+UNLIKE = {
+    "no statistics": (without_statistics, 5),
+    "a cumulative average": (lambda subnet: setattr(subnet.bn1, "momentum", None), 5),
+    "no weight": (without_weight, 4),
+    "another eps": (lambda subnet: setattr(subnet.bn1, "eps", 0.2), 4),
+    "eval mode": (lambda subnet: kept_in_eval_mode(subnet.bn1), 4),
+    "another activation": (lambda subnet: setattr(subnet, "activation", nn.GELU()), 4),
+    "another pool": (lambda subnet: setattr(subnet, "maxpool", nn.MaxPool2d(2)), 4),
+    "another kind of pool": (lambda subnet: setattr(subnet, "maxpool", nn.AvgPool2d(2)), 4),
+    "a hook": (lambda subnet: subnet.activation.register_forward_hook(lambda *_: None), 4),
+}
+"""What a member may have that others have not, and how many of five share the pool then."""
+
+
+class TestPooledStem:
+    """Members that max-pool one product do it once, and all is as if each had done it."""
+
+    @pytest.fixture
+    def readers(self, monkeypatch):
+        found = []
+
+        def pooled_stem(product, readers):
+            found.append(len(readers))
+            return stems.pooled_stem(product, readers)
+
+        monkeypatch.setattr(constructions, "pooled_stem", pooled_stem)
+        return found
+
+    @pytest.mark.parametrize("member", ["parent", "subnet_1_0"])
+    @pytest.mark.parametrize(("unlike", "sharing"), UNLIKE.values(), ids=UNLIKE)
+    def test_a_member_that_is_unlike_the_others_is_equal(self, readers, unlike, sharing, member):
+        pair = make_both(stem="cifar_maxpool")
+        for network in pair:
+            if member == "parent" and unlike in (without_statistics, without_weight):
+                pytest.skip("these have the channels of a subnet")
+            unlike(network.parent if member == "parent" else network.subnets[member])
+        assert_same_network(*pair, images(), None)
+        in_training = readers[1:-1]
+        assert in_training == [sharing] * 3
+
+    @pytest.mark.parametrize("members", [None, ["subnet_0_1", "subnet_1_0", "subnet_1_1"]])
+    @pytest.mark.parametrize("width", [1, 2, 3])
+    def test_negative_weights_are_equal(self, readers, width, members):
+        if members and width == 1:
+            members = ["subnet_0_0"]
+        pair = make_both(stem="cifar_maxpool", width=width)
+        for network in pair:
+            for member in (network.parent, *network.subnets.values()):
+                with torch.no_grad():
+                    member.bn1.weight[0] *= -1
+        assert_same_network(*pair, images(), members)
+        assert readers
+
+    def test_a_weight_that_becomes_negative_is_noticed(self):
+        reference, network = make_both(stem="cifar_maxpool")
+        assert_all_equal(network(images()), reference(images()))
+        for each in (reference, network):
+            with torch.no_grad():
+                each.subnets["subnet_1_1"].bn1.weight.neg_()
+        assert_all_equal(network(images()), reference(images()))
+
+    def test_hooks_are_called_with_what_their_module_is_given(self):
+        network = make(stem="cifar_maxpool")
+        seen = []
+        subnet = network.subnets["subnet_0_1"]
+        for module in (subnet.bn1, subnet.activation, subnet.maxpool):
+            module.register_forward_hook(lambda _, given, y: seen.append((given[0].shape, y.shape)))
+        network(images())
+        whole, pooled = torch.Size([4, 2, 8, 8]), torch.Size([4, 2, 4, 4])
+        assert seen == [(whole, whole), (whole, whole), (whole, pooled)]
+
+    @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+    def test_one_pool_is_computed(self, train):
+        network = make(stem="cifar_maxpool", width=3).train(train)
+        pools = count("max_pool2d_with_indices", lambda: network(images()))
+        norms = count("native_batch_norm", lambda: network(images()))
+        assert pools == 1
+        # Of every member 19 norms behind the stem; in eval mode the stem's own too.
+        assert norms == 10 * 19 + (1 if train else 10)
+
+    def test_bfloat16_autocast_is_near_float32_in_training(self):
+        network = make(stem="cifar_maxpool", base_channels=4).float()
+        x = images(count=32).float()
+        expected = network(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = network(x)
+            loss_of(outputs).backward()
+        for name, output in outputs.items():
+            error = (output.float() - expected[name]).abs().mean()
+            assert 0 < error < 0.1 * expected[name].abs().mean(), name
+        assert {gradient.dtype for gradient in gradients(network).values()} == {torch.float32}
+
+    @pytest.mark.filterwarnings("ignore")  # the compiler's own deprecations
+    def test_what_is_compiled_does_not_look_at_weights_and_is_equal(self, readers):
+        torch._dynamo.reset()
+        expected, network = make_both(stem="cifar_maxpool")
+        compiled = torch.compile(network, fullgraph=True, backend="eager")
+        members = ["parent", "subnet_0_1"]
+        assert_all_equal(compiled(images(), members=members), expected(images(), members=members))
+        assert readers == []
+
+    @pytest.mark.parametrize("what", ["whole", "members", "layers"])
+    def test_activations_can_be_recomputed(self, readers, what):
+        network, expected = make(stem="cifar_maxpool"), make(stem="cifar_maxpool")
+        assert_recomputed(network, expected, what)
+        assert set(readers) == {5}
+
+
+def count(operation, run):
+    """How often an operation of ATen is called."""
+    with torch.profiler.profile() as profiled:
+        run()
+    return sum(
+        event.count for event in profiled.key_averages() if event.key == f"aten::{operation}"
+    )
