@@ -1,5 +1,9 @@
 import gc
+import os
 import re
+import subprocess
+import sys
+import textwrap
 import weakref
 
 import numpy
@@ -247,6 +251,47 @@ def test_nothing_of_a_model_is_kept_when_a_check_is_over(check):
     gc.collect()
     assert tensors
     assert not any(tensor() is not None for tensor in tensors)
+
+
+def test_a_large_model_has_few_copies_in_any_check():
+    """Weights, the state to return to, that of before a step, and gradients."""
+    program = """
+        import re
+        from pathlib import Path
+        import torch
+        from torch import nn
+        from ensembles import Subject, check_ensemble
+        from ensembles.claims import DEFAULT_ENSEMBLE_CLAIMS, DEFAULT_MODULE_CLAIMS
+
+        def layers(count, size=800):
+            return nn.Sequential(*(nn.Linear(size, size) for _ in range(count)))
+
+        def size(checked):
+            for make, claims in (
+                (lambda: layers(checked), {**DEFAULT_MODULE_CLAIMS, "hygiene": "clean"}),
+                (lambda: [layers(checked // 2) for _ in range(2)], DEFAULT_ENSEMBLE_CLAIMS),
+            ):
+                subject = Subject(make=make, batch=lambda: torch.rand(2, 800), claims=claims)
+                results = check_ensemble(subject)
+                assert results.held, str(results)
+            # Not that of getrusage, which is no less than the size of the process that started it.
+            found = re.search("VmHWM: *(.*) kB", Path("/proc/self/status").read_text())
+            return int(found[1]) * 1024
+
+        torch.set_num_threads(1)
+        start = size(2)
+        print((size(18) - start) / (16 * 4 * 800**2))
+    """
+    # So that what is freed is the system's again.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert not run.returncode, run.stderr
+    assert 3 < float(run.stdout) < 4.7
 
 
 # --- parametrize --------------------------------------------------------------------------------

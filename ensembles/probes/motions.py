@@ -368,7 +368,7 @@ def moved_in_training(
                 for name, gradient in zip(zero, reach, strict=True)
                 if gradient is not None and values_of(gradient).any()
             ]
-        del gradients  # before there are those of the next step
+        del at_start, before, between, gradients  # of a large model, none lives beside its next
         for parameter in trainable.values():
             parameter.grad = None
     # At the end: a teacher that starts as its student's copy follows it from the second step on.
