@@ -186,6 +186,8 @@ def _run_determinism(subject: Subject, model: Model, claim: Any) -> object:
                 *('{"loaders": "augmented"}', '{"loaders": "plain"}', '{"steps": a number}'),
             ],
         )
+    if loaders is None:
+        del model  # large, maybe, and two others are built
     measured = determinism.measure_determinism(
         subject.make,
         subject.batch,
@@ -325,6 +327,7 @@ def _run_diversity(subject: Subject, model: Model, claim: Any) -> object:
     if isinstance(alike, str) or not isinstance(alike, Sequence):
         words = ["distinct", "independent", "seeded", "a list of patterns of names that are alike"]
         raise _unknown_claim("diversity", claim, words)
+    del model  # large, maybe, and two others are built
     measured = diversity.measure_member_diversity(
         subject.make, _batch(subject), outputs=subject.outputs, members=subject.members
     )

@@ -1,10 +1,17 @@
+import gc
+import os
 import re
+import subprocess
+import sys
+import textwrap
+import weakref
 
 import numpy
 import pytest
 import torch
 from torch import nn
 
+from ensembles.checks.graph import measure_autograd_graph
 from ensembles.claims import (
     CHECKS,
     DEFAULT_CONTAINER_CLAIMS,
@@ -193,6 +200,98 @@ def test_the_users_model_is_as_before():
     assert all(m.training for m in model.modules())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+class Deep(nn.Sequential):
+    """What checks look through: a norm, activations, a softmax, products, a lookup."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            *(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.Softmax(1)),
+            *(nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 2)),
+        )
+
+
+HELD = {
+    **DEFAULT_ENSEMBLE_CLAIMS,
+    "graph": lambda: str(measure_autograd_graph([Deep(), Deep()], torch.ones(3, 4))),
+    "cost": {"flops": 10_000},
+    "determinism": "bitwise",
+    "trajectory": {"members": "separate"},
+    "prediction": "arithmetic",
+    "loss_scale": "sum",
+    "batch": "rows",
+    "round_trips": ["deepcopy", "state_dict"],
+    "hygiene": "clean",
+}
+
+
+@pytest.mark.parametrize("check", [name for name in CHECKS if name != "data"])
+def test_nothing_of_a_model_is_kept_when_a_check_is_over(check):
+    tensors = []
+
+    def make():
+        members = [Deep(), Deep()]
+        tensors.extend(weakref.ref(p) for member in members for p in member.parameters())
+        return members
+
+    target = torch.tensor([0, 1, 1])
+    subject = Subject(
+        make=make,
+        batch=lambda: torch.randn(3, 4),
+        optimizer=optimizer,
+        loss=lambda outputs: sum(
+            nn.functional.cross_entropy(output, target) for output in outputs.values()
+        ),
+        predict=lambda members, x: sum(member(x).softmax(1) for member in members) / 2,
+        claims={check: HELD[check]() if callable(HELD[check]) else HELD[check]},
+    )
+    results = check_ensemble(subject)
+    assert results.held, str(results)
+    gc.collect()
+    assert tensors
+    assert not any(tensor() is not None for tensor in tensors)
+
+
+def test_a_large_model_has_few_copies_in_any_check():
+    """Weights, the state to return to, that of before a step, and gradients."""
+    program = """
+        import re
+        from pathlib import Path
+        import torch
+        from torch import nn
+        from ensembles import Subject, check_ensemble
+        from ensembles.claims import DEFAULT_ENSEMBLE_CLAIMS, DEFAULT_MODULE_CLAIMS
+
+        def layers(count, size=800):
+            return nn.Sequential(*(nn.Linear(size, size) for _ in range(count)))
+
+        def size(checked):
+            for make, claims in (
+                (lambda: layers(checked), {**DEFAULT_MODULE_CLAIMS, "hygiene": "clean"}),
+                (lambda: [layers(checked // 2) for _ in range(2)], DEFAULT_ENSEMBLE_CLAIMS),
+            ):
+                subject = Subject(make=make, batch=lambda: torch.rand(2, 800), claims=claims)
+                results = check_ensemble(subject)
+                assert results.held, str(results)
+            # Not that of getrusage, which is no less than the size of the process that started it.
+            found = re.search("VmHWM: *(.*) kB", Path("/proc/self/status").read_text())
+            return int(found[1]) * 1024
+
+        torch.set_num_threads(1)
+        start = size(2)
+        print((size(18) - start) / (16 * 4 * 800**2))
+    """
+    # So that what is freed is the system's again.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert not run.returncode, run.stderr
+    assert 3 < float(run.stdout) < 4.7
 
 
 # --- parametrize --------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ensembles.probes.disorders import Disorder
 from ensembles.probes.registers import registered
+from ensembles.probes.state import copy_of
 from ensembles.probes.steps import distance
 from ensembles.subject import Model, named_modules_of
 
@@ -77,7 +78,7 @@ class Averages:
                 yield Disorder("averaged norm", self._name(norm), detail)
 
     def _values(self) -> dict[str, Tensor]:
-        return {e.names[0]: e.tensor.detach().clone() for e in self.entries}
+        return {e.names[0]: copy_of(e.tensor) for e in self.entries}
 
     def _name(self, norm: Any) -> str:
         return self.names[id(norm.weight)].removesuffix("weight").removesuffix(".") or "model"

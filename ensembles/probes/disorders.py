@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ensembles.message import listed
 from ensembles.probes.homes import things_below
 from ensembles.probes.registers import registered
-from ensembles.probes.state import preserved
+from ensembles.probes.state import copy_of, preserved
 from ensembles.probes.steps import distance
 from ensembles.probes.training import optimizers_of
 from ensembles.subject import Model, named_modules_of
@@ -219,7 +219,7 @@ def mode_disorders(given: Mapping[str, nn.Module]) -> list[Disorder]:
             if returned is not module:
                 kind = type(returned).__name__
                 found.append(Disorder("mode", f"{member}.{word}()", f"returns {kind}, not itself"))
-            values = [(e.names[0], e.tensor.detach().clone()) for e in registered(module)]
+            values = [(e.names[0], copy_of(e.tensor)) for e in registered(module)]
             for name, inner in _topmost(module, mode):
                 if not (mode and _rightly_in_eval(inner)):
                     place = f"{member}.{name}" if name else member

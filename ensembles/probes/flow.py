@@ -124,6 +124,7 @@ def gradient_flow(
             value = loss_of(loss, found)
             of_loss = frozenset(id(leaf) for leaf in leaves_of([value]))
             gradients = gradients_of([value], [torch.ones_like(value)], asked)
+            del value  # and its graph
             used = _used_outputs(loss, values)
             unused = tuple(
                 member
@@ -132,17 +133,19 @@ def gradient_flow(
                 if not any(tensors) and any(y.requires_grad for y in found[member])
             )
         pairs = list(zip(trainable, gradients[: len(trainable)], strict=True))
+        missing = {name for name, gradient in pairs if gradient is None}
         dead = [name for name, gradient in pairs if gradient is None or not _lives(gradient)]
         suspects = {name: trainable[name] for name in dead}
         live = any(y.requires_grad for y in every)
         call = _Call(model, batch, outputs, used)
+        del found, every, gradients, pairs  # each as large as the model, or its graph
         cut = _cut(call, suspects, live=live)
         stuck = _stuck(call, {n: entry for n, entry in suspects.items() if n not in cut})
     return Flow(
         lost=lost,
         of_loss=of_loss,
-        without_gradient=tuple(n for n, gradient in pairs if n in cut and gradient is None),
-        zero_gradient=tuple(n for n, gradient in pairs if n in cut and gradient is not None),
+        without_gradient=tuple(n for n in dead if n in cut and n in missing),
+        zero_gradient=tuple(n for n in dead if n in cut and n not in missing),
         stuck=stuck,
         thawed=thawed,
         unused_members=unused,

@@ -36,7 +36,7 @@ from torch.utils import _pytree as pytree
 from ensembles.message import seed
 from ensembles.probes.registers import registered
 from ensembles.probes.state import parameters_kept, preserved
-from ensembles.probes.transparency import make_transparent, transparent_forward
+from ensembles.probes.transparency import transparent_backward, transparent_forward
 from ensembles.subject import (
     Model,
     Outputs,
@@ -212,7 +212,9 @@ def probing(
                 "under no_grad or detaches. Influence cannot be followed; enable gradients."
             )
         ends = [y for tensors in found.values() for y in tensors]
-        lookups = make_transparent(ends) if values != "present" else set()
+        lookups: set[int] = set()
+        if values != "present":
+            lookups = stack.enter_context(transparent_backward(ends))
         homes: dict[int, str] = {}
         if not is_one_module(model):
             for member, module in modules.items():

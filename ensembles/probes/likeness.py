@@ -252,10 +252,13 @@ class Separate:
                     one_tensor = len({self._tensors[name, member] for member in group}) == 1
                     yield Likeness(name, group, "one tensor" if one_tensor else "equal")
             firsts = [group[0] for group in groups]
+            # Once for each, and not for each pair. Few values agree by chance, and in any order.
+            many = {m: _bits(held[m][0]) == math.inf for m in firsts[:-1]}
+            near = {m: _neighbours(held[m][0]) for m in firsts if any(many.values())}
             for one, two in combinations(firsts, 2):
                 (x, drawn), (y, also) = held[one], held[two]
-                if _bits(x) < math.inf:
-                    continue  # few values agree by chance, and in any order
+                if not many[one]:
+                    continue
                 equal, share = x == y, 0.0
                 if bool(equal.any()):  # of two that were drawn, no element is
                     elements = drawn & also
@@ -264,7 +267,7 @@ class Separate:
                     yield Likeness(name, (one, two), f"equal in {share:.0%}")
                 elif x.numel() > 1 and _reordered(x, y):
                     yield Likeness(name, (one, two), "equal but for the order")
-                elif (share := _shifted(x, y)) > SOME:
+                elif (share := _shifted(near[one], near[two])) > SOME:
                     yield Likeness(name, (one, two), f"equal in {share:.0%} at other places")
                 elif abs(by := self._correlation(name, one, two)) > CORRELATED:
                     yield Likeness(name, (one, two), f"correlated by {by:.2f}")
@@ -291,13 +294,12 @@ def _reordered(one: Tensor, two: Tensor) -> bool:
     )
 
 
-def _shifted(one: Tensor, two: Tensor) -> float:
-    """The share of neighbours that are neighbours in the other tensor too, at any place.
+def _shifted(x: Tensor, y: Tensor) -> float:
+    """The share of the neighbours in a tensor that are neighbours in the other too, at any place.
 
     One stream of random numbers, of which one member has drawn a few before, gives the same numbers
     a few places on.
     """
-    x, y = _neighbours(one), _neighbours(two)
     few = [min(len(pairs), LOOKED_AT // 2) for pairs in (x, y)]
     if min(few) < 2:
         return 0.0
@@ -405,23 +407,36 @@ def double_outputs(
     """
     try:
         wide = copy.deepcopy(model)
+        if _held(wide) & _held(model):
+            raise ValueError("an own __deepcopy__ gives the original, which is not converted")
         for module in named_modules_of(wide).values():
             module.double()
             for parameter in module.parameters() if woken else ():
                 if parameter.ndim > 1 and parameter.requires_grad and not parameter.any():
                     # One number for all elements: what is a permuted twin stays one.
                     parameter.data.fill_(WOKEN)
-        return _called(wide, pytree.tree_map(_double, batch), outputs)
+        with generators_kept():  # of a copy nothing else needs to be kept
+            return _called(wide, pytree.tree_map(_double, batch), outputs)
     except Exception:  # whatever a model does that knows one precision, or cannot be copied
-        return _called(model, batch, outputs)
+        modules = list(named_modules_of(model).values())
+        with preserved([*modules, *hidden_modules(modules)]):
+            return _called(model, batch, outputs)
+
+
+def _held(model: Model) -> set[int]:
+    return {
+        id(held)
+        for given in named_modules_of(model).values()
+        for held in (*given.modules(), *given.parameters(), *given.buffers())
+    }
 
 
 def _called(model: Model, batch: Any, outputs: Outputs | None) -> dict[str, tuple[Tensor, ...]]:
     modules = list(named_modules_of(model).values())
-    with preserved([*modules, *hidden_modules(modules)]), torch.no_grad():
-        for module in (*modules, *hidden_modules(modules)):
-            module.eval()
-        seed_generators(present_seed.get())
+    for module in (*modules, *hidden_modules(modules)):
+        module.eval()
+    seed_generators(present_seed.get())
+    with torch.no_grad():
         return member_outputs(model, fresh(batch), outputs=outputs)
 
 

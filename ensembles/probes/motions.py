@@ -21,7 +21,7 @@ from ensembles.probes.masks import masked_elements
 from ensembles.probes.norms import NormUpdates
 from ensembles.probes.recording import generator_entries
 from ensembles.probes.registers import Registered, registered
-from ensembles.probes.state import Snapshot, seed_generators
+from ensembles.probes.state import Snapshot, copy_of, seed_generators
 from ensembles.probes.steps import distance
 from ensembles.probes.training import (
     Loss,
@@ -97,7 +97,7 @@ def moved_in_eval(
     with Usage(watched) as usage, Writes(model, batch) as writes:
         for module in named_modules_of(model).values():
             module.eval()  # which may merge weights
-        before = {name: tensor.detach().clone() for name, tensor in named}
+        before = {name: copy_of(tensor) for name, tensor in named}
         called(seed, writes.batch)
     found += _written(writes, "eval")
     for name, tensor in named:
@@ -368,6 +368,9 @@ def moved_in_training(
                 for name, gradient in zip(zero, reach, strict=True)
                 if gradient is not None and values_of(gradient).any()
             ]
+        del at_start, before, between, gradients  # of a large model, none lives beside its next
+        for parameter in trainable.values():
+            parameter.grad = None
     # At the end: a teacher that starts as its student's copy follows it from the second step on.
     found += _frozen_statistics(model, by_first, ever)
     found += _seeded_by(states, "train")
@@ -404,7 +407,7 @@ def _step(optimizer: Optimizer) -> None:
 
 
 def _values(entries: Sequence[Registered]) -> dict[str, Tensor]:
-    return {e.names[0]: e.tensor.detach().clone() for e in entries}
+    return {e.names[0]: copy_of(e.tensor) for e in entries}
 
 
 def _changed(

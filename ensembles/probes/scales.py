@@ -158,13 +158,8 @@ def scales_of(
         if single is None:
             return scales
         names = {id(entry.tensor): entry.names for entry in registered(model)}
-        return {
-            name: replace(
-                scale,
-                shared=tuple(_overlaps(name, scales, alone, total, parameters, names)),
-            )
-            for name, scale in scales.items()
-        }
+        overlaps = _overlaps(scales, alone, total, parameters, names)
+        return {n: replace(scale, shared=tuple(overlaps[n])) for n, scale in scales.items()}
 
 
 # --- coupling -----------------------------------------------------------------------------------
@@ -274,47 +269,47 @@ def _alone(
 
 
 def _overlaps(
-    name: str,
     scales: Mapping[str, Scale],
     alone: Mapping[str, Sequence[Tensor | None]],
     total: Sequence[Tensor | None],
     parameters: Sequence[Tensor],
     names: Mapping[int, tuple[str, ...]],
-) -> Iterator[Overlap]:
-    """Where others that are trained send gradients to elements in which this member has its own.
+) -> dict[str, list[Overlap]]:
+    """Where others that are trained send gradients to elements in which a member has its own.
 
     Who is not trained sends none. Elements are looked at, and not tensors: packed members have
     slices of one.
     """
-    own = [_dense(gradient) if scales[name].multiple != 0 else None for gradient in alone[name]]
-    greatest = max((float(g.norm()) for g in own if g is not None), default=0.0)
-    for i, (parameter, mine) in enumerate(zip(parameters, own, strict=True)):
+    trained = [name for name, scale in scales.items() if scale.multiple != 0]
+    norms = {name: [_norm(gradient) for gradient in alone[name]] for name in trained}
+    found: dict[str, list[Overlap]] = {name: [] for name in scales}
+    for i, parameter in enumerate(parameters):
         tolerance = SAME.get(parameter.dtype, 1e-4)
-        # Of a bias before a norm, rounding is all that there is.
-        if mine is None or float(mine.norm()) <= tolerance / 100 * greatest:
-            continue
-        here = mine != 0
-        least = tolerance * float(mine.norm())
-        among = [
-            other
-            for other, scale in scales.items()
-            if other == name
-            or (
-                scale.multiple != 0
-                and (theirs := _dense(alone[other][i])) is not None
-                and float((theirs * here).norm()) > least
-            )
-        ]
-        if len(among) > 1:
-            whole = _dense(total[i])
-            found = mine.new_zeros(mine.shape) if whole is None else whole * here
-            by = float((found * mine).sum() / mine.square().sum())
-            along = float((found - by * mine).norm()) <= tolerance * float(found.norm())
-            yield Overlap(
-                names.get(id(parameter), ()),
-                tuple(among),
-                (_simple(by, tolerance / 4) if by else 0.0) if along else None,
-            )
+        dense = {m: g for m in trained if (g := _dense(alone[m][i])) is not None}
+        for name, mine in dense.items():
+            # Of a bias before a norm, rounding is all that there is.
+            if norms[name][i] <= tolerance / 100 * max(norms[name]):
+                continue
+            here = mine != 0
+            least = tolerance * norms[name][i]
+            among = [
+                other
+                for other, theirs in dense.items()
+                if other == name or float((theirs * here).norm()) > least
+            ]
+            if len(among) > 1:
+                whole = _dense(total[i])
+                sent = mine.new_zeros(mine.shape) if whole is None else whole * here
+                by = float((sent * mine).sum() / mine.square().sum())
+                along = float((sent - by * mine).norm()) <= tolerance * float(sent.norm())
+                multiple = (_simple(by, tolerance / 4) if by else 0.0) if along else None
+                found[name].append(Overlap(names.get(id(parameter), ()), tuple(among), multiple))
+    return found
+
+
+def _norm(gradient: Tensor | None) -> float:
+    dense = _dense(gradient)
+    return 0.0 if dense is None else float(dense.norm())
 
 
 def _dense(gradient: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ensembles.subject import Model, named_modules_of
 
 __all__ = [
     "Snapshot",
+    "copy_of",
     "generators_kept",
     "graph_kept",
     "parameters_kept",
@@ -32,6 +34,42 @@ CONTAINERS = (dict, list)
 
 REGISTERS = ("_parameters", "_buffers", "_modules")
 """Dicts that are seen to by themselves."""
+
+_COPIES: WeakValueDictionary[tuple[int, int], Tensor] = WeakValueDictionary()
+"""By the address of a tensor and a number, copies of it, for as long as somebody has them."""
+
+_STATES = 3
+"""How many copies are known: of before a check, and of before and after what it does."""
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """A copy of the values, to be read only: one for all who ask while the values are the same.
+
+    Checks within checks keep the state that each begins from, and mostly it is one state: of a
+    network with hundreds of millions of weights, every copy counts.
+
+    Example:
+        >>> weight = torch.ones(2)
+        >>> before = copy_of(weight)
+        >>> before is copy_of(weight), before is copy_of(weight.add_(1.0)), before
+        (True, False, tensor([1., 1.]))
+    """
+    values = tensor.detach()
+    if type(values) is not Tensor or values.layout is not torch.strided or values.is_meta:
+        return values.clone()
+    places = [(values.data_ptr(), number) for number in range(_STATES)]
+    held = [copied for place in places if (copied := _COPIES.get(place)) is not None]
+    for copied in held:
+        if _same_bits(values, copied):
+            return copied
+    copied = values.clone()
+    _COPIES[next((place for place in places if place not in _COPIES), places[-1])] = copied
+    return copied
+
+
+def _same_bits(one: Tensor, two: Tensor) -> bool:
+    kinds = [(x.dtype, x.shape, x.device) for x in (one, two)]
+    return kinds[0] == kinds[1] and one.is_floating_point() and torch.equal(_bits(one), _bits(two))
 
 
 class Snapshot:
@@ -73,7 +111,7 @@ class Snapshot:
             for tensor in (*parameters.values(), *buffers.values())
             if tensor is not None
         }
-        self._tensors = [(t, t.requires_grad, t.data, t.detach().clone()) for t in tensors.values()]
+        self._tensors = [(t, t.requires_grad, t.data, copy_of(t)) for t in tensors.values()]
         self._hooks = [
             (tensor, kind, hooks if hooks is None else dict(hooks))
             for tensor in tensors.values()
@@ -267,10 +305,10 @@ def parameters_kept(model: Model, *, frozen: Collection[int] = ()) -> Iterator[N
         for tensor, names, kind in registered(named_modules_of(model))
         if kind == "parameter" and tensor.requires_grad and id(tensor) not in frozen
     ]
-    before = [(p.data_ptr(), _bits(p).clone()) for _, p in named]
+    before = [(p.data_ptr(), copy_of(p)) for _, p in named]
     yield
-    for (place, parameter), (address, bits) in zip(named, before, strict=True):
-        if parameter.data_ptr() != address or not torch.equal(_bits(parameter), bits):
+    for (place, parameter), (address, values) in zip(named, before, strict=True):
+        if parameter.data_ptr() != address or not torch.equal(_bits(parameter), _bits(values)):
             raise ValueError(
                 f"calling the model changes its own parameter {place}, so that what is measured "
                 "depends on how often it was called. Change parameters in the training step; "

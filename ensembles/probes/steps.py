@@ -28,6 +28,7 @@ from ensembles.message import counted, listed
 from ensembles.message import seed as present_seed
 from ensembles.probes.state import (
     Snapshot,
+    copy_of,
     generators_kept,
     graph_kept,
     parameters_kept,
@@ -227,7 +228,7 @@ class _Seen:
 
     def copied(self) -> _Seen:
         """The same values in memory of their own, each tied tensor once."""
-        copies = {id(t): t.clone() for held in self.tensors.values() for t in held.values()}
+        copies = {id(t): copy_of(t) for held in self.tensors.values() for t in held.values()}
         return _Seen(
             {member: tuple(y.clone() for y in ys) for member, ys in self.outputs.items()},
             {

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ensembles.probes.autograd import postorder, signed
 
-__all__ = ["make_transparent", "transparent_forward"]
+__all__ = ["transparent_backward", "transparent_forward"]
 
 
 @contextmanager
@@ -118,13 +118,17 @@ Gradients = tuple[Tensor | None, ...]
 Rule = Callable[[Any, Gradients, Gradients], Sequence[Tensor | None] | None]
 
 
-def make_transparent(outputs: Iterable[Tensor]) -> set[int]:
-    """Replaces the backward rules of a recorded graph, by hooks that die with it.
+@contextmanager
+def transparent_backward(outputs: Iterable[Tensor]) -> Iterator[set[int]]:
+    """Inside, other backward rules stand in a recorded graph.
+
+    A rule reads the node whose hook it is, a cycle that no garbage collector sees: a hook that
+    stayed would keep the graph, and the model with it, for as long as the process lives.
 
     Args:
         outputs: The tensors that backward passes will start from.
 
-    Returns:
+    Yields:
         The ids of the parameters that are read by index (embeddings).
 
     Raises:
@@ -133,31 +137,35 @@ def make_transparent(outputs: Iterable[Tensor]) -> set[int]:
     Example:
         >>> x = torch.tensor([-1.0], requires_grad=True)
         >>> y = x.relu()
-        >>> make_transparent([y])
-        set()
-        >>> bool(torch.autograd.grad(y, x)[0])
+        >>> with transparent_backward([y]):
+        ...     bool(torch.autograd.grad(y, x, retain_graph=True)[0])
         True
+        >>> bool(torch.autograd.grad(y, x)[0])
+        False
     """
     lookups: set[int] = set()
     roots = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    for node in postorder(roots, lambda node: [n for n, _ in node.next_functions if n is not None]):
-        name = type(node).__name__.rstrip("0123456789")
-        if name.startswith("CheckpointFunction"):
-            raise ValueError(
-                "the forward pass uses re-entrant activation checkpointing, which hides the graph "
-                "of its segment. Use checkpoint(..., use_reentrant=False), or turn it off here."
-            )
-        if name in _RULES:
-            node.register_hook(_hook(node, _RULES[name]))
-        if name in _PRODUCTS:
-            node.register_prehook(_rescaled)
-        if name in _LOOKUPS:
-            lookups |= {
-                id(child.variable)
-                for child, _ in node.next_functions
-                if child is not None and hasattr(child, "variable")
-            }
-    return lookups
+    nodes = postorder(roots, lambda node: [n for n, _ in node.next_functions if n is not None])
+    with ExitStack() as hooks:
+        for node in nodes:
+            name = type(node).__name__.rstrip("0123456789")
+            if name.startswith("CheckpointFunction"):
+                raise ValueError(
+                    "the forward pass uses re-entrant activation checkpointing, which hides the "
+                    "graph of its segment. Use checkpoint(..., use_reentrant=False), or turn it "
+                    "off here."
+                )
+            if name in _RULES:
+                hooks.callback(node.register_hook(_hook(node, _RULES[name])).remove)
+            if name in _PRODUCTS:
+                hooks.callback(node.register_prehook(_rescaled).remove)
+            if name in _LOOKUPS:
+                lookups |= {
+                    id(child.variable)
+                    for child, _ in node.next_functions
+                    if child is not None and hasattr(child, "variable")
+                }
+        yield lookups
 
 
 def _hook(node: Any, rule: Rule) -> Callable[[Gradients, Gradients], Any]:

@@ -469,6 +469,16 @@ def test_what_cannot_be_compared_is_an_error():
         assert_members_diverse(pair, ["stem.*"])
 
 
+def test_what_gives_itself_for_a_copy_is_called_as_it_is():
+    class Own(nn.Linear):
+        def __deepcopy__(self, memo):
+            return self
+
+    pair = [Own(4, 2), Own(4, 2)]
+    assert measure_member_diversity(pair, torch.randn(3, 4)).outputs == "compared"
+    assert all(m.weight.dtype == torch.float32 and m.training for m in pair)
+
+
 def test_looking_changes_nothing():
     members = [classifier().train(), classifier().eval()]
     members[0][0].weight.grad = torch.ones(6, 4)

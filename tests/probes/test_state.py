@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from ensembles.probes.state import (
+    _COPIES,
     Snapshot,
+    copy_of,
     generators_kept,
     graph_kept,
     parameters_kept,
@@ -422,3 +424,59 @@ def test_sparse_buffers_are_restored(layout):
         assert state.changed()
     assert model.graph is sparse
     assert torch.equal(model.graph.to_dense(), dense)
+
+
+# --- copies ---------------------------------------------------------------------------------------
+
+
+def test_snapshots_of_one_state_have_one_copy():
+    model = network()
+    one, two = Snapshot(model), Snapshot(model)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    three, four = Snapshot(model), Snapshot(model)
+    copies = [
+        {values.data_ptr() for *_, values in each._tensors} for each in (one, two, three, four)
+    ]
+    floating = {t.data_ptr() for t in model.state_dict().values() if t.is_floating_point()}
+    assert len(copies[0] & copies[1]) == len(floating) == 8
+    assert len(copies[0] & copies[2]) == 7  # all but the weight that was moved
+    assert len(copies[2] & copies[3]) == 8
+    before = bits(model)
+    one.restore()
+    assert bits(model)["0.weight"] != before["0.weight"]
+    assert {v.data_ptr() for *_, v in Snapshot(model)._tensors} & copies[0] == copies[0] & copies[1]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(0.0, -0.0), (1.0, 2.0), (float("nan"), 1.0)],
+    ids=["sign_of_zero", "another", "nan"],
+)
+def test_a_copy_is_that_of_the_present_bits(first, then):
+    tensor = torch.full((3,), first)
+    before = copy_of(tensor)
+    assert copy_of(tensor) is before
+    after = copy_of(tensor.fill_(then))
+    assert after.numpy().tobytes() == tensor.numpy().tobytes() != before.numpy().tobytes()
+    assert copy_of(tensor.fill_(first)) is before
+
+
+def test_a_copy_is_of_the_kind_of_its_tensor():
+    memory = torch.zeros(4)
+    whole, part = copy_of(memory), copy_of(memory[:2])
+    other = copy_of(memory.view(torch.int32))
+    assert (whole.shape, part.shape, other.dtype) == ((4,), (2,), torch.int32)
+    sparse = torch.eye(2).to_sparse()
+    assert torch.equal(copy_of(sparse).to_dense(), torch.eye(2))
+    assert copy_of(torch.ones(2, device="meta")).is_meta
+
+
+def test_copies_without_a_holder_are_forgotten():
+    tensor = torch.zeros(3)
+    states = [copy_of(tensor.add_(1.0)) for _ in range(5)]
+    assert [float(state[0]) for state in states] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    place = {key for key in _COPIES if key[0] == tensor.data_ptr()}
+    assert len(place) == 3
+    del states
+    assert not place & {*_COPIES}
