@@ -2,15 +2,16 @@
 
 Catches members that are copies of one initialised network, copies whose re-initialisation does
 not reach every layer, a constructor that seeds, members built from one state dict, copies that
-were scaled or moved a little, members that draw from one stream, a few numbers apart, and permuted
-twins: other weights, the same function.
+were scaled or moved a little, a member that is a mean of others, members that draw from one stream,
+a few numbers apart, and permuted twins: other weights, the same function.
 
 A parameter is drawn if a second construction gives it other values, or, where a constructor
 leaves the generators in one state, or only a model was given, if its elements are not all one
-number. In tensors of 32 elements and more, a correlation above 0.9 of what is drawn is no accident
-either. Zeros, ones and what a file gives are by design: members may have them in common, as long
-as their outputs differ. Outputs are compared in float64 where the model can be converted, within
-a relative 1e-9; otherwise within 64 units in the last place.
+number. In tensors of 32 elements and more, a correlation above 0.9 of what is drawn, with another
+member or with a weighted sum of others, is no accident either. Zeros, ones and what a file gives
+are by design: members may have them in common, as long as their outputs differ. Outputs are
+compared in float64 where the model can be converted, within a relative 1e-9; otherwise within 64
+units in the last place.
 
 Limits: a block that every member draws from one private generator of a fixed seed looks like one
 that a file gives: the measurement counts such as given. Members inside the tensors of one module
@@ -282,7 +283,7 @@ def assert_members_distinct(diversity: MemberDiversity) -> None:
         likeness
         for likeness in diversity.alike
         if set(likeness.members) & one_network
-        or (seen and likeness.how != "one tensor" and not likeness.how.startswith("correlated"))
+        or (seen and likeness.how != "one tensor" and not _is_related(likeness))
     ]
     if found or diversity.twins:
         raise AssertionError(_alike(diversity, found))
@@ -292,11 +293,16 @@ def _one_network(diversity: MemberDiversity) -> set[str]:
     """Members that are alike with one other in every drawn parameter."""
     names: dict[tuple[str, str], set[str]] = {}
     for likeness in diversity.alike:
-        if likeness.how != "one tensor" and {"in", "correlated"} & {*likeness.how.split()}:
+        if _is_related(likeness) or likeness.how.startswith("equal in"):
             continue  # equal in a part, or not at all
         for pair in combinations(likeness.members, 2):
             names.setdefault(pair, set()).add(likeness.name)
     return {m for pair, alike in names.items() if alike >= set(diversity.drawn) for m in pair}
+
+
+def _is_related(likeness: Likeness) -> bool:
+    """Whether one tensor was made from others, and no number needs to be the same."""
+    return likeness.how.startswith(("correlated", "weighted sums"))
 
 
 def _in_both(
@@ -341,7 +347,8 @@ def _alike(diversity: MemberDiversity, found: Sequence[Likeness]) -> str:
     rows += [
         ("outputs", f"equal to rounding in members {listed(group)}") for group in diversity.twins
     ]
-    related = [likeness for likeness in found if likeness.how.startswith("correlated")]
+    related = [likeness for likeness in found if _is_related(likeness)]
+    summed = [likeness for likeness in found if likeness.how.startswith("weighted sums")]
     shifted = [likeness for likeness in found if likeness.how.endswith("at other places")]
     every = whole | {likeness.name for likeness in reordered} >= set(diversity.drawn)
     if reordered and every and diversity.twins:
@@ -374,6 +381,15 @@ def _alike(diversity: MemberDiversity, found: Sequence[Likeness]) -> str:
         )
         remedy = (
             "Usual cause: one seed for each, behind draws of another number. Seed once, outside."
+        )
+    elif summed and len(summed) == len(found):
+        meaning = (
+            "One of these members is made of the others, as their mean is: it adds no network to "
+            "the ensemble."
+        )
+        remedy = (
+            "Usual cause: an average of members (a soup, a merged checkpoint) that stands among "
+            "them. Evaluate it beside the ensemble, or draw that member anew."
         )
     elif related and len(related) == len(found):
         meaning = "These tensors were scaled, negated or moved a little: they were not drawn anew."

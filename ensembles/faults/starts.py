@@ -108,6 +108,27 @@ def perturbed_copies(architecture: Architecture, place: Place, broken: bool) -> 
     return _diverse(architecture, place, plant)
 
 
+# The MLP's tensors are too small for a weighted sum to tell.
+@fault("members", "diversity", architectures=("convnet", "attention"))
+def averaged_member(architecture: Architecture, place: Place, broken: bool) -> Subject:
+    """A member is the mean of the others, weight by weight."""
+
+    def plant(members: list[Network]) -> None:
+        others = [architecture.network() for _ in members[1:]]
+        if broken:
+            others = [member for i, member in enumerate(members) if i != place.member]
+        states = [other.state_dict() for other in others]
+        mean = {
+            name: torch.stack([state[name] for state in states]).mean(0)
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in states[0].items()
+        }
+        members[place.member].load_state_dict(mean)
+
+    return _diverse(architecture, place, plant)
+
+
 @fault("members", "diversity")
 def one_stream(architecture: Architecture, place: Place, broken: bool) -> Subject:
     """Members are drawn from one seed, each after one number more than the last."""

@@ -40,10 +40,14 @@ SOME = 0.1
 """Share of drawn elements from which on two tensors agree in part: floats agree in none."""
 
 CORRELATED = 0.9
-"""Correlation of drawn elements, from which on one tensor was made from the other."""
+"""Correlation of drawn elements, with one other tensor or with a weighted sum of the others, from
+which on one tensor was made from the others."""
 
 ENOUGH_TO_CORRELATE = 32
 """Elements from which on such a correlation is no accident: of two draws less than one in 1e11."""
+
+ENOUGH_EACH = 8
+"""Elements for each tensor in a weighted sum: of draws, more of them come nearer by chance."""
 
 EXACT = 1e-9
 """Relative difference of outputs in float64, below which two functions are one."""
@@ -70,7 +74,8 @@ class Likeness:
         name: The parameter's name in the members, or in the model.
         members: The members that are alike.
         how: "one tensor", "equal", "equal in 50%" of its elements, "equal but for the order",
-            "equal in 90% at other places", or "correlated by 0.99".
+            "equal in 90% at other places", "correlated by 0.99", or "weighted sums of each
+            other".
     """
 
     name: str
@@ -255,6 +260,7 @@ class Separate:
             # Once for each, and not for each pair. Few values agree by chance, and in any order.
             many = {m: _bits(held[m][0]) == math.inf for m in firsts[:-1]}
             near = {m: _neighbours(held[m][0]) for m in firsts if any(many.values())}
+            pairs: list[Likeness] = []
             for one, two in combinations(firsts, 2):
                 (x, drawn), (y, also) = held[one], held[two]
                 if not many[one]:
@@ -264,13 +270,20 @@ class Separate:
                     elements = drawn & also
                     share = int((equal & elements).sum()) / max(int(elements.sum()), 1)
                 if share > SOME:
-                    yield Likeness(name, (one, two), f"equal in {share:.0%}")
+                    how = f"equal in {share:.0%}"
                 elif x.numel() > 1 and _reordered(x, y):
-                    yield Likeness(name, (one, two), "equal but for the order")
+                    how = "equal but for the order"
                 elif (share := _shifted(near[one], near[two])) > SOME:
-                    yield Likeness(name, (one, two), f"equal in {share:.0%} at other places")
+                    how = f"equal in {share:.0%} at other places"
                 elif abs(by := self._correlation(name, one, two)) > CORRELATED:
-                    yield Likeness(name, (one, two), f"correlated by {by:.2f}")
+                    how = f"correlated by {by:.2f}"
+                else:
+                    continue
+                pairs.append(Likeness(name, (one, two), how))
+            yield from pairs
+            told = {member for pair in pairs for member in pair.members}
+            if summed := self._summed(name, [member for member in firsts if member not in told]):
+                yield Likeness(name, summed, "weighted sums of each other")
 
     def _correlation(self, name: str, one: str, two: str) -> float:
         """Of what two constructions draw differently; 0.0 where that is not known."""
@@ -278,6 +291,22 @@ class Separate:
         if x is None or y is None or x.numel() < ENOUGH_TO_CORRELATE:
             return 0.0
         return float(torch.corrcoef(torch.stack([x, y]))[0, 1].nan_to_num(0.0))
+
+    def _summed(self, name: str, members: Sequence[str]) -> tuple[str, ...]:
+        """Those whose tensor is a weighted sum of others, as a mean of members is, to a little."""
+        drawn = {m: x for m in members if (x := self._draws.get((name, m))) is not None}
+        if len(drawn) < 3:
+            return ()
+        stacked = torch.stack(list(drawn.values()))
+        if stacked.shape[1] < max(ENOUGH_TO_CORRELATE, ENOUGH_EACH * len(drawn)):
+            return ()
+        correlations = torch.corrcoef(stacked).nan_to_num(0.0)
+        correlations.fill_diagonal_(1 + EXACT)  # so that an exact sum has an inverse too
+        # What the others leave of a tensor's variance is 1 over the inverse's diagonal (Marquardt
+        # 1970, "variance inflation factors").
+        left = 1 / torch.linalg.inv(correlations).diagonal()
+        least = 1 - CORRELATED**2
+        return tuple(m for m, rest in zip(drawn, left.tolist(), strict=True) if rest < least)
 
 
 def _difference(one: Tensor, two: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from ensembles.checks.diversity import (
     assert_members_diverse,
     measure_member_diversity,
 )
+from ensembles.probes import likeness
 
 
 def classifier() -> nn.Sequential:
@@ -315,6 +316,65 @@ def test_what_was_made_from_another_members_weights_is_broken(change, by):
 
     assert f"3.weight   correlated by {by} in members 0, 1\n  (1 of 6" in message(make)
     assert_members_distinct(measure_member_diversity(make, BATCH))
+
+
+def averaged(weights):
+    """Three or more members, of which the last is a weighted sum of the others, and noise."""
+    members = [classifier() for _ in weights]
+    with torch.no_grad():
+        for name, parameter in members[-1].named_parameters():
+            others = [member.get_parameter(name) for member in members[:-1]]
+            noise = weights[-1] * parameter
+            parameter.copy_(sum(w * o for w, o in zip(weights, others, strict=False)) + noise)
+    return members
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [(0.5, 0.5, 0.0), (1.0, -2.0, 0.0), (1 / 3, 1 / 3, 1 / 3, 0.0), (0.5, 0.5, 0.1)],
+    ids=["mean", "difference", "of three", "with noise"],
+)
+def test_a_member_that_is_a_sum_of_others_is_broken(weights):
+    members = ", ".join(str(i) for i in range(len(weights)))
+    told = message(lambda: averaged(weights))
+    assert f"3.weight   weighted sums of each other in members {members}" in told
+
+
+def test_who_is_no_part_of_a_sum_is_not_named():
+    def make():
+        return [classifier(), *averaged((0.5, 0.5, 0.0))]
+
+    assert "3.weight   weighted sums of each other in members 1, 2, 3\n" in message(make)
+
+
+def test_a_mean_among_its_members_is_no_copy():
+    assert_members_distinct(measure_member_diversity(lambda: averaged((0.5, 0.5, 0.0)), BATCH))
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.5])
+def test_a_member_with_as_much_of_its_own_is_no_sum_of_others(noise):
+    made = measure_member_diversity(lambda: averaged((0.5, 0.5, noise)), BATCH)
+    assert not made.alike
+
+
+@pytest.mark.parametrize("count", [3, 16, 64])
+def test_of_as_many_members_as_are_compared_none_is_a_sum_of_others_by_chance(count):
+    elements = max(likeness.ENOUGH_TO_CORRELATE, likeness.ENOUGH_EACH * count)
+
+    def make(mean=False):
+        members = [nn.Linear(elements, 1, bias=False) for _ in range(count)]
+        if mean:
+            mean_of = torch.stack([member.weight.detach() for member in members[:-1]]).mean(0)
+            members[-1].weight.data = mean_of
+        return members
+
+    assert not measure_member_diversity(make).alike
+    (found,) = measure_member_diversity(lambda: make(mean=True)).alike
+    assert len(found.members) == count
+
+
+def test_the_message_of_a_mean_of_others(golden):
+    golden(message(lambda: averaged((0.5, 0.5, 0.0))), "messages/diversity_averaged.txt")
 
 
 def test_the_message_of_copies_with_noise(golden):
