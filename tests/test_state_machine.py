@@ -67,7 +67,7 @@ def small_net():
 
 def subnets(construction):
     return subnet_resnet18(
-        width=2, base_channels=2, num_classes=3, stem="cifar", construction=construction
+        width=2, base_channels=2, num_classes=3, stem="cifar_maxpool", construction=construction
     )
 
 
