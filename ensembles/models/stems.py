@@ -120,7 +120,9 @@ def pooled_stem(product: Tensor, readers: Sequence[Reader]) -> PooledStem:
     Returns:
         What all of them read.
     """
-    norm, pool = readers[0].bn1, readers[0].maxpool
+    norm = readers[0].bn1
+    # Not called as a module: what is done for all would be put down to one of them.
+    pool = readers[0].maxpool.forward
     mean = variance = None
     if norm.training:
         # A momentum of 1 keeps the statistics of this batch, and nothing of before.
@@ -137,7 +139,8 @@ def reads_pooled(reader: Reader, as_: Reader) -> bool:
     """Whether a reader may share what is pooled for another one.
 
     Not where a module is listened to: its hook is promised what it is given without this. A hook on
-    all modules is told of those that are called, and not every norm and every pool is.
+    all modules is told of those that are called, which the pool is not, nor in train mode the norm.
+    What a hook on the reader itself changes in them comes too late.
 
     Args:
         reader: The parent, or a subnet.
@@ -162,7 +165,7 @@ def _may_be_negative(readers: Sequence[Reader]) -> bool:
     """Whether a norm has a negative weight, or numbers cannot be looked at."""
     try:
         return any(bool((reader.bn1.weight < 0).any()) for reader in readers)
-    except RuntimeError:  # a FakeTensor, or a program that is recorded as make_fx does
+    except RuntimeError:  # FakeTensors, vmap, a program that make_fx records
         return True
 
 

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from ensembles.checks.cost import measure_compute_cost
 from ensembles.checks.ownership import measure_ownership_map
 from ensembles.models import constructions, stems
 from ensembles.models.layers import SubnetConv2d
@@ -731,6 +732,14 @@ class TestPooledStem:
         assert pools == 1
         # Of every member 19 norms behind the stem; in eval mode the stem's own too.
         assert norms == 10 * 19 + (1 if train else 10)
+
+    def test_what_is_kept_for_all_is_put_down_to_the_network(self):
+        network = make(stem="cifar_maxpool")
+        kept = {
+            layer.name: layer.kept_bytes for layer in measure_compute_cost(network, images()).layers
+        }
+        assert kept[""] > 0
+        assert not [name for name in kept if name.endswith("maxpool") and kept[name]]
 
     def test_bfloat16_autocast_is_near_float32_in_training(self):
         network = make(stem="cifar_maxpool", base_channels=4).float()
