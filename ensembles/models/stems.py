@@ -126,8 +126,9 @@ def pooled_stem(product: Tensor, readers: Sequence[Reader]) -> PooledStem:
     mean = variance = None
     if norm.training:
         # A momentum of 1 keeps the statistics of this batch, and nothing of before.
-        size, weight = (2, product.shape[1]), norm.weight
-        mean, variance = torch.zeros(size, dtype=weight.dtype, device=weight.device)
+        # Not in half precision, in which a variance may be inf that a running one is not.
+        dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+        mean, variance = torch.zeros((2, product.shape[1]), dtype=dtype, device=product.device)
         product = nn.functional.batch_norm(
             product, mean, variance, training=True, momentum=1.0, eps=norm.eps
         )

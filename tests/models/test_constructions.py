@@ -753,6 +753,18 @@ class TestPooledStem:
             assert 0 < error < 0.1 * expected[name].abs().mean(), name
         assert {gradient.dtype for gradient in gradients(network).values()} == {torch.float32}
 
+    def test_statistics_in_half_precision_are_those_of_the_norm_itself(self):
+        expected, network = (each.half() for each in make_both(stem="cifar_maxpool"))
+        for each in (expected, network):
+            with torch.no_grad():
+                each.parent.conv1.weight *= 300  # variances above 65504, the greatest number
+                each(images().half())
+        for name, statistic in expected.named_buffers():
+            if ".bn1." in name and "layer" not in name:
+                found = network.get_buffer(name)
+                assert found.isfinite().all(), name
+                assert_close(found, statistic, rtol=2e-3, atol=1e-2)
+
     @pytest.mark.filterwarnings("ignore")  # the compiler's own deprecations
     def test_what_is_compiled_does_not_look_at_weights_and_is_equal(self, readers):
         torch._dynamo.reset()
