@@ -169,7 +169,8 @@ class _SumOfSubnets:
         self._blocks: dict[nn.Module, Mapping[Block, Tensor]] = {}
         self._whole_stem: Tensor | None = None
         self._stems: dict[int, Tensor] = {}
-        self._pooled: dict[nn.Module, PooledStem] = {}
+        # By what reads it: the group, or None for the parent, and the modules.
+        self._pooled: dict[tuple[object, ...], PooledStem] = {}
         self._lays_out = False
 
     # Everything is computed here and nothing on first use: a member that is recomputed in the
@@ -203,10 +204,11 @@ class _SumOfSubnets:
         self._pool(self._whole_stem, stem.width, groups, parent)
 
     def whole_stem(self, x: Tensor, conv: nn.Conv2d, *modules: nn.Module) -> Tensor:
-        norm, activation = modules[:2]
-        if norm in self._pooled:
-            return self._pooled[norm].read(cast(nn.BatchNorm2d, norm), activation)
-        return in_turn(conv(x) if self._whole_stem is None else self._whole_stem, *modules)
+        assert self._whole_stem is not None
+        pooled = self._pooled.get((None, *modules))
+        if pooled is not None:
+            return pooled.read(cast(nn.BatchNorm2d, modules[0]), modules[1])
+        return in_turn(self._whole_stem, *modules)
 
     def whole(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         assert isinstance(conv, SubnetConv2d)
@@ -223,8 +225,9 @@ class _SumOfSubnets:
         self, x: Tensor, conv: SubnetConv2d, group: int, width: int, *modules: nn.Module
     ) -> Tensor:
         norm, activation, *others = modules
-        if norm in self._pooled:
-            return self._pooled[norm].read(cast(nn.BatchNorm2d, norm), activation)
+        pooled = self._pooled.get((group, *modules))
+        if pooled is not None:
+            return pooled.read(cast(nn.BatchNorm2d, norm), activation)
         product = self._stems.get(group)
         y: Tensor = norm(self._stem(conv, x, group) if product is None else product)
         # Not before the BatchNorm, which keeps its input: that is shared, and a copy of it is not.
@@ -259,7 +262,9 @@ class _SumOfSubnets:
         whole = pooled_stem(product, readers)
         parts = whole.chunk(width)
         for reader in readers:
-            self._pooled[reader.bn1] = whole if reader is parent else parts[groups[reader]]
+            group = groups.get(reader)
+            modules = (reader.bn1, reader.activation, reader.maxpool)
+            self._pooled[group, *modules] = whole if group is None else parts[group]
 
     def _stem(self, conv: SubnetConv2d, x: Tensor, group: int) -> Tensor:
         self._lays_out = _layout_is_free(conv, x)
@@ -274,18 +279,23 @@ class _SumOfSubnets:
 
 def _layout_is_free(stem: SubnetConv2d, x: Tensor) -> bool:
     """Whether nobody chose a layout, and another one than the usual is faster."""
-    return x.device.type == "cpu" and x.is_contiguous() and stem.weight.is_contiguous()
+    is_map = x.device.type == "cpu" and x.ndim == 4
+    return is_map and x.is_contiguous() and stem.weight.is_contiguous()
 
 
 def _pooling(x: Tensor, readers: Sequence[Reader]) -> list[Reader]:
     """Those for which the stem's product may be pooled at once.
 
     Whether weights are negative must be looked at: on a CPU that costs nothing, another device
-    would have to be waited for, and what is compiled cannot depend on it.
+    would have to be waited for, and what is compiled or traced cannot depend on it.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or x.ndim != 4:
         return []
-    return [reader for reader in readers if reads_pooled(reader, readers[0])]
+    is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if torch.compiler.is_compiling() or is_traced:
+        return []
+    able = [reader for reader in readers if reads_pooled(reader, reader)]
+    return [reader for reader in able if reads_pooled(reader, able[0])]
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ So z and its max-pool are computed once, its min-pool only where a member has a 
 what is done for each member is done to pooled activations, which are a quarter. In eval mode every
 norm has statistics of its own, and the product itself is what is pooled.
 
-Where the greatest of a window is there twice, the gradient may go to the other place.
+Where the greatest of a window is there twice, the gradient may go to the other place. A weight of 0
+makes a whole window equal: its own gradient is taken at the greatest of z, and not at the first.
+In half precision z is rounded, and so is what is scaled.
 """
 
 from collections.abc import Sequence
@@ -82,16 +84,18 @@ class PooledStem(NamedTuple):
 
 def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
     """Moves running statistics as `torch.nn.BatchNorm2d` does in train mode."""
-    if norm.running_mean is None or norm.running_var is None:
+    if not norm.track_running_stats:
         return
-    momentum = norm.momentum
+    share = norm.momentum or 0.0
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-        if momentum is None:  # a cumulative average
-            momentum = 1 / float(norm.num_batches_tracked)
-    share = 0.0 if momentum is None else momentum
+        if norm.momentum is None:  # a cumulative average
+            share = 1 / float(norm.num_batches_tracked)
     for kept, new in ((norm.running_mean, mean), (norm.running_var, variance)):
-        kept.mul_(1 - share).add_(new, alpha=share)
+        if kept is not None:
+            # As torch does, not counted as a write: what autograd saved at another call of the norm
+            # would else be refused in the backward pass.
+            kept.data.mul_(1 - share).add_(new, alpha=share)
 
 
 def pooled_stem(product: Tensor, readers: Sequence[Reader]) -> PooledStem:
@@ -116,24 +120,28 @@ def pooled_stem(product: Tensor, readers: Sequence[Reader]) -> PooledStem:
     Returns:
         What all of them read.
     """
-    norm, pool = readers[0].bn1, readers[0].maxpool
+    norm = readers[0].bn1
+    # Not called as a module: what is done for all would be put down to one of them.
+    pool = readers[0].maxpool.forward
     mean = variance = None
     if norm.training:
         # A momentum of 1 keeps the statistics of this batch, and nothing of before.
-        size, weight = (2, product.shape[1]), norm.weight
-        mean, variance = torch.zeros(size, dtype=weight.dtype, device=weight.device)
+        # Not in half precision, in which a variance may be inf that a running one is not.
+        dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+        mean, variance = torch.zeros((2, product.shape[1]), dtype=dtype, device=product.device)
         product = nn.functional.batch_norm(
             product, mean, variance, training=True, momentum=1.0, eps=norm.eps
         )
-    negative = any(bool((reader.bn1.weight < 0).any()) for reader in readers)
-    least = -pool(-product) if negative else None
+    least = -pool(-product) if _may_be_negative(readers) else None
     return PooledStem(pool(product), least, mean, variance)
 
 
 def reads_pooled(reader: Reader, as_: Reader) -> bool:
     """Whether a reader may share what is pooled for another one.
 
-    Not where somebody listens: a hook is promised what its module is given without this.
+    Not where a module is listened to: its hook is promised what it is given without this. A hook on
+    all modules is told of those that are called, which the pool is not, nor in train mode the norm.
+    What a hook on the reader itself changes in them comes too late.
 
     Args:
         reader: The parent, or a subnet.
@@ -142,7 +150,8 @@ def reads_pooled(reader: Reader, as_: Reader) -> bool:
     norm, pool = reader.bn1, reader.maxpool
     return (
         type(norm) is nn.BatchNorm2d
-        and norm.affine
+        and norm.weight is not None
+        and norm.bias is not None
         and (norm.training or norm.running_mean is not None)
         and (norm.training, norm.eps) == (as_.bn1.training, as_.bn1.eps)
         and type(reader.activation) is nn.ReLU
@@ -153,6 +162,15 @@ def reads_pooled(reader: Reader, as_: Reader) -> bool:
     )
 
 
+def _may_be_negative(readers: Sequence[Reader]) -> bool:
+    """Whether a norm has a negative weight, or numbers cannot be looked at."""
+    try:
+        return any(bool((reader.bn1.weight < 0).any()) for reader in readers)
+    except RuntimeError:  # FakeTensors, vmap, a program that make_fx records
+        return True
+
+
 def _is_listened_to(module: nn.Module) -> bool:
+    """Whether it has hooks, or a forward that somebody wrapped."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+    return "forward" in vars(module) or any(getattr(module, kind) for kind in kinds)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -11,10 +12,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from ensembles.checks.cost import measure_compute_cost
 from ensembles.checks.ownership import measure_ownership_map
 from ensembles.models import constructions, stems
 from ensembles.models.layers import SubnetConv2d
@@ -581,8 +585,32 @@ def without_weight(subnet):
     subnet.bn1 = nn.BatchNorm2d(2, eps=0.1, affine=False).double()
 
 
+def without_bias(member):
+    # The oldest torch has no such option; all see None in place of a bias.
+    member.bn1.register_parameter("bias", None)
+
+
+def statistics_taken_away(member):
+    member.bn1.running_mean = member.bn1.running_var = None
+
+
+def wrapped(module):
+    """Doubles what a module computes, as those do who replace its forward."""
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)
+
+
 UNLIKE = {
     "no statistics": (without_statistics, 5),
+    "statistics that stand still": (
+        lambda member: setattr(member.bn1, "track_running_stats", False),
+        5,
+    ),
+    "statistics taken away": (statistics_taken_away, 5),
+    "no bias": (without_bias, 4),
+    "no norm": (lambda member: setattr(member, "bn1", nn.Identity()), 4),
+    "a norm in another forward": (lambda member: wrapped(member.bn1), 4),
+    "a pool in another forward": (lambda member: wrapped(member.maxpool), 4),
     "a cumulative average": (lambda subnet: setattr(subnet.bn1, "momentum", None), 5),
     "no weight": (without_weight, 4),
     "another eps": (lambda subnet: setattr(subnet.bn1, "eps", 0.2), 4),
@@ -593,6 +621,18 @@ UNLIKE = {
     "a hook": (lambda subnet: subnet.activation.register_forward_hook(lambda *_: None), 4),
 }
 """What a member may have that others have not, and how many of five share the pool then."""
+
+
+def traced(network, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the tracer itself
+        return torch.jit.trace(network, x, strict=False, check_trace=False)
+
+
+def recorded(network, x):
+    program = make_fx(lambda weights, x: functional_call(network, weights, (x,)))
+    weights = dict(network.named_parameters())
+    return partial(program(weights, x), weights)
 
 
 class TestPooledStem:
@@ -621,6 +661,15 @@ class TestPooledStem:
         in_training = readers[1:-1]
         assert in_training == [sharing] * 3
 
+    @pytest.mark.parametrize(("unlike", "sharing"), UNLIKE.values(), ids=UNLIKE)
+    def test_a_first_subnet_that_is_unlike_the_others_is_equal(self, readers, unlike, sharing):
+        pair = make_both(stem="cifar_maxpool")
+        for network in pair:
+            unlike(network.subnets["subnet_0_0"])
+        assert_same_network(*pair, images(), None, steps=1)
+        # Where it may share with its like only, that is itself.
+        assert readers[1] in (sharing, 1)
+
     @pytest.mark.parametrize("members", [None, ["subnet_0_1", "subnet_1_0", "subnet_1_1"]])
     @pytest.mark.parametrize("width", [1, 2, 3])
     def test_negative_weights_are_equal(self, readers, width, members):
@@ -642,6 +691,29 @@ class TestPooledStem:
                 each.subnets["subnet_1_1"].bn1.weight.neg_()
         assert_all_equal(network(images()), reference(images()))
 
+    def test_a_member_may_be_called_by_itself_before_and_after(self):
+        pair = make_both(stem="cifar_maxpool")
+        for network in pair:
+            subnet = network.subnets["subnet_0_1"]
+            outputs = {"before": subnet(images()), **network(images()), "after": subnet(images())}
+            loss_of(outputs).backward()
+        assert_all_equal(gradients(pair[1]), gradients(pair[0]))
+        assert_all_equal(pair[1].state_dict(), pair[0].state_dict())
+
+    def test_members_may_have_one_norm(self):
+        pair = make_both(stem="cifar_maxpool")
+        for network in pair:
+            one, other = network.subnets["subnet_0_0"], network.subnets["subnet_0_1"]
+            network.subnets["subnet_1_0"].bn1 = other.bn1 = one.bn1
+            other.activation = nn.GELU()
+        assert_same_network(*pair, images(), None)
+
+    @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+    def test_one_image_without_a_batch_is_refused_by_the_norms(self, train):
+        network = make(stem="cifar_maxpool").train(train)
+        with pytest.raises(ValueError, match="expected 4D input"):
+            network(images()[0])
+
     def test_hooks_are_called_with_what_their_module_is_given(self):
         network = make(stem="cifar_maxpool")
         seen = []
@@ -661,6 +733,14 @@ class TestPooledStem:
         # Of every member 19 norms behind the stem; in eval mode the stem's own too.
         assert norms == 10 * 19 + (1 if train else 10)
 
+    def test_what_is_kept_for_all_is_put_down_to_the_network(self):
+        network = make(stem="cifar_maxpool")
+        kept = {
+            layer.name: layer.kept_bytes for layer in measure_compute_cost(network, images()).layers
+        }
+        assert kept[""] > 0
+        assert not [name for name in kept if name.endswith("maxpool") and kept[name]]
+
     def test_bfloat16_autocast_is_near_float32_in_training(self):
         network = make(stem="cifar_maxpool", base_channels=4).float()
         x = images(count=32).float()
@@ -673,6 +753,18 @@ class TestPooledStem:
             assert 0 < error < 0.1 * expected[name].abs().mean(), name
         assert {gradient.dtype for gradient in gradients(network).values()} == {torch.float32}
 
+    def test_statistics_in_half_precision_are_those_of_the_norm_itself(self):
+        expected, network = (each.half() for each in make_both(stem="cifar_maxpool"))
+        for each in (expected, network):
+            with torch.no_grad():
+                each.parent.conv1.weight *= 300  # variances above 65504, the greatest number
+                each(images().half())
+        for name, statistic in expected.named_buffers():
+            if ".bn1." in name and "layer" not in name:
+                found = network.get_buffer(name)
+                assert found.isfinite().all(), name
+                assert_close(found, statistic, rtol=2e-3, atol=1e-2)
+
     @pytest.mark.filterwarnings("ignore")  # the compiler's own deprecations
     def test_what_is_compiled_does_not_look_at_weights_and_is_equal(self, readers):
         torch._dynamo.reset()
@@ -681,6 +773,16 @@ class TestPooledStem:
         members = ["parent", "subnet_0_1"]
         assert_all_equal(compiled(images(), members=members), expected(images(), members=members))
         assert readers == []
+
+    # What is recorded is the same program whatever the weights are by then.
+    @pytest.mark.parametrize("record", [traced, recorded], ids=["jit.trace", "make_fx"])
+    def test_what_is_recorded_does_not_look_at_weights(self, record):
+        network = make(stem="cifar_maxpool").eval()
+        program = record(network, images())
+        with torch.no_grad():
+            for member in (network.parent, *network.subnets.values()):
+                member.bn1.weight.neg_()
+        assert_all_equal(program(images()), network(images()))
 
     @pytest.mark.parametrize("what", ["whole", "members", "layers"])
     def test_activations_can_be_recomputed(self, readers, what):
