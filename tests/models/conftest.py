@@ -3,10 +3,6 @@
 import pytest
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes seconds, because it starts processes")
-
-
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Runs on one thread: these networks are so small that threads mostly wait for each other.

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,8 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ensembles.checks.cost import measure_compute_cost
+from ensembles import check_ensemble
 from ensembles.checks.ownership import measure_ownership_map
 from ensembles.models import constructions, stems
+from ensembles.models.example import wide_resnet18_with_subnets
 from ensembles.models.layers import SubnetConv2d
 from ensembles.models.resnet import ResNet
 from ensembles.models.routing import all_subnets
@@ -494,7 +497,6 @@ class TestUse:
         sum(output.square().sum() for output in network(x).values()).backward()
         assert_all_equal(gradients(network), replayed)
 
-    @pytest.mark.slow
     def test_two_processes_have_the_gradients_of_one(self, tmp_path):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
         processes = [
@@ -783,6 +785,16 @@ class TestPooledStem:
             for member in (network.parent, *network.subnets.values()):
                 member.bn1.weight.neg_()
         assert_all_equal(program(images()), network(images()))
+
+    def test_every_check_holds_of_members_that_share_a_pool(self, readers):
+        subject = replace(
+            wide_resnet18_with_subnets(base_channels=2),
+            make=partial(SubnetResNet, 18, stem="cifar_maxpool", base_channels=2, num_classes=10),
+        )
+        more = {"hygiene": "clean", "determinism": "bitwise", "batch": "rows"}
+        results = check_ensemble(subject.claiming(**subject.claims, **more))
+        assert results.held, str(results)
+        assert set(readers) == {5}
 
     @pytest.mark.parametrize("what", ["whole", "members", "layers"])
     def test_activations_can_be_recomputed(self, readers, what):
