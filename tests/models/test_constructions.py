@@ -19,8 +19,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from ensembles.checks.cost import measure_compute_cost
 from ensembles import check_ensemble
+from ensembles.checks.cost import measure_compute_cost
 from ensembles.checks.ownership import measure_ownership_map
 from ensembles.models import constructions, stems
 from ensembles.models.example import wide_resnet18_with_subnets
