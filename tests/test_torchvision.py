@@ -29,7 +29,7 @@ from ensembles.subject import whole
 PAGE = Path(__file__).parents[1] / "docs" / "torchvision.md"
 RECORD = PAGE.with_suffix(".jsonl")
 
-GIGABYTES = 8
+GIGABYTES = 16
 """What a process may hold when all models are measured; a check that needs more says so."""
 
 NAMES = torchvision.models.list_models(module=torchvision.models)
@@ -273,8 +273,7 @@ def test_the_page_is_what_was_measured():
     assert {name for name, how in rows if how == "alone"} == {*NAMES}
     for (name, how), row in rows.items():
         assert set(row["verdicts"]) == set(CLAIMS[how])
-        assert set(row["verdicts"].values()) <= {"held", "memory"}, (name, how)
-        assert "held" in row["verdicts"].values(), (name, how)
+        assert set(row["verdicts"].values()) == {"held"}, (name, how)
 
 
 def measure_all() -> None:
