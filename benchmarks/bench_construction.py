@@ -445,10 +445,9 @@ class Race:
 
 
 # Bounds on a train step at k=2 and a quarter of the channels. Measured on one core of an AMD EPYC:
-# 2.2 to 2.3 parents and 0.46 of zero_padded; the construction of zeros takes 5 parents. So the
-# first bound notices a third more time, which is more than a shared machine adds to a ratio of
-# minima.
-GATE = {"parent_alone": 3.0, "zero_padded": 0.65}
+# 2.0 parents and 0.41 of zero_padded; the construction of zeros takes 5 parents. So the bounds
+# notice a third more time, which is more than a shared machine adds to a ratio of minima.
+GATE = {"parent_alone": 2.7, "zero_padded": 0.55}
 TRIES = 3
 
 
@@ -505,7 +504,7 @@ def draw(path: str, *, ks: tuple[int, ...] = (1, 2, 3, 4), rounds: int = ROUNDS)
         )
         race.run(rounds)
         costs = {name: cost_of(name, k, QUARTER, BATCH) for name in NETWORKS}
-        # On a CPU it keeps a copy more from width 3 on, which is chosen by the device.
+        # On a CPU the stem's pool is shared, which is chosen by the device.
         x = torch.randn(BATCH, 3, 32, 32)
         costs["sum_of_subnets"] = measure_compute_cost(sharing("sum_of_subnets", k, QUARTER), x)
         middle = {name: median(seconds) for name, seconds in race.seconds.items()}
