@@ -75,6 +75,9 @@ _SMALL_WEIGHT = 2**18
 
 ConstructionName: TypeAlias = Literal["zero_padded", "sum_of_subnets"]
 
+Starting: TypeAlias = Sequence[tuple[int, Reader]]
+"""Subnets, each behind the group that it starts in."""
+
 
 class Construction(Protocol):
     """The steps in which constructions differ; all else of a subnet is the same in each.
@@ -82,15 +85,8 @@ class Construction(Protocol):
     One is made for every forward pass, and holds what the members share in it.
     """
 
-    def share(
-        self,
-        x: Tensor,
-        parent: ResNet,
-        *,
-        with_parent: bool,
-        subnets: Sequence[tuple[int, Reader]],
-    ) -> None:
-        """Computes what members share: the parent, and subnets with the groups they start in."""
+    def share(self, x: Tensor, parent: ResNet, *, with_parent: bool, subnets: Starting) -> None:
+        """Computes what members share: subnets, and the parent where it is asked for."""
 
     def whole_stem(self, x: Tensor, conv: nn.Conv2d, *modules: nn.Module) -> Tensor:
         """Computes with the parent's stem, and applies what is between it and the first layer."""
@@ -119,14 +115,7 @@ class Construction(Protocol):
 class _ZeroPadded:
     """Activations at the parent's width, zero outside of the live group; nothing is shared."""
 
-    def share(
-        self,
-        x: Tensor,
-        parent: ResNet,
-        *,
-        with_parent: bool,
-        subnets: Sequence[tuple[int, Reader]],
-    ) -> None:
+    def share(self, x: Tensor, parent: ResNet, *, with_parent: bool, subnets: Starting) -> None:
         pass
 
     def whole_stem(self, x: Tensor, conv: nn.Conv2d, *modules: nn.Module) -> Tensor:
@@ -175,14 +164,7 @@ class _SumOfSubnets:
 
     # Everything is computed here and nothing on first use: a member that is recomputed in the
     # backward pass (activation checkpointing) must do what it did at first.
-    def share(
-        self,
-        x: Tensor,
-        parent: ResNet,
-        *,
-        with_parent: bool,
-        subnets: Sequence[tuple[int, Reader]],
-    ) -> None:
+    def share(self, x: Tensor, parent: ResNet, *, with_parent: bool, subnets: Starting) -> None:
         stem = parent.conv1
         assert isinstance(stem, SubnetConv2d)
         starts = sorted({start for start, _ in subnets})
