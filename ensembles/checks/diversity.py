@@ -16,9 +16,10 @@ units in the last place.
 Limits: a block that every member draws from one private generator of a fixed seed looks like one
 that a file gives: the measurement counts such as given. Members inside the tensors of one module
 (packed, stacked) are compared by their outputs, and by equal slices along any axis that divides by
-their number. Tensors that carry fewer than 20 random bits, such as a few signs, may agree by chance
-and are not compared. Outputs that are the same for all rows, as behind a head that starts at zero,
-say nothing of the members.
+their number. A tensor that is a few drawn numbers times fixed patterns is near a multiple, or a
+weighted sum, of the others': claim by name that it is alike. Tensors with fewer than 20 random
+bits, such as a few signs, may agree by chance and are not compared. Outputs that are the same for
+all rows, as behind a head that starts at zero, say nothing of the members.
 """
 
 from __future__ import annotations
