@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from ensembles import measure_compute_cost
-from ensembles.checks.cost import ComputeCost
+from ensembles.checks.cost.measurement import ComputeCost
 from ensembles.models.resnet import ResNet
 from ensembles.models.subnets import SubnetResNet
 

@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence, Sized
-from contextvars import ContextVar
 from shlex import quote as quoted
 from textwrap import wrap
+from typing import TYPE_CHECKING, TypedDict
+
+from ensembles import present_run
+
+if TYPE_CHECKING:
+    from ensembles.findings import Finding, Findings
 
 SHOWN_ROWS = 8
 """Rows of a table before it is capped: a message fits on one screen."""
 
 PROSE_WIDTH = 92
-
-DEFAULT_SEED = 1729
-
-seed: ContextVar[int] = ContextVar("seed", default=DEFAULT_SEED)
-"""The seed of the present run, as `--ensembles-seed` or `check_ensemble(seed=...)` set it."""
-
-subject: ContextVar[str] = ContextVar("subject", default="")
-"""The subject of the present run, as `--ensembles-subject` names it."""
 
 
 def broken(
@@ -66,32 +63,154 @@ def broken(
     return "\n".join([*lines, f"  {command}"] if command else lines)
 
 
-def told_in_common(members: Sequence[str], *, whole: bool) -> tuple[str, str]:
+class Broken(AssertionError):  # noqa: N818  (what it says of a claim)
+    """A broken claim: its text is the message, and `findings` is what it is made of.
+
+    Example:
+        >>> from ensembles.findings import Finding, Findings
+        >>> found = Findings(claim="two weights are claimed equal, but differ",
+        ...                  items=(Finding(kind="differs", place="weight"),))
+        >>> Broken(found).findings.kinds
+        ('differs',)
+    """
+
+    def __init__(self, findings: Findings) -> None:
+        super().__init__(rendered(findings))
+        self.findings = findings
+
+
+def assert_held(findings: Findings) -> None:
+    """Raises `Broken` where something was found.
+
+    Example:
+        >>> from ensembles.findings import Findings
+        >>> assert_held(Findings(claim="nothing is wrong"))
+    """
+    __tracebackhide__ = True
+    if not findings.held:
+        raise Broken(findings)
+
+
+def rendered(findings: Findings) -> str:
+    """The message of a broken claim: claim, where, how much, meaning, cause, remedy, replay.
+
+    Rows of every kind of finding are shown; what does not fit is counted.
+
+    Args:
+        findings: What a judgement found.
+
+    Returns:
+        The message, with the command that replays it when a pytest test is running.
+
+    Example:
+        >>> from ensembles.findings import Count, Finding, Findings
+        >>> print(rendered(Findings(
+        ...     claim="members 0, 1 are claimed independent, but share parameters",
+        ...     items=(Finding(kind="shared", place="weight", found="one tensor in members 0, 1",
+        ...                    meaning="The two members are one network.",
+        ...                    cause="[model] * n", remedy="Build each member anew."),),
+        ...     affected=(Count(1, "parameter", of=1),),
+        ... )).partition("  replay")[0].rstrip())
+        members 0, 1 are claimed independent, but share parameters
+        <BLANKLINE>
+          weight   one tensor in members 0, 1
+          (1 of 1 parameter)
+        <BLANKLINE>
+          The two members are one network.
+          Usual cause: [model] * n. Build each member anew.
+    """
+    shown = _shown(findings)
+    hidden = len(findings) - len(shown)
+    table = aligned(_rows(shown, several=len(findings.kinds) > 1))
+    affected = ", ".join(map(str, findings.affected))
+    if hidden:
+        table.append(f"... {hidden} more" + (f" ({affected})" if affected else ""))
+    elif affected:
+        table.append(f"({affected})")
+    if findings.looked_at:
+        table.append(f"looked at {', '.join(map(str, findings.looked_at))}")
+    prose = [
+        *dict.fromkeys(item.meaning for item in findings),
+        *dict.fromkeys(_advice(item) for item in findings),
+    ]
+    told = [
+        line for text in prose for part in text.splitlines() for line in wrap(part, PROSE_WIDTH)
+    ]
+    lines = [
+        findings.claim,
+        "",
+        *(f"  {line}" for line in [*table, *([""] if told else []), *told]),
+    ]
+    command = replay()
+    return "\n".join(line.rstrip() for line in [*lines, *([f"  {command}"] if command else [])])
+
+
+def _shown(findings: Findings) -> list[Finding]:
+    """As many as fit, in their order, and at least one of every kind."""
+    firsts = {findings.items.index(findings.of_kind(kind)[0]) for kind in findings.kinds}
+    others = [i for i in range(len(findings)) if i not in firsts]
+    room = max(SHOWN_ROWS - len(firsts), 0)
+    return [findings[i] for i in sorted([*firsts, *others[:room]])]
+
+
+def _rows(items: Sequence[Finding], *, several: bool) -> list[tuple[str, ...]]:
+    """Place, kind where there are several, expected, found; without columns that are empty."""
+    rows = [
+        (
+            item.place,
+            f"{item.kind}:" if several else "",
+            f"expected {item.expected}" if item.expected else "",
+            f"found {item.found}" if item.expected and item.found else item.found,
+        )
+        for item in items
+    ]
+    kept = [i for i in range(4) if any(row[i] for row in rows)]
+    return [tuple(row[i] for i in kept) for row in rows]
+
+
+def _advice(item: Finding) -> str:
+    cause = f"Usual cause: {item.cause.rstrip('.')}." if item.cause else ""
+    return " ".join(filter(None, (cause, item.remedy)))
+
+
+class Explanation(TypedDict):
+    """What a kind of finding means, and what to do: fields of a `Finding`."""
+
+    meaning: str
+    cause: str
+    remedy: str
+
+
+def in_common(members: Sequence[str], *, whole: bool) -> Explanation:
     """What it means that members register the same weights, and how that comes about.
 
     Args:
         members: The members that do.
         whole: Whether all that they register is the same, so that they are one network.
 
-    Returns:
-        Meaning and remedy, for `broken`.
-
     Example:
-        >>> told_in_common(["0", "1"], whole=True)[0]
+        >>> in_common(["0", "1"], whole=True)["meaning"]
         'Members 0, 1 are one network: training them trains one model 2 times.'
     """
     if whole:
-        return (
-            f"Members {listed(members)} are one network: training them trains one model "
+        return Explanation(
+            meaning=f"Members {listed(members)} are one network: training them trains one model "
             f"{len(members)} times.",
-            "Usual cause: [model] * n, or a registry that returns the same instance. "
-            "Build each member anew.",
+            cause="[model] * n, or a registry that returns the same instance",
+            remedy="Build each member anew.",
         )
-    return (
-        "A training step of one member moves the others.",
-        "Usual cause: a layer made once and passed to several members (a default "
-        "argument, a dict). Make it in each member, or claim it as shared.",
+    return Explanation(
+        meaning="A training step of one member moves the others.",
+        cause="a layer that was made once and passed to several members (a default argument, a "
+        "dict)",
+        remedy="Make it in each member, or claim it as shared.",
     )
+
+
+def told_in_common(members: Sequence[str], *, whole: bool) -> tuple[str, str]:
+    """As `in_common`, with cause and remedy in one text."""
+    told = in_common(members, whole=whole)
+    return told["meaning"], f"Usual cause: {told['cause']}. {told['remedy']}"
 
 
 def aligned(rows: Sequence[Sequence[str]], gap: str = "   ") -> list[str]:
@@ -141,5 +260,9 @@ def replay() -> str:
     if not file or file.endswith("ensembles/suite.py"):  # the gate is found by its import name
         test = f"ensembles.suite::{name}"
     gate = "--pyargs " if test.startswith("ensembles.suite") else ""
-    about = f" --ensembles-subject={quoted(subject.get())}" if gate and subject.get() else ""
-    return f"replay: pytest {gate}{quoted(test)}{about} --ensembles-seed={seed.get()}"
+    about = (
+        f" --ensembles-subject={quoted(present_run.subject.get())}"
+        if gate and present_run.subject.get()
+        else ""
+    )
+    return f"replay: pytest {gate}{quoted(test)}{about} --ensembles-seed={present_run.seed.get()}"

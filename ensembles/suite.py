@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from ensembles.conformance import BoundCheck, parametrize_with_checks, resolve
+from ensembles.gate.conformance import BoundCheck, parametrize_with_checks
+from ensembles.sources.factories import resolve
 from ensembles.subject import Subject
 
 DEFAULT_SUBJECT = "ensembles.models.example:wide_resnet18_with_subnets"

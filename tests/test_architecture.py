@@ -7,25 +7,32 @@ from pathlib import Path
 
 import pytest
 
-from ensembles.claims import CHECKS
+from ensembles.registry import PROMISES
 
 PACKAGE = Path(__file__).parents[1] / "ensembles"
 
+BASE = {"present_run", "findings", "claims", "tolerance", "message", "user_calls", "subject"}
+"""What every room may use: words, numbers and the recipe."""
+
 ARROWS = {
-    "__init__": set(),
-    "message": set(),
-    "calling": set(),
-    "subject": {"calling", "message"},
-    "probes.*": {"probes.*", "subject", "calling", "message"},
-    "inputs": {"probes.*", "subject", "message"},
-    "checks.*": {"checks.*", "probes.*", "subject", "message"},
-    "drawings": {"checks.*", "probes.*", "subject", "message"},
-    "claims": {"checks.*", "subject"},
-    "conformance": {"claims", "inputs", "probes.*", "subject", "calling", "message"},
-    "suite": {"conformance", "subject", "message"},
-    "fixtures.*": {"fixtures.*", "message"},
-    "plugin": {"fixtures.*", "message"},
-    "faults.*": {"faults.*", "subject", "message"},
+    "registry": set(),
+    "__init__": {"registry"},
+    "present_run": set(),
+    "findings": set(),
+    "claims": set(),
+    "tolerance": set(),
+    "message": {"present_run"},
+    "user_calls": set(),
+    "subject": {"user_calls"},
+    "handling.*": {"handling.*", *BASE},
+    "case": {"handling.*", *BASE},
+    "instruments.*": {"instruments.*", "case", "handling.*", *BASE},
+    "checks.*": {"instruments.*", "case", "handling.*", *BASE},
+    "sources.*": {"sources.*", "registry", "case", "handling.*", "instruments.*", *BASE},
+    "gate.*": {"gate.*", "sources.*", "registry", "case", "handling.*", *BASE},
+    "suite": {"gate.*", "sources.*", "subject"},
+    "plugin": {"registry", "message", "present_run"},
+    "faults.*": {"faults.*", "registry", "handling.*", "subject", "message"},
     "models.*": {"models.*"},
     "models.example": {"models.*", "subject"},
     "experiments.*": {"*"},
@@ -33,16 +40,35 @@ ARROWS = {
 """Pattern of file to what it may import when it is imported; the last pattern that fits counts."""
 
 WHEN_USED = {
-    "__init__": {"*"},
-    "fixtures.*": {"checks.*", "drawings", "probes.*", "subject", "inputs"},
-    "plugin": {"claims"},
-    "faults.*": {"checks.*", "conformance"},
+    "message": {"findings"},
+    "faults.*": {"checks.*", "gate.*"},
 }
 """What it may import besides, inside functions or for types only: that costs nothing at start."""
+
+HANDLING = ["members", "numbers", "registered_tensors", "state", "training"]
+"""The files that handle a model, each above what it may import."""
+
+INSTRUMENTS = [
+    "autograd",
+    "storage",
+    "tensor_locations",
+    "learning_rates",
+    "recording",
+    "divergence",
+    "loader_rng",
+    "transparency",
+    "influence",
+    "step_effects",
+]
+"""The shared instruments, each above what it may import."""
+
+STAGES = ["claim", "*", "measurement", "judgement", "fixture"]
+"""The files of a promise's folder, each above what it may import; * are instruments of its own."""
 
 FILES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
 )
+CHECKED = [name for name in FILES if name.startswith("checks.") and name.count(".") == 2]
 
 
 def path_of(name: str) -> Path:
@@ -88,22 +114,67 @@ def allowed(rules: dict[str, set[str]], name: str) -> set[str]:
     return fitting[-1] if fitting else set()
 
 
+def fits(name: str, patterns: set[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def upwards(name: str) -> list[str]:
+    """What a file imports that does not stand below it."""
+    at_start, when_used = set(allowed(ARROWS, name)), set(allowed(WHEN_USED, name))
+    if name.startswith("checks.") and name != "checks.__init__":
+        folder = name.split(".")[1]
+        at_start.add(f"checks.{folder}.*")  # and no other promise's
+    return [
+        target
+        for target, lazy in imported(name)
+        if not fits(target, at_start | when_used if lazy else at_start)
+    ]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_imports_only_what_stands_below_it(name):
     assert any(fnmatchcase(name, pattern) for pattern in ARROWS), f"no rule for {name}"
-    at_start, when_used = allowed(ARROWS, name), allowed(WHEN_USED, name)
-    upwards = [
-        target
-        for target, lazy in imported(name)
-        if not any(
-            fnmatchcase(target, pattern) for pattern in (at_start | when_used if lazy else at_start)
-        )
-    ]
-    assert upwards == []
+    assert upwards(name) == []
+
+
+@pytest.mark.parametrize(("room", "order"), [("handling", HANDLING), ("instruments", INSTRUMENTS)])
+def test_a_room_has_an_order_of_its_own(room, order):
+    files = [name.removeprefix(f"{room}.") for name in FILES if name.startswith(f"{room}.")]
+    assert sorted(order) == [name for name in files if name != "__init__"]
+    for rank, name in enumerate(order):
+        above = {f"{room}.{other}" for other in order[rank:]}
+        assert [target for target, _ in imported(f"{room}.{name}") if target in above] == []
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_a_promise_has_its_folder_with_claim_measurement_judgement_and_fixture(name):
+    found = {file.split(".")[2] for file in CHECKED if file.startswith(f"checks.{name}.")}
+    assert {"__init__", "claim", "measurement", "judgement", "fixture"} <= found
+
+
+def test_every_folder_of_checks_is_a_promise():
+    assert {name.split(".")[1] for name in CHECKED} == set(PROMISES)
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_in_a_folder_the_claim_stands_below_the_measurement_and_that_below_the_judgement(name):
+    def rank(file: str) -> int:
+        stage = file.rpartition(".")[2]
+        return STAGES.index(stage) if stage in STAGES else STAGES.index("*")
+
+    _, folder, stage = name.split(".")
+    if stage == "__init__":
+        assert list(imported(name)) == []
+        return
+    for target, _ in imported(name):
+        if target.startswith(f"checks.{folder}."):
+            assert rank(target) <= rank(name), f"{name} imports {target}"
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in FILES if n in ("__init__", "plugin") or n.startswith("fixtures.")]
+    "name",
+    [n for n in FILES if n in ("__init__", "plugin", "registry", "message", "claims", "findings")]
+    + [n for n in CHECKED if n.endswith(".fixture")],
 )
 def test_what_pytest_always_loads_imports_only_itself_and_the_standard_library(name):
     import sys
@@ -120,31 +191,7 @@ def test_what_pytest_always_loads_imports_only_itself_and_the_standard_library(n
     assert heads <= {*sys.stdlib_module_names, "pytest", "ensembles"}
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in FILES if n.startswith("checks.") and not n.endswith("__init__")]
-)
-def test_a_check_makes_only_measurements_and_assertions_public(name):
-    tree = ast.parse(path_of(name).read_text())
-    (listing,) = (
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-    )
-    public = set(ast.literal_eval(listing))
-    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    verbs = ("measure_", "assert_")
-    assert public <= classes | functions
-    assert [f for f in sorted(public & functions) if not f.startswith(verbs)] == []
-    assert {f for f in functions if f.startswith(verbs)} <= public
-
-
-def test_a_fixture_stands_in_the_file_that_is_called_as_its_check():
-    named = {n.partition(".")[2] for n in FILES if n.startswith("fixtures.")}
-    assert named - {"__init__"} == set(CHECKS)
-
-
 def test_an_upward_arrow_would_be_seen():
-    assert dict(imported("claims"))["checks.sharing"] is False
-    assert dict(imported("fixtures.sharing"))["checks.sharing"] is True
-    assert not any(fnmatchcase("conformance", p) for p in allowed(ARROWS, "checks.sharing"))
+    assert dict(imported("checks.sharing.measurement"))["case"] is False
+    assert not fits("checks.sharing.measurement", allowed(ARROWS, "instruments.influence"))
+    assert not fits("gate.conformance", allowed(ARROWS, "checks.sharing.judgement"))

@@ -14,8 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from ensembles.checks.alone import assert_members_trained_alone, measure_member_trajectories
-from ensembles.checks.trajectory import (
+from ensembles.checks.trajectory.measurement import (
+    assert_members_trained_alone,
+    measure_member_trajectories,
+)
+from ensembles.checks.trajectory.runs import (
     TrainingTrajectory,
     assert_trajectories_equal,
     measure_training_trajectory,

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from ensembles import message
+from ensembles import message, present_run
 
 PARTS = {"total": "9 of 9", "meaning": "It trains one network.", "remedy": "Build each anew."}
 
@@ -78,27 +78,27 @@ def test_the_replay_is_the_last_line_and_quotes_what_a_shell_would_read(in_test)
 
 def test_the_replay_has_the_present_seed(in_test):
     in_test("test_model.py::test_members")
-    token = message.seed.set(5)
+    token = present_run.seed.set(5)
     assert message.replay() == "replay: pytest test_model.py::test_members --ensembles-seed=5"
-    message.seed.reset(token)
+    present_run.seed.reset(token)
 
 
 @pytest.mark.parametrize("file", ["", "../lib/python3.11/site-packages/ensembles/suite.py"])
 def test_the_gate_is_replayed_by_its_import_name_and_with_its_subject(in_test, file):
     in_test(f"{file}::test_claim[zoo-sharing]")
-    token = message.subject.set("zoo:my models")
+    token = present_run.subject.set("zoo:my models")
     assert message.replay() == (
         "replay: pytest --pyargs 'ensembles.suite::test_claim[zoo-sharing]' "
         "--ensembles-subject='zoo:my models' --ensembles-seed=1729"
     )
-    message.subject.reset(token)
+    present_run.subject.reset(token)
 
 
 def test_another_tests_replay_names_no_subject(in_test):
     in_test("test_model.py::test_members")
-    token = message.subject.set("zoo:models")
+    token = present_run.subject.set("zoo:models")
     assert "--ensembles-subject" not in message.replay()
-    message.subject.reset(token)
+    present_run.subject.reset(token)
 
 
 def test_there_is_no_replay_outside_a_test(told_outside):

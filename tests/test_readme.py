@@ -8,7 +8,7 @@ import pytest
 
 import ensembles.suite  # noqa: F401  (before pytester forgets what inner runs import)
 from ensembles import Subject
-from ensembles.claims import CHECKS
+from ensembles.registry import PROMISES
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn.datasets")
@@ -51,7 +51,7 @@ def test_every_example_is_looked_at():
     ("head", "names"),
     [
         ("| field | what it is |", [field.name for field in fields(Subject)]),
-        ("| check | claim |", list(CHECKS)),
+        ("| check | claim |", list(PROMISES)),
     ],
     ids=["fields", "claims"],
 )

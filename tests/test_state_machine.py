@@ -19,9 +19,12 @@ from hypothesis.stateful import (
 from torch import nn
 from torch.testing import assert_close
 
-from ensembles.checks.coverage import assert_optimizer_complete, measure_optimizer_coverage
-from ensembles.checks.ownership import assert_ownership, measure_ownership_map
-from ensembles.checks.sharing import (
+from ensembles.checks.coverage.measurement import (
+    assert_optimizer_complete,
+    measure_optimizer_coverage,
+)
+from ensembles.checks.ownership.measurement import assert_ownership, measure_ownership_map
+from ensembles.checks.sharing.measurement import (
     assert_members_share,
     assert_parameters_distinct,
     measure_parameter_sharing,

@@ -5,16 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from ensembles.subject import (
-    Subject,
-    call,
-    checked_numbers,
-    member_outputs,
-    named_members,
-    named_modules_of,
-    split_axis,
-    split_batch,
-)
+from ensembles.handling.members import call, member_outputs, named_members, named_modules_of
+from ensembles.handling.numbers import checked_numbers
+from ensembles.subject import Subject, split_axis, split_batch
 
 
 class Returning(nn.Module):

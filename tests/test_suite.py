@@ -3,7 +3,7 @@
 import pytest
 
 import ensembles.suite  # noqa: F401  (before pytester forgets what inner runs import)
-from ensembles.claims import CHECKS
+from ensembles.registry import PROMISES
 
 ZOO = """
 import torch
@@ -110,7 +110,7 @@ def gate(pytester, monkeypatch):
 def test_what_a_factory_returns_is_gated(gate, factory, name):
     result = gate(f"--ensembles-subject=zoo:{factory}", "-k", "sharing")
     assert result.ret == pytest.ExitCode.OK
-    result.assert_outcomes(passed=1, deselected=len(CHECKS) - 1)
+    result.assert_outcomes(passed=1, deselected=len(PROMISES) - 1)
     assert f"ensembles: subject zoo:{factory}, seed 1729" in result.outlines
     assert name in result.outlines
 
@@ -203,7 +203,7 @@ REFUSED = {
     ),
     "zoo:misspelt": (
         "subject 'members' claims 'shraing', and there is no such check. "
-        f"Checks are: {', '.join(CHECKS)}."
+        f"Checks are: {', '.join(PROMISES)}."
     ),
 }
 

@@ -209,7 +209,7 @@ def _forms(fault: Fault) -> tuple[tuple[bool, Callable[[str], Subject]], ...]:
 
 
 def _run(fault: Fault, architecture: str, subject: Subject, broken: bool) -> Run:
-    from ensembles.conformance import check_ensemble
+    from ensembles.gate.conformance import check_ensemble
 
     results = check_ensemble(subject)
     return Run(

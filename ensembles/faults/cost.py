@@ -23,7 +23,7 @@ def _as_cheap_as(
     place: Place,
 ) -> Subject:
     """Members that are claimed to cost no more than those without the defect."""
-    from ensembles.checks.cost import measure_compute_cost
+    from ensembles.checks.cost.measurement import measure_compute_cost
 
     healthy = separate(architecture, place, twin)
     cost = measure_compute_cost(healthy.make(), architecture.batch())
@@ -110,7 +110,7 @@ def computed_twice(architecture: Architecture, place: Place, broken: bool) -> Su
 @fault("cost", "cost")
 def kept_zeros(architecture: Architecture, place: Place, broken: bool) -> Subject:
     """A block works on its group padded with zeros, which are kept for the backward pass."""
-    from ensembles.checks.cost import measure_compute_cost
+    from ensembles.checks.cost.measurement import measure_compute_cost
 
     class Padded(nn.Module):
         def __init__(self, padding: int) -> None:

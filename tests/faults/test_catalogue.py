@@ -9,7 +9,7 @@ from ensembles import check_ensemble
 from ensembles.faults.architectures import ARCHITECTURES, LAYERS, Packed, Subnets
 from ensembles.faults.catalogue import FAULTS, kill_matrix
 from ensembles.faults.fault import Place
-from ensembles.subject import member_outputs, named_modules_of
+from ensembles.handling.members import member_outputs, named_modules_of
 
 SECTIONS = ("members", "training", "sharing", "cost", "state")
 

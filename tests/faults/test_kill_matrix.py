@@ -4,10 +4,10 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from ensembles.claims import CHECKS
 from ensembles.faults import catalogue
 from ensembles.faults.catalogue import FAULTS, kill_matrix
 from ensembles.faults.members import same_module
+from ensembles.registry import PROMISES
 
 
 def test_every_fault_is_caught_and_no_check_fires_on_a_healthy_twin(golden):
@@ -19,14 +19,14 @@ def test_every_fault_is_caught_and_no_check_fires_on_a_healthy_twin(golden):
     twins = [run for run in matrix.runs if not run.broken]
     assert len(twins) == sum(len(fault.architectures) for fault in FAULTS.values())
     assert all("held" in run.statuses.values() for run in twins)
-    assert [check for check in CHECKS if not matrix.explained_by(check)] == []
+    assert [check for check in PROMISES if not matrix.explained_by(check)] == []
     golden(str(matrix), "kill_matrix.txt")
 
 
 def test_no_fault_without_a_check():
     for fault in FAULTS.values():
         assert fault.caught_by, fault.name
-        assert set(fault.caught_by) <= set(CHECKS), fault.name
+        assert set(fault.caught_by) <= set(PROMISES), fault.name
 
 
 def test_a_check_that_could_not_look_says_why_and_catches_nothing():

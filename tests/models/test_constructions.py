@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ensembles import check_ensemble
-from ensembles.checks.cost import measure_compute_cost
-from ensembles.checks.ownership import measure_ownership_map
+from ensembles.checks.cost.measurement import measure_compute_cost
+from ensembles.checks.ownership.measurement import measure_ownership_map
 from ensembles.models import constructions, stems
 from ensembles.models.example import wide_resnet18_with_subnets
 from ensembles.models.layers import SubnetConv2d

@@ -10,7 +10,7 @@ from shlex import quote
 from jsonargparse import ArgumentParser
 
 from ensembles.experiments.commands.parsing import parser_of, values_of
-from ensembles.message import DEFAULT_SEED
+from ensembles.present_run import DEFAULT_SEED
 
 __all__ = ["main", "parser", "run"]
 
@@ -39,17 +39,19 @@ def run(subject: str, *, seed: int = DEFAULT_SEED, require: str = "") -> int:
         The exit status.
     """
     from ensembles import message
-    from ensembles.claims import CHECKS
-    from ensembles.conformance import check_ensemble, resolve
+    from ensembles.gate.conformance import check_ensemble
+    from ensembles.registry import PROMISES
+    from ensembles.sources.factories import resolve
 
     here = str(Path.cwd())
     if here not in sys.path:  # a console script leaves it out
         sys.path.insert(0, here)
     required = [name.strip() for name in require.split(",") if name.strip()]
     for name in required:
-        if name not in CHECKS:
+        if name not in PROMISES:
             raise ValueError(
-                f"require names {name!r}, and there is no such check. There are {', '.join(CHECKS)}"
+                f"require names {name!r}, but there is no such check. "
+                f"There are {', '.join(PROMISES)}"
             )
     found = resolve(subject)
     missing = [name for name in required if found.claims.get(name) is None]

@@ -40,7 +40,7 @@ from ensembles.experiments.training.member_training import MemberTraining
 from ensembles.experiments.training.networks import Network, NetworkOptions, build_network
 from ensembles.experiments.training.options import Execution, TrainingOptions
 from ensembles.experiments.training.runs import Run, RunFolder, Table
-from ensembles.probes.state import generators_kept, seed_generators
+from ensembles.handling.state import generators_kept, seed_generators
 
 __all__ = ["Execution", "TrainingOptions", "train"]
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
-from ensembles.checks.data import (
+from ensembles.checks.data.measurement import (
     assert_members_paired,
     assert_members_shuffled,
     measure_member_data,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from ensembles.checks.trajectory import TrainingTrajectory, assert_trajectories_equal
+from ensembles.checks.trajectory.runs import TrainingTrajectory, assert_trajectories_equal
 from ensembles.experiments.data.batches import evaluation_batches
 from ensembles.experiments.data.sources import load_images, split_validation
 from ensembles.experiments.training import checkpoints as module
@@ -30,9 +30,9 @@ from ensembles.experiments.training.checkpoints import (
 from ensembles.experiments.training.networks import NetworkOptions, build_network
 from ensembles.experiments.training.runs import Table
 from ensembles.experiments.training.trainer import Execution, TrainingOptions, train
+from ensembles.instruments.recording import Entry, digest
 from ensembles.models import ResNet
 from ensembles.models.objectives import Stochastic
-from ensembles.probes.recording import Entry, digest
 
 KILLED_RUNS = Path(__file__).with_name("killed_runs.py")
 QUIET = Execution(accelerator="cpu", progress=False, tensorboard=False, checkpoint_every=2)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ensembles.checks.effective_rates import assert_rates_effective
-from ensembles.checks.loss_scale import measure_loss_scale
+from ensembles.checks.loss_scale.effective_rates import assert_rates_effective
+from ensembles.checks.loss_scale.measurement import measure_loss_scale
 from ensembles.experiments.training.schedules import Schedule, make_scheduler
 
 EPOCHS, STEPS = 4, 5

@@ -1,0 +1,255 @@
+"""The subject made: the one object that goes through every check, and is as before after each.
+
+A case knows the model, the batch, the members and their outputs, the optimizer, the loss and the
+seed. It knows how to call the model, how to train it for a step, and how to put it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any, Unpack
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ensembles.handling.members import (
+    is_one_module,
+    member_outputs,
+    named_members,
+    named_modules_of,
+)
+from ensembles.handling.state import (
+    Snapshot,
+    digest_of_state,
+    generator_states,
+    generators_kept,
+    preserved,
+    restore_generators,
+    seed_generators,
+)
+from ensembles.handling.training import fresh, hidden_modules, loss_of, optimizers_of, plain_sgd
+from ensembles.present_run import seed as present_seed
+from ensembles.subject import Model, Recipe, Subject
+from ensembles.user_calls import ERRORS, asked, raised
+
+__all__ = ["Case"]
+
+_NOTHING: Any = object()
+
+
+class Case:
+    """A subject that was made, for every check to look at.
+
+    Model and batch are made when they are first asked for, under the seed: first the model, then
+    the batch, with the generators as `make` left them. Checks put back what they change; `digest`
+    proves it.
+
+    Args:
+        subject: The recipe.
+        seed: Set before the model is made, and before every check; by default that of the run.
+
+    Example:
+        >>> case = Case.of([nn.Linear(4, 2), nn.Linear(4, 2)], torch.randn(5, 4))
+        >>> {name: tuple(y[0].shape) for name, y in case.call().items()}
+        {'0': (5, 2), '1': (5, 2)}
+        >>> before = case.digest()
+        >>> with case.preserved(), torch.no_grad():
+        ...     _ = case.model[0].weight.zero_()
+        >>> case.digest() == before
+        True
+    """
+
+    def __init__(self, subject: Subject, *, seed: int | None = None) -> None:
+        self.subject = subject
+        self.seed = present_seed.get() if seed is None else seed
+        self._model: Any = _NOTHING
+        self._batch: Any = _NOTHING
+        self._after_make: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        model: Case | Subject | Model | Callable[[], Model],
+        batch: Any = None,
+        **recipe: Unpack[Recipe],
+    ) -> Case:
+        """The case of what a user gave: a model, or a function that makes it, and a recipe.
+
+        Args:
+            model: A module, the members as a list or dict of modules, a function that builds one of
+                these, a subject, or a case.
+            batch: What the model is called with, or a function that returns it; None where the
+                check needs none.
+            **recipe: Fields of `Subject`.
+
+        Raises:
+            ValueError: If the model is none of these, or a recipe comes with a case or subject.
+        """
+        if isinstance(model, (Case, Subject)):
+            if batch is not None or recipe:
+                kind = type(model).__name__.lower()
+                raise ValueError(f"a {kind} brings its batch and recipe: give no others.")
+            return model if isinstance(model, Case) else cls(model)
+        seed = recipe.pop("seed", None)
+        given = isinstance(model, nn.Module) or not callable(model)
+        if given:
+            named_modules_of(model)  # type: ignore[arg-type]
+        make: Any = (lambda: model) if given else model
+        feed = batch if batch is None or callable(batch) else lambda: batch
+        case = cls(Subject(make=make, batch=feed, **recipe), seed=seed)
+        if given:
+            case._model = model
+        return case
+
+    @property
+    def given(self) -> bool:
+        """Whether the model was given as an object, so that it cannot be built anew."""
+        return self._after_make is None and self._model is not _NOTHING
+
+    @property
+    def model(self) -> Model:
+        """The model, made under the seed when it is first asked for.
+
+        Raises:
+            ValueError: If `make` raises, or returns no module and no list or dict of modules.
+        """
+        if self._model is _NOTHING:
+            with generators_kept():
+                self._model = self.built()
+                self._after_make = generator_states()
+        return self._model  # type: ignore[no-any-return]
+
+    def built(self) -> Model:
+        """A new model under the seed; the generators stay as `make` left them."""
+        __tracebackhide__ = True
+        seed_generators(self.seed)
+        try:
+            model = self.subject.make()
+        except ERRORS as error:
+            what = f"the factory of subject {self.subject.name!r}"
+            raise ValueError(raised(what, error, of=self.subject.make)) from error
+        named_modules_of(model)
+        return model
+
+    @property
+    def has_batch(self) -> bool:
+        """Whether there is anything to call the model with."""
+        return self.subject.batch is not None
+
+    @property
+    def batch(self) -> Any:
+        """What the model is called with, made once.
+
+        Raises:
+            ValueError: If the subject has no batch, or the function raises.
+        """
+        __tracebackhide__ = True
+        if self.subject.batch is None:
+            raise ValueError(
+                f"subject {self.subject.name!r} has no batch: give Subject(batch=...)."
+            )
+        if self._batch is _NOTHING:
+            _ = self.model  # its draws come first
+            then = "It takes nothing, and returns what the model is called with."
+            with generators_kept():
+                if self._after_make is not None:
+                    restore_generators(self._after_make)
+                self._batch = asked("batch", self.subject.batch, then=then)
+        return self._batch
+
+    # --- the members ----------------------------------------------------------------------------
+
+    @property
+    def is_one_module(self) -> bool:
+        """Whether the user gave one module; its members, if any, are found inside."""
+        return is_one_module(self.model)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules that the user gave, by name: {"model": it} for one."""
+        return named_modules_of(self.model)
+
+    @property
+    def everything(self) -> list[nn.Module]:
+        """All that a call or a step may change: also modules that nothing lists."""
+        modules = list(self.modules.values())
+        return [*modules, *hidden_modules(modules)]
+
+    @property
+    def members_known(self) -> bool:
+        """Whether members are modules of their own, and not only outputs."""
+        return self.subject.members is not None or not self.is_one_module
+
+    @property
+    def members(self) -> dict[str, nn.Module]:
+        """The member modules by name; the one module where no others are known."""
+        return named_members(self.model, self.subject.members)
+
+    # --- calls and steps ------------------------------------------------------------------------
+
+    def call(self, model: Model | None = None) -> dict[str, tuple[Tensor, ...]]:
+        """What each member yields on a fresh copy of the batch, in the present mode.
+
+        Args:
+            model: What to call in place of the case's model: some of the members, or a copy.
+        """
+        __tracebackhide__ = True
+        called = self.model if model is None else model
+        return member_outputs(called, fresh(self.batch), outputs=self.subject.outputs)
+
+    def loss(self, outputs: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
+        """The training loss of member outputs, a scalar.
+
+        Raises:
+            ValueError: If the subject has no loss, or it is no finite scalar tensor.
+        """
+        __tracebackhide__ = True
+        if self.subject.loss is None:
+            raise ValueError(
+                f"subject {self.subject.name!r} has no loss: give Subject(loss=...), a function of "
+                "the dict of member outputs."
+            )
+        return loss_of(self.subject.loss, outputs)
+
+    def optimizers(self, model: Model | None = None) -> tuple[Optimizer, ...]:
+        """The optimizers, built for the model or for some of its members; plain SGD by default."""
+        __tracebackhide__ = True
+        trained = self.model if model is None else model
+        if self.subject.optimizer is None:
+            return (plain_sgd(trained),)
+        return optimizers_of(self.subject.optimizer, trained)
+
+    # --- as before ------------------------------------------------------------------------------
+
+    def preserved(self) -> AbstractContextManager[Snapshot]:
+        """Puts the model and the random generators back on exit: see `handling.state`."""
+        return preserved(self.everything)
+
+    def digest(self) -> tuple[str, str]:
+        """Digests of the model and of the batch, "" where that was not made yet."""
+        batch = "" if self._batch is _NOTHING else digest_of_state([self._batch])
+        return digest_of_state(list(self.modules.values())), batch
+
+    def is_as(self, digest: tuple[str, str]) -> bool:
+        """Whether nothing was changed since; a batch that was made since is no change."""
+        model, batch = self.digest()
+        return model == digest[0] and digest[1] in ("", batch)
+
+    @contextmanager
+    def checked(self) -> Iterator[Case]:
+        """For one check: seeds the generators, and puts them back on exit.
+
+        The draws of a check are apart from those of `make` and of the batch.
+        """
+        with generators_kept():
+            _ = self.model
+            seed_generators(self.seed + 1)
+            yield self
+
+    def having(self, model: Model) -> Case:
+        """The same case with another model in place of its own: a copy, or what it became."""
+        other = Case(replace(self.subject, make=lambda: model), seed=self.seed)
+        other._model, other._batch = model, self._batch
+        return other

@@ -1,0 +1,135 @@
+"""Fixture `autograd_graph`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from ensembles.checks.graph.measurement import AutogradGraph
+    from ensembles.subject import Model, Outputs
+
+__all__ = ["GraphFixture", "autograd_graph"]
+
+
+class GraphFixture:
+    """What `autograd_graph` gives to a test."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._request = request
+
+    def measure(
+        self, model: Model, batch: Any, *, outputs: Outputs | None = None, training: bool = False
+    ) -> AutogradGraph:
+        """The graph in canonical form, whose `str` is the text: `measure_autograd_graph`."""
+        from ensembles.checks.graph.measurement import measure_autograd_graph
+
+        return measure_autograd_graph(model, batch, outputs=outputs, training=training)
+
+    def assert_equals(
+        self,
+        model: Model,
+        batch: Any,
+        golden: str | Path,
+        *,
+        outputs: Outputs | None = None,
+        training: bool = False,
+    ) -> None:
+        """Checks that the graph is the golden: its text, or the path of a file that holds it."""
+        __tracebackhide__ = True
+        from ensembles.checks.graph.measurement import assert_graph_equal
+
+        graph = self.measure(model, batch, outputs=outputs, training=training)
+        assert_graph_equal(graph, golden)
+
+    def assert_recorded(
+        self,
+        model: Model,
+        batch: Any,
+        path: str | Path | None = None,
+        *,
+        outputs: Outputs | None = None,
+        training: bool = False,
+    ) -> None:
+        """Checks that the graph is the one in the test's golden file.
+
+        The first run writes the file, and fails; `--force-regen` writes it anew. It lies where
+        pytest-regressions puts it, <test file>/<test name>.txt, or at `path`.
+        """
+        __tracebackhide__ = True
+        from ensembles.checks.graph.measurement import assert_graph_equal
+
+        try:
+            file_regression = self._request.getfixturevalue("file_regression")
+        except pytest.FixtureLookupError as error:
+            raise pytest.UsageError(
+                "autograd_graph.assert_recorded keeps golden files with pytest-regressions, which "
+                'is not installed: pip install "pytest-ensembles[goldens]". Or give the golden to '
+                "autograd_graph.assert_equals."
+            ) from error
+        graph = self.measure(model, batch, outputs=outputs, training=training)
+
+        def compare(obtained: Path, expected: Path) -> None:
+            __tracebackhide__ = True
+            try:
+                assert_graph_equal(graph, expected)
+            except ValueError as error:
+                # pytest-regressions writes a file anew only after an AssertionError.
+                if self._request.config.getoption("force_regen"):
+                    raise AssertionError(str(error)) from error
+                raise
+
+        try:
+            file_regression.check(
+                f"{graph}\n",
+                encoding="utf-8",
+                fullpath=None if path is None else Path(path).resolve(),
+                check_fn=compare,
+            )
+        except pytest.fail.Exception as written:  # for the first time, or anew
+            pytest.fail(f"{written} Look at it, commit it, and run again.", pytrace=False)
+
+    def draw(
+        self,
+        model: Model,
+        batch: Any,
+        path: str | Path,
+        *,
+        outputs: Outputs | None = None,
+        training: bool = False,
+        overwrite: bool = False,
+    ) -> tuple[Path, Path]:
+        """Draws the graph as path.pdf and path.svg: `draw_autograd_graph`."""
+        from ensembles.checks.graph.drawing import draw_autograd_graph
+
+        return draw_autograd_graph(
+            model, batch, path, outputs=outputs, training=training, overwrite=overwrite
+        )
+
+
+@pytest.fixture
+def autograd_graph(request: pytest.FixtureRequest) -> GraphFixture:
+    """Promises that the autograd graph of the model is the recorded one.
+
+    Catches a layer that is skipped, an activation that was lost, streams that run through one
+    network, a subnet that does not read its parent's weight, a branch that was detached. The text
+    is the same on every machine, for every batch size, and in every run.
+
+    Example::
+
+        def test_graph_of_resnet18(autograd_graph):
+            autograd_graph.assert_recorded(resnet18(), torch.randn(2, 3, 32, 32))
+
+    Prints on failure::
+
+        the autograd graph is claimed to be the recorded one, and is another
+
+          - layer2.1.bn1:Relu(:BatchNorm)
+          - layer2.1.conv2:Convolution(layer2.1.bn1:Relu, .weight) padding=1
+          + layer2.1.conv2:Convolution(layer2.1.bn1:BatchNorm, .weight) padding=1
+          (- recorded: 2 of 136 lines; + found: 1 of 135)
+          ...
+    """
+    return GraphFixture(request)

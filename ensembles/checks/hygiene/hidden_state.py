@@ -1,0 +1,253 @@
+"""State of a model at rest: what nothing registers, live snapshots, stale gradients, modes.
+
+A `Disorder` is one place where state is not where PyTorch finds it, or moves when it should not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ensembles.handling.members import named_modules_of
+from ensembles.handling.registered_tensors import registered
+from ensembles.handling.state import copy_of, preserved
+from ensembles.handling.training import optimizers_of
+from ensembles.instruments.step_effects import distance
+from ensembles.instruments.tensor_locations import things_below
+from ensembles.message import listed
+from ensembles.subject import Model
+
+__all__ = [
+    "Disorder",
+    "left_behind",
+    "live_snapshots",
+    "memory_of",
+    "mode_disorders",
+    "stale_gradients",
+    "unlisted_modules",
+]
+
+
+@dataclass(frozen=True, order=True)
+class Disorder:
+    """One place where state is not where it should be, or moves when it should not.
+
+    Attributes:
+        kind: A key of `Disorder.KINDS`.
+        place: Where.
+        detail: What was found there.
+    """
+
+    kind: str
+    place: str
+    detail: str
+
+    KINDS = (
+        "hidden module",
+        "hidden tensor",
+        "stays behind",
+        "mode",
+        "moves in eval",
+        "stale",
+        "random in eval",
+        "global state",
+        "changes the batch",
+        "norm updates",
+        "frozen moves",
+        "drifting",
+        "masked moves",
+        "averaged norm",
+        "alias",
+    )
+
+
+# --- at rest ------------------------------------------------------------------------------------
+
+
+def unlisted_modules(model: Model) -> list[tuple[str, nn.Module]]:
+    """Modules below the model that nothing registers, each without those inside it.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> net.others = [nn.ReLU()]
+        >>> unlisted_modules(net)
+        [('model.others[0] (in a Python list)', ReLU())]
+    """
+    known = {id(inner) for module in named_modules_of(model).values() for inner in module.modules()}
+    found = []
+    for path, how, thing in things_below(model):
+        if isinstance(thing, nn.Module) and id(thing) not in known:
+            known.update(id(inner) for inner in thing.modules())
+            found.append((f"{path} ({how})" if how else path, thing))
+    return found
+
+
+def live_snapshots(model: Model) -> Iterator[Disorder]:
+    """A kept state_dict, or any list or dict of detached weights, that is the live weights.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> net.best = net.state_dict()
+        >>> [found.place for found in live_snapshots(net)]
+        ['model.best']
+    """
+    named: dict[Any, Tensor] = {}
+    live: dict[Any, tuple[str, Tensor]] = {}
+    for module in named_modules_of(model).values():
+        for inner in module.modules():
+            for name, tensor in inner.state_dict(keep_vars=True).items():
+                if isinstance(tensor, Tensor) and tensor.numel():
+                    named[name, memory_of(tensor)] = tensor
+                    live[memory_of(tensor), tensor.shape] = (name, tensor)
+    for path, _, thing in things_below(model):
+        if isinstance(thing, Mapping) and not path.endswith(("._parameters", "._buffers")):
+            pairs = list(thing.items())
+        elif isinstance(thing, (list, tuple)):
+            pairs = list(enumerate(thing))
+        else:
+            continue
+        kept = [(name, t) for name, t in pairs if isinstance(t, Tensor) and t.numel()]
+        aliases = [
+            name
+            for name, tensor in kept
+            if named.get((name, memory_of(tensor)), tensor) is not tensor
+        ]
+        # Under other names, or under none: only where there is nothing else.
+        others = [live.get((memory_of(t), t.shape)) for _, t in kept if not t.requires_grad]
+        found = [entry for entry in others if entry is not None]
+        trained = any(tensor.requires_grad for _, tensor in found)
+        if not aliases and trained and len(found) == len(kept):
+            aliases = [name for name, _ in found]
+        if aliases:
+            yield Disorder("alias", path, f"is the live memory of {listed(aliases, 3)}")
+
+
+def stale_gradients(model: Model, optimizer: Any) -> Iterator[Disorder]:
+    """Frozen parameters that the optimizer holds, with a gradient of before the freeze.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> net(torch.ones(1, 2)).sum().backward()
+        >>> build = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> [found.place for found in stale_gradients(net.requires_grad_(False), build)]
+        ['weight', 'bias']
+    """
+    frozen = {
+        id(e.tensor): e.names[0]
+        for e in registered(model)
+        if e.kind == "parameter" and not e.tensor.requires_grad and e.tensor.grad is not None
+    }
+    if not frozen or optimizer is None:
+        return
+    with preserved(model):
+        built = optimizers_of(optimizer, model)
+    for one in built:
+        for p in (p for group in one.param_groups for p in group["params"] if id(p) in frozen):
+            yield Disorder("frozen moves", frozen[id(p)], "the optimizer steps its old gradient")
+
+
+def left_behind(model: Model) -> Iterator[Disorder]:
+    """Parameters and buffers that `.to` does not move; looked at in a copy, without its values.
+
+    Example:
+        >>> class Stays(nn.BatchNorm1d):
+        ...     def _apply(self, fn, recurse=True):
+        ...         return self
+        >>> [found.place for found in left_behind(nn.Sequential(Stays(2, affine=False)))][:1]
+        ['0.running_mean']
+    """
+    try:
+        empty = {id(e.tensor): _empty(e.tensor) for e in registered(model)}
+        copied: Any = copy.deepcopy(model, empty)
+        if _inner_modules(copied) & _inner_modules(model):
+            return  # of itself an own __deepcopy__ may give the original, which must not move
+        for module in named_modules_of(copied).values():
+            module.to("meta")
+    except Exception:  # what cannot be copied, or computes as it moves, tells nothing
+        return
+    for entry in registered(copied):
+        if not entry.tensor.is_meta:
+            yield Disorder("stays behind", entry.names[0], f"{entry.kind} that .to() leaves")
+
+
+def _inner_modules(model: Model) -> set[int]:
+    return {id(m) for module in named_modules_of(model).values() for m in module.modules()}
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    """In memory that is never written, and so takes no room."""
+    like = torch.empty_like(tensor, device="cpu")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(like, requires_grad=tensor.requires_grad)
+    return like
+
+
+def memory_of(tensor: Tensor) -> tuple[str, int]:
+    """The device and the address of the storage that a tensor is a view of.
+
+    Example:
+        >>> weight = torch.ones(2, 2)
+        >>> memory_of(weight) == memory_of(weight[1:])
+        True
+    """
+    storage = tensor.untyped_storage()
+    # On meta nothing is allocated, and every address is 0.
+    return str(tensor.device), storage._cdata if tensor.is_meta else storage.data_ptr()
+
+
+# --- modes --------------------------------------------------------------------------------------
+
+
+def mode_disorders(given: Mapping[str, nn.Module]) -> list[Disorder]:
+    """What train() and eval() do not reach, or change.
+
+    Example:
+        >>> net = nn.Sequential(nn.Dropout(0.5))
+        >>> mode_disorders({"model": net})
+        []
+    """
+    found = []
+    for member, module in given.items():
+        before = module.training
+        for word, mode in (("eval", False), ("train", True)):
+            returned = getattr(module, word)()
+            if returned is not module:
+                kind = type(returned).__name__
+                found.append(Disorder("mode", f"{member}.{word}()", f"returns {kind}, not itself"))
+            values = [(e.names[0], copy_of(e.tensor)) for e in registered(module)]
+            for name, inner in _topmost(module, mode):
+                if not (mode and _rightly_in_eval(inner)):
+                    place = f"{member}.{name}" if name else member
+                    says = "train" if inner.training else "eval"
+                    found.append(Disorder("mode", place, f"in {says} mode after {word}()"))
+            getattr(module, word)()
+            now = {name: e.tensor for e in registered(module) for name in e.names}
+            for name, value in values:
+                if name not in now or distance(value, now[name]):
+                    place = f"{member}.{name}"
+                    found.append(Disorder("mode", place, f"a second {word}() changes it"))
+        module.train(before)  # an own train() may keep more than a mode
+    return found
+
+
+def _topmost(module: nn.Module, mode: bool, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules that are not in this mode, each without those inside it."""
+    # A list of modules is never called, and an own train() need not set its mode.
+    if module.training is not mode and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        yield name, module
+        return
+    for child, inner in module.named_children():
+        yield from _topmost(inner, mode, f"{name}.{child}" if name else child)
+
+
+def _rightly_in_eval(module: nn.Module) -> bool:
+    """A norm that keeps its statistics, or a part that is frozen as a whole."""
+    parameters = list(module.parameters())
+    frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
+    return isinstance(module, _NormBase) or frozen

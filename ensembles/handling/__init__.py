@@ -1,0 +1,1 @@
+"""How a model is called, trained for a step, and put back as it was."""

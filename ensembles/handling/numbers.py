@@ -1,0 +1,63 @@
+"""Refuses what holds no usable numbers, before a check computes with it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from ensembles.handling.members import named_modules_of
+from ensembles.subject import Model
+
+__all__ = ["checked_initialised", "checked_numbers"]
+
+
+def checked_numbers(model: Model) -> None:
+    """Refuses parameters that hold no usable numbers, before a check computes with them.
+
+    Raises:
+        ValueError: For lazy, meta, integer, complex, NaN or infinite parameters, naming the first
+            of them and what to do.
+
+    Example:
+        >>> checked_numbers(nn.Linear(4, 2, device="meta"))
+        Traceback (most recent call last):
+        ValueError: parameter model.weight is on the meta device, ...
+    """
+    for member, module in named_modules_of(model).items():
+        for name, parameter in module.named_parameters():
+            place = f"parameter {member}.{name}"
+            checked_initialised(parameter, place)
+            if parameter.device.type == "meta":
+                raise ValueError(
+                    f"{place} is on the meta device, and this check computes with numbers. "
+                    "Build the model on a real device; the sharing check works on meta."
+                )
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{place} has dtype {parameter.dtype}, and this check needs real floating "
+                    "parameters. Make integer tables buffers; give complex weights as pairs."
+                )
+            # A frozen parameter may be an additive mask, of minus infinity.
+            usable = parameter.detach().isfinite()
+            if not parameter.requires_grad:
+                usable |= parameter.detach().isinf()
+            if not usable.all():
+                wrong = int((~usable).sum())
+                raise ValueError(
+                    f"{place} holds NaN or infinity in {wrong} of {parameter.numel()} elements. "
+                    "Nothing can be concluded from it: mend the initialisation or the checkpoint."
+                )
+
+
+def checked_initialised(tensor: Tensor, place: str) -> None:
+    """Refuses a lazy parameter that has no shape yet.
+
+    Example:
+        >>> checked_initialised(nn.LazyLinear(2).weight, "parameter head.weight")
+        Traceback (most recent call last):
+        ValueError: parameter head.weight is lazy and has no shape yet. Call the model on ...
+    """
+    if is_lazy(tensor):
+        raise ValueError(
+            f"{place} is lazy and has no shape yet. Call the model on one batch in make() first."
+        )

@@ -1,0 +1,1 @@
+"""What several promises look with; what one alone uses stands in its folder."""

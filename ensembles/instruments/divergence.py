@@ -1,0 +1,145 @@
+"""Where two recorded runs part: every value that differs, in the order of computation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ensembles.instruments.recording import KINDS, Entry
+
+__all__ = ["Parting", "partings"]
+
+MADE = ("parameter", "buffer", "generator", "batch")
+"""The kinds of step 0, in the order in which they come to be."""
+
+
+@dataclass(frozen=True)
+class Parting:
+    """A recorded value that differs between two runs.
+
+    Attributes:
+        step: 0 for what construction left, then the number of the optimizer step.
+        kind: As in `Entry`.
+        place: Member and name.
+        told: How it differs, in a few words.
+        ratio: The norm in the first run, divided by that in the second.
+    """
+
+    step: int
+    kind: str
+    place: str
+    told: str
+    ratio: float
+
+    @property
+    def row(self) -> tuple[str, str, str]:
+        """A row of a message's table."""
+        return f"step {self.step}", f"{self.kind} {self.place}".strip(), self.told
+
+
+def partings(
+    one: Sequence[Entry],
+    two: Sequence[Entry],
+    tolerance: float = 0.0,
+    *,
+    other: str = "the other's",
+) -> list[Parting]:
+    """Every value that differs, first what was computed first.
+
+    Args:
+        one: From `recorded`.
+        two: The other run.
+        tolerance: The greatest difference, as a share of the greatest element that the second run
+            has of the same kind in the same step: a bias before BatchNorm has a gradient that is
+            nothing but roundings, whose own size says nothing. 0.0 compares bits, and so does
+            every tolerance for numbers that are not floating.
+        other: What the norm in the second run is called.
+
+    Raises:
+        ValueError: If a tolerance is given and values were not kept.
+
+    Example:
+        >>> [p.row for p in partings([Entry(1, "loss", "", "", "a1", 3.0)],
+        ...                          [Entry(1, "loss", "", "", "b2", 2.0)])]
+        [('step 1', 'loss', "norm 1.5 times the other's")]
+    """
+    pairs: dict[tuple[int, str, str, str], list[Entry | None]] = {}
+    for side, entries in enumerate((one, two)):
+        for entry in entries:
+            pairs.setdefault(entry.key, [None, None])[side] = entry
+    greatest: dict[tuple[str, ...], float] = {}
+    if tolerance:
+        for entry in two:
+            greatest[_group(entry)] = max(greatest.get(_group(entry), 0.0), _greatest(entry))
+    found = []
+    # Sorting is stable: within a kind the order stays that of the first run.
+    for key in sorted(pairs, key=lambda key: (key[0], _rank(*key[:2]))):
+        a, b = pairs[key]
+        step, kind, member, name = key
+        if a is None or b is None:
+            told, ratio = f"in the {'second' if a is None else 'first'} run only", math.nan
+        elif a.digest == b.digest:
+            continue
+        elif tolerance:
+            share = _distance(a, b, greatest[_group(b)])
+            if share <= tolerance:
+                continue
+            told, ratio = "another value", math.nan
+            if math.isfinite(share):
+                told = f"by {share:.0e} of the greatest {kind}"
+        else:
+            told, ratio = _told(a, b, other), a.norm / b.norm if b.norm else math.nan
+        place = ".".join(part for part in (member, name) if part)
+        found.append(Parting(step, kind, place, told, ratio))
+    return found
+
+
+def _rank(step: int, kind: str) -> int:
+    """When it is computed: construction comes before the state in which it leaves generators."""
+    return MADE.index(kind) if step == 0 else KINDS.index(kind)
+
+
+def _told(one: Entry, two: Entry, other: str) -> str:
+    if not one.norm or not two.norm:
+        return "zero in one run" if one.norm != two.norm else "other bits"
+    ratio = f"{one.norm / two.norm:.3g}"
+    return "same norm, other bits" if ratio == "1" else f"norm {ratio} times {other}"
+
+
+def _group(entry: Entry) -> tuple[str, ...]:
+    """What is of one size: moments and squared moments of an optimizer are not."""
+    return str(entry.step), entry.kind, entry.member, entry.name.partition(" ")[2]
+
+
+def _greatest(entry: Entry) -> float:
+    values = entry.values
+    if values is None or not values.numel() or not _is_floating(values):
+        return 0.0
+    return float(values.abs().nan_to_num(0.0, 0.0).max())
+
+
+def _is_floating(values: Tensor) -> bool:
+    return values.is_floating_point() or values.is_complex()
+
+
+def _distance(one: Entry, two: Entry, greatest: float) -> float:
+    """The greatest difference, as a share; infinite where no tolerance is to help."""
+    a, b = one.values, two.values
+    if a is None or b is None:
+        if one.kind == "state":  # a number or a text, which has no tolerance
+            return math.inf
+        raise ValueError(
+            f"{one.kind} {one.place} differs, and can be compared within a tolerance only where "
+            "values were kept: record both runs with values=True."
+        )
+    if a.shape != b.shape or a.dtype != b.dtype or not _is_floating(a):
+        return math.inf
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    difference = (a.to(wide) - b.to(wide)).abs()
+    unequal = difference[~((a == b) | (a.isnan() & b.isnan()))]
+    by = float(unequal.max()) if unequal.numel() else 0.0
+    return by and (math.inf if math.isnan(by) or not greatest else by / greatest)

@@ -1,0 +1,158 @@
+"""Where tensors live that a model computes with and does not register: a name for each.
+
+Attributes of objects and classes, containers, closures, default arguments and globals below the
+model are looked into.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ensembles.handling.members import named_modules_of
+from ensembles.instruments.autograd import leaves_of
+from ensembles.subject import Model
+
+__all__ = ["homes_of", "things_below"]
+
+HOLDERS = (Tensor, nn.Module, list, dict, tuple)
+"""What is looked for in places that hold much else: classes, defaults and global variables."""
+
+MOST_OBJECTS = 100_000
+"""Objects looked into for a name: a data set that hangs on a model is not walked to its end."""
+
+
+def homes_of(model: Model, wanted: Mapping[int, Tensor]) -> dict[int, str]:
+    """Where tensors that nothing registers are kept, by id, as far as they can be found.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+        wanted: The tensors, by id.
+
+    Returns:
+        The path and the kind of place of those that were found, in the order of the search.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> net.scales = [torch.ones(2, requires_grad=True)]
+        >>> list(homes_of(net, {id(net.scales[0]): net.scales[0]}).values())
+        ['model.scales[0] (in a Python list)']
+    """
+    if not wanted:
+        return {}
+    exact: dict[int, str] = {}
+    made_from: dict[int, str] = {}
+    for path, how, tensor in things_below(model):
+        if not isinstance(tensor, Tensor):
+            continue
+        if id(tensor) in wanted:
+            exact.setdefault(id(tensor), f"{path} ({how or 'a plain attribute'})")
+        elif tensor.grad_fn is not None and not tensor.is_leaf:
+            leaves = [id(leaf) for leaf in leaves_of([tensor])]
+            # An attribute that was computed from one lost Parameter, not a cached activation.
+            if len(leaves) == 1 and leaves[0] in wanted:
+                made_from.setdefault(
+                    leaves[0], f"{path} (not a Parameter: computed from one, as by .to())"
+                )
+    return {**made_from, **exact}
+
+
+def things_below(model: Model) -> Iterator[tuple[str, str, Any]]:
+    """All that is in attributes, containers, functions and classes below the model.
+
+    Breadth first, so that the shortest path names a thing. Optimizers are not looked into.
+
+    Yields:
+        Path, kind of place ("" for attributes), and the thing.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> net.others = [nn.ReLU()]
+        >>> [path for path, _, thing in things_below(net) if isinstance(thing, nn.ReLU)]
+        ['model.others[0]']
+    """
+    queue: deque[tuple[str, str, Any]] = deque(
+        (name, "", module) for name, module in named_modules_of(model).items()
+    )
+    seen: set[int] = set()
+    while queue and len(seen) < MOST_OBJECTS:
+        path, how, thing = queue.popleft()
+        if isinstance(thing, Tensor):
+            yield path, how, thing
+            continue
+        # What an optimizer lists, it steps: that is no home. A schedule's optimizer is one too.
+        if id(thing) in seen or isinstance(thing, Optimizer):
+            continue
+        seen.add(id(thing))
+        yield path, how, thing
+        queue.extend(_inside(path, how, thing))
+
+
+def _inside(path: str, how: str, thing: Any) -> Iterator[tuple[str, str, Any]]:
+    if isinstance(thing, nn.Module):
+        held = {**vars(thing), **thing._parameters, **thing._modules}
+        for name, value in held.items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                yield f"{path}.{name}", how, value
+        for ancestor in type(thing).__mro__:
+            if not ancestor.__module__.startswith("torch."):
+                for name, value in list(vars(ancestor).items()):
+                    if name not in held and isinstance(value, HOLDERS):
+                        yield f"{path}.{name}", how or "a class attribute", value
+        yield from _inside_function(path, "forward", type(thing).forward)
+    elif isinstance(thing, Mapping):
+        for key, value in list(thing.items()):
+            yield f"{path}[{key!r}]", how or "in a Python dict", value
+    elif isinstance(thing, (list, tuple, set, frozenset, deque)):
+        kind = "list" if isinstance(thing, list) else "tuple" if isinstance(thing, tuple) else "set"
+        for position, value in enumerate(thing):
+            yield f"{path}[{position}]", how or f"in a Python {kind}", value
+    elif isinstance(thing, partial):
+        for value in (thing.func, *thing.args, *thing.keywords.values()):
+            yield path, how or "in a partial", value
+    elif isinstance(thing, (types.FunctionType, types.MethodType)):
+        yield from _inside_function(path, "", thing)
+    elif not isinstance(thing, (type, types.ModuleType)):
+        for name, value in _attributes(thing):
+            yield f"{path}.{name}", how or f"in an object of type {type(thing).__name__}", value
+
+
+def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
+    """What an object keeps in its dict and in its slots."""
+    yield from list(getattr(thing, "__dict__", {}).items())
+    for kind in type(thing).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            member = vars(kind).get(name)
+            if isinstance(member, types.MemberDescriptorType):
+                with suppress(AttributeError):  # not set yet
+                    yield name, member.__get__(thing)
+
+
+def _inside_function(path: str, name: str, function: Any) -> Iterator[tuple[str, str, Any]]:
+    """What a function closes over, its default arguments, and the globals that it names."""
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, types.FunctionType):
+        return
+    place = f"{path}.{name}" if name else path
+    code = function.__code__
+    for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not yet bound
+            continue
+        yield f"{variable} of {place}", "in a closure", value
+    for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        if isinstance(value, HOLDERS):
+            yield place, "a default argument", value
+    for word in code.co_names:
+        value = function.__globals__.get(word)
+        if isinstance(value, HOLDERS):
+            yield f"{word} of {place}", "a global variable", value

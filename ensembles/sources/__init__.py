@@ -1,0 +1,1 @@
+"""Where a subject comes from: a factory, a live object, a name."""

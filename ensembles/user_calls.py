@@ -1,0 +1,157 @@
+"""Calls what the user wrote; an error names the argument, the user's file and line, and what to do.
+
+Standard library only. One place, so that `make`, `batch`, `optimizer`, `loss` and all the others
+are told alike.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from functools import partial
+from textwrap import shorten
+from traceback import walk_tb
+from types import FrameType
+from typing import Any
+
+__all__ = ["asked", "called", "raised", "said"]
+
+LONGEST = 400
+"""Characters of somebody else's error: a state dict that does not fit names every key of it."""
+
+OURS = (
+    "ensembles.user_calls",
+    "ensembles.gate.conformance",
+    "ensembles.sources.inferred_batch",
+    "ensembles.subject",
+    "ensembles.case",
+    "ensembles.handling.members",
+    "ensembles.handling.numbers",
+    "ensembles.sources.factories",
+)
+
+STOPS = (SystemExit,)
+ERRORS = (Exception, SystemExit)
+
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+"""Folders of what others wrote: a line in there says less than the line that called it."""
+
+
+def asked(argument: str, function: Callable[..., Any], *given: Any, then: str) -> Any:
+    """What a function of the user's returns.
+
+    Args:
+        argument: What the user gave it as, such as "optimizer".
+        function: The function.
+        given: What it is called with.
+        then: What the function takes and returns, in a sentence.
+
+    Raises:
+        ValueError: If it raises; with the argument, the error, and the place in the user's file.
+
+    Example:
+        >>> asked("batch", lambda: {}["images"], then="It returns what the model is called with.")
+        Traceback (most recent call last):
+        ValueError: batch=... raised KeyError: 'images'. It returns what the model is called with.
+    """
+    __tracebackhide__ = True
+    try:
+        return function(*given)
+    except Exception as error:
+        if _is_ours(error):
+            raise
+        what = f"{argument}={called(function)}"
+        raise ValueError(raised(what, error, then, of=function)) from error
+
+
+def called(function: Any) -> str:
+    """The name that a function has, if any.
+
+    Example:
+        >>> called(sum), called(lambda: 1), called(partial(sum))
+        ('sum', '...', 'sum')
+    """
+    name = str(getattr(_inner(function), "__name__", type(function).__name__))
+    return "..." if name == "<lambda>" else name
+
+
+def raised(what: str, error: Exception, then: str = "", *, of: Any = None) -> str:
+    """That something raised an error, where, and what to do, in full sentences.
+
+    Args:
+        what: What raised it.
+        error: The error.
+        then: What to do: a sentence, or "".
+        of: The function, or the object, that was called: where it comes from, frames are shown
+            also if it comes from a library.
+
+    Example:
+        >>> raised("clip=...", ZeroDivisionError("division by zero"), "It takes the model.")
+        'clip=... raised ZeroDivisionError: division by zero. It takes the model.'
+    """
+    told = f"{what} raised {said(error, of=of)}"
+    return f"{told}{'' if told.endswith(('?', '!')) else '.'} {then}".rstrip()
+
+
+def said(error: Exception, *, of: Any = None) -> str:
+    """An error in one line, without a full stop, with the place in the user's file.
+
+    Example:
+        >>> said(ValueError("no such file."))
+        'ValueError: no such file'
+    """
+    text = shorten(str(error), LONGEST, placeholder=" ...")
+    text = text if text.endswith("...") else text.removesuffix(".")
+    place = _place(error, of)
+    told = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"{told} ({place})" if place else told
+
+
+def _place(error: Exception, of: Any) -> str:
+    frames = [(frame, line) for frame, line in walk_tb(error.__traceback__) if _is_file(frame)]
+    mine = [(frame.f_code.co_filename, line) for frame, line in frames if not _is_others(frame)]
+    if not mine:
+        module = str(getattr(_inner(of), "__module__", None) or type(of).__module__)
+        home = module.partition(".")[0]
+        # Which line of PyTorch it was, or of this package, says nothing of the user's.
+        if home not in ("torch", "ensembles", *sys.stdlib_module_names):
+            mine = [(f.f_code.co_filename, line) for f, line in frames if _root(f) == home]
+            mine = mine or list(_definition(of))
+    if not mine:
+        return ""
+    path, line = mine[-1]
+    below = os.path.relpath(path)
+    return f"{path if below.startswith(os.pardir) else below}:{line}"
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether it is told already: an inferred batch, a `split_axis`, a function inside another."""
+    frames = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
+    return isinstance(error, ValueError) and frames[-1] in OURS
+
+
+def _inner(function: Any) -> Any:
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__wrapped__", function)
+
+
+def _definition(of: Any) -> Iterator[tuple[str, int]]:
+    """Where a function stands that could not be called at all: it takes other arguments."""
+    code = getattr(_inner(of), "__code__", None)
+    if code is not None and os.path.isfile(code.co_filename):
+        yield code.co_filename, code.co_firstlineno
+
+
+def _is_file(frame: FrameType) -> bool:
+    return os.path.isfile(frame.f_code.co_filename)
+
+
+def _is_others(frame: FrameType) -> bool:
+    return _root(frame) in ("torch", "ensembles") or frame.f_code.co_filename.startswith(LIBRARIES)
+
+
+def _root(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]

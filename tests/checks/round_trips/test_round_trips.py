@@ -1,0 +1,489 @@
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from ensembles.checks.round_trips.conversions import CONVERSIONS
+from ensembles.checks.round_trips.measurement import assert_round_trips_kept, measure_round_trips
+from ensembles.models import Ensemble, NStreams, subnet_resnet18
+
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).sin().view(2, 3, 8, 8)
+ROWS = torch.linspace(-1, 1, 5 * 8).sin().view(5, 8)
+PLAIN = [name for name in CONVERSIONS if name not in ("safetensors", "compile", "export")]
+
+
+class Tied(nn.Module):
+    """Two modules that register one weight, as a language model's embedding and head do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 8, bias=False)
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 8, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.embed(x)).relu())
+
+
+class Shared(Tied):
+    """One module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = self.embed
+
+
+class Masked(nn.Linear):
+    """A drawn mask that is a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 3)
+        self.mask = torch.rand(3, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+class Patched(nn.Linear):
+    """Computes with a weight that a closure holds."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 3)
+        weight = self.weight
+        self.compute = lambda x: F.linear(x, weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.compute(x)
+
+
+def member() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
+
+
+class Pair(nn.Module):
+    """Two members whose first layers share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.right = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.right[0].weight = self.left[0].weight
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"left": self.left(x), "right": self.right(x)}
+
+
+class Finished(nn.Module):
+    """Takes what was loaded for finished, and computes with it without gradients."""
+
+    def __init__(self, cut: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.cut, self.loaded = cut, False
+        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "loaded", True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.loaded and self.cut == "everything":
+            with torch.no_grad():
+                return self.last(self.first(x).relu())
+        y = self.first(x).relu()
+        return self.last(y.detach() if self.loaded and self.cut == "first" else y)
+
+
+def by_name(trips):
+    return {one.conversion: one for one in trips.trips}
+
+
+# --- kept -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: subnet_resnet18(width=2, base_channels=2, stem="cifar", num_classes=3),
+        lambda: Ensemble.of(member, 3),
+        lambda: NStreams(member(), 2),
+        lambda: [member(), member()],
+        lambda: {"a": member(), "b": member()},
+    ],
+    ids=["subnets", "ensemble", "streams", "list", "dict"],
+)
+def test_our_models_survive_every_conversion_that_pytorch_does_not_break(make):
+    found = measure_round_trips(make, IMAGES, conversions=PLAIN)
+    assert_round_trips_kept(found)
+    seen = by_name(found)
+    for name in ("deepcopy", "pickle", "state_dict", "half", "double", "channels_last", "to_empty"):
+        assert seen[name].reason == ""
+        kept = {seen[name].function, seen[name].ownership, seen[name].parameters}
+        assert kept == {"kept"}, seen[name]
+        assert seen[name].ties in ("kept", "-")
+    assert by_name(found)["assign=True"].broken("broken by PyTorch") == ("optimizer",)
+
+
+def test_a_weight_under_two_names_is_tied_by_pytorchs_rules_only(golden):
+    names = [name for name in PLAIN if name != "quantize_dynamic"]  # not in every PyTorch
+    names += ["ddp", "fsdp2"]
+    found = measure_round_trips(Tied, ROWS, conversions=names)
+    assert_round_trips_kept(found)
+    golden(str(found), "messages/round_trips_tied.txt")
+
+
+def test_a_module_under_two_names_stays_tied():
+    names = ["deepcopy", "pickle", "state_dict", "to_empty", "half"]
+    found = measure_round_trips(Shared, ROWS, conversions=names)
+    assert_round_trips_kept(found, names)
+    assert [one.ties for one in found.trips] == ["kept"] * 5
+
+
+def test_functional_call_leaves_its_tensors_in_a_module_under_two_names():
+    found = measure_round_trips(Shared, ROWS, conversions=["functional_call", "vmap"])
+    assert [one.function for one in found.trips] == ["broken by PyTorch"] * 2
+    assert_round_trips_kept(found)
+    with pytest.raises(AssertionError, match=r"Call it with\s+tie_weights=False"):
+        assert_round_trips_kept(found, ["functional_call"])
+
+
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 unties weights in its export")
+def test_compiled_and_exported_models_are_the_model():
+    found = measure_round_trips(Tied, ROWS, conversions=["compile", "export"])
+    assert_round_trips_kept(found, ["compile", "export"])
+    assert [one.ties for one in found.trips] == ["kept", "kept"]
+
+
+def test_the_first_line_names_what_is_let_pass():
+    """The gate shows no other: what PyTorch breaks, how to tie again, what was not looked at."""
+    found = measure_round_trips(Tied, ROWS, conversions=["deepcopy", "assign=True", "ddp", "fsdp2"])
+    assert str(found).splitlines()[0] == (
+        "2 conversions, 1 tied tensor: 1 kept, 0 broken; 1 broken by PyTorch: assign=True (after "
+        "these tie again: b.weight = a.weight); 2 not looked at: ddp, fsdp2 (it needs two "
+        'processes: give factory="package.module:factory")'
+    )
+    kept = measure_round_trips(Tied, ROWS, conversions="deepcopy")
+    assert str(kept).splitlines()[0] == "1 conversion, 1 tied tensor: 1 kept, 0 broken"
+
+
+def test_a_broken_claim_of_all_names_what_is_let_pass():
+    class Both(Tied):
+        def __init__(self):
+            super().__init__()
+            weight = self.embed.weight
+            self.compute = lambda x: F.linear(x, weight)
+
+        def forward(self, x):
+            return self.compute(x)
+
+    found = measure_round_trips(Both, ROWS, conversions=["deepcopy", "assign=True", "ddp"])
+    with pytest.raises(AssertionError) as broken:
+        assert_round_trips_kept(found)
+    told = " ".join(str(broken.value).split())
+    assert "Let pass: 1 not looked at: ddp (it needs two processes" in told
+    with pytest.raises(AssertionError) as broken:
+        assert_round_trips_kept(found, ["deepcopy"])
+    assert "Let pass" not in str(broken.value)
+
+
+def test_an_encoder_layer_that_pytorch_quantizes_and_cannot_call_is_named():
+    def make():
+        return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    (found,) = measure_round_trips(make, ROWS[None], conversions="quantize_dynamic").trips
+    assert "cannot call a quantized nn.TransformerEncoderLayer" in found.reason
+
+
+def test_why_a_result_cannot_be_called_is_told_by_its_cause():
+    class Asks(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.to(self[0].weight.device))
+
+    (found,) = measure_round_trips(
+        lambda: Asks(nn.Linear(8, 3)), ROWS, conversions="quantize_dynamic"
+    ).trips
+    assert found.reason.startswith("what it makes cannot be called: AttributeError: ")
+
+
+def test_what_torch_traces_is_in_no_captured_log(caplog):
+    """pytest listens to loggers that do not propagate, as torch's own is."""
+    trace = logging.getLogger("torch.__trace")
+    listening = [*trace.handlers, caplog.handler]
+    trace.addHandler(caplog.handler)
+    try:
+        measure_round_trips(Tied, ROWS, conversions=["compile", "export"])
+        assert caplog.records == []
+        assert caplog.handler in trace.handlers
+    finally:
+        trace.handlers[:] = [one for one in listening if one is not caplog.handler]
+
+
+def test_two_processes_keep_the_model(tmp_path, monkeypatch):
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this PyTorch has no gloo")
+    (tmp_path / "tied_factory.py").write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))\n"
+        "    net[2].weight = net[0].weight\n    return net\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    names, factory = ["ddp", "fsdp2"], "tied_factory:build"
+    found = measure_round_trips(Tied, ROWS, conversions=names, factory=factory)
+    ddp, fsdp2 = found.trips
+    cells = (ddp.ties, ddp.function, ddp.ownership, ddp.parameters, ddp.optimizer)
+    assert cells == ("kept",) * 5
+    if torch.__version__ < "2.7":
+        assert fsdp2.reason.startswith("this PyTorch shards on GPUs only")
+        return
+    assert (fsdp2.ties, fsdp2.function, fsdp2.parameters) == ("kept",) * 3
+    assert fsdp2.ownership == "-"  # each process holds a shard
+    assert fsdp2.optimizer == "broken by PyTorch"
+    with pytest.raises(ValueError, match="'tied_factory' names no factory"):
+        measure_round_trips(Tied, ROWS, conversions=["ddp"], factory="tied_factory")
+
+
+# --- broken ---------------------------------------------------------------------------------------
+
+
+def test_a_mask_that_is_not_saved_breaks_files_and_not_copies(golden):
+    names = ["deepcopy", "pickle", "state_dict"]
+    found = measure_round_trips(Masked, ROWS, conversions=names)
+    assert [one.function for one in found.trips] == ["kept", "kept", "broken"]
+    with pytest.raises(AssertionError) as broken:
+        assert_round_trips_kept(found)
+    golden(str(broken.value), "messages/round_trips_mask.txt")
+
+
+def test_a_copy_that_computes_with_the_original_is_broken(golden):
+    with pytest.raises(AssertionError) as broken:
+        assert_round_trips_kept(measure_round_trips(Patched, ROWS, conversions=["deepcopy"]))
+    golden(str(broken.value), "messages/round_trips_closure.txt")
+
+
+def test_what_pytorch_breaks_is_broken_where_it_is_claimed(golden):
+    names = ["state_dict", "assign=True", "weight_norm"]
+    with pytest.raises(AssertionError) as broken:
+        assert_round_trips_kept(measure_round_trips(Tied, ROWS, conversions=names), names)
+    golden(str(broken.value), "messages/round_trips_by_pytorch.txt")
+
+
+@pytest.mark.parametrize(
+    ("cut", "told"),
+    [
+        ("first", "first.weight: 64 of 64 elements move nobody, and moved model"),
+        ("everything", "no output depends on a weight by autograd any more"),
+    ],
+)
+def test_the_same_function_that_gradients_do_not_pass_is_broken(cut, told):
+    found = measure_round_trips(
+        lambda: Finished(cut), ROWS, conversions=["deepcopy", "state_dict", "strict=False"]
+    )
+    assert [one.broken() for one in found.trips] == [(), ("ownership",), ("ownership",)]
+    assert found.trips[1].details[0] == f"ownership: {told}"
+    assert_round_trips_kept(found, ["deepcopy"])
+
+
+def test_the_message_of_a_loaded_weight_without_gradients(golden):
+    with pytest.raises(AssertionError) as broken:
+        assert_round_trips_kept(
+            measure_round_trips(lambda: Finished("first"), ROWS, conversions="state_dict")
+        )
+    golden(str(broken.value), "messages/round_trips_ownership.txt")
+
+
+class ByHand(nn.Sequential):
+    """Copies itself as one would by hand, and not quite."""
+
+    def __init__(self, defect: str) -> None:
+        super().__init__(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+        self.defect = defect
+        self[1].momentum = 0.3
+
+    def __deepcopy__(self, memo):
+        new = ByHand(self.defect).train(self.training)
+        new.load_state_dict(self.state_dict())
+        if self.defect == "statistics":
+            new[1].running_mean = self[1].running_mean
+        elif self.defect == "momentum":
+            new[1].momentum = 0.1
+        elif self.defect == "dropout":
+            new[2].p = 0.0
+        return new
+
+
+@pytest.mark.parametrize(
+    ("defect", "told"),
+    [
+        ("statistics", "training the copy moves the original's 1.running_mean"),
+        ("momentum", "in train mode outputs or statistics differ by"),
+        ("dropout", "in train mode outputs or statistics differ by"),
+    ],
+)
+def test_a_copy_that_is_the_same_in_eval_mode_only_is_broken(defect, told):
+    found = measure_round_trips(lambda: ByHand(defect), ROWS, conversions=["deepcopy"])
+    assert found.trips[0].broken() == ("function",)
+    with pytest.raises(AssertionError, match=told):
+        assert_round_trips_kept(found)
+
+
+def test_a_copy_that_is_the_same_in_both_modes_is_kept():
+    names = ["deepcopy", "pickle", "state_dict", "double", "averaged_model"]
+    found = measure_round_trips(lambda: ByHand("none"), ROWS, conversions=names)
+    assert_round_trips_kept(found, names)
+
+
+def test_what_does_not_repeat_in_train_mode_is_compared_in_eval_mode():
+    class Noisy(nn.Linear):
+        generator = torch.Generator()
+
+        def forward(self, x):
+            noise = torch.rand(x.shape, generator=self.generator) if self.training else 0.0
+            return super().forward(x + noise)
+
+    found = measure_round_trips(lambda: Noisy(8, 3), ROWS, conversions=["deepcopy", "state_dict"])
+    assert_round_trips_kept(found, ["deepcopy", "state_dict"])
+
+
+def test_a_batch_of_one_row_has_no_train_mode():
+    found = measure_round_trips(Tied, ROWS[:1], conversions=["deepcopy"])
+    assert_round_trips_kept(found, ["deepcopy"])
+
+
+def test_memory_without_values_is_pytorchs_and_what_is_not_saved_is_named():
+    class Causal(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 8)
+            self.register_buffer("mask", torch.ones(8, 8).tril(), persistent=False)
+
+        def forward(self, x):
+            return F.linear(x, self.weight * self.mask, self.bias)
+
+    found = measure_round_trips(Causal, ROWS, conversions=["state_dict", "to_empty"])
+    assert_round_trips_kept(found)
+    assert found.trips[1].function == "broken by PyTorch"
+    assert found.trips[1].details[1] == "function: no state_dict holds mask"
+    with pytest.raises(AssertionError, match="fill what state_dict does not hold"):
+        assert_round_trips_kept(found, ["to_empty"])
+
+
+@pytest.mark.parametrize("name", ["assign=True", "to_empty"])
+def test_weights_that_pytorch_unties_have_other_owners(name):
+    (found,) = measure_round_trips(Pair, ROWS, conversions=name).trips
+    assert found.ties == found.ownership == "broken by PyTorch"
+    (told,) = (detail for detail in found.details if detail.startswith("ownership: left"))
+    assert told == "ownership: left.0.weight: 64 of 64 elements move left, and moved left, right"
+
+
+def test_members_stacked_in_one_output_are_told_apart():
+    grouped = measure_round_trips(
+        lambda: nn.Conv1d(4, 2, 1, groups=2),
+        torch.linspace(-1, 1, 24).sin().view(2, 4, 3),
+        outputs=lambda y: [y[:, 0], y[:, 1]],
+        conversions=["deepcopy"],
+    )
+    assert grouped.trips[0].ownership == "kept"
+
+
+def test_what_detaches_all_the_time_has_no_owners_to_lose():
+    class Detached(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    found = measure_round_trips(lambda: Detached(8, 3), ROWS, conversions=["deepcopy"])
+    assert (found.trips[0].function, found.trips[0].ownership) == ("kept", "-")
+
+
+def test_a_copy_that_is_the_model_itself_is_broken():
+    class Itself(nn.Linear):
+        def __deepcopy__(self, memo):
+            return self
+
+    found = measure_round_trips(lambda: Itself(8, 3), ROWS, conversions=["deepcopy"])
+    with pytest.raises(AssertionError, match="a change of the copy changes the original"):
+        assert_round_trips_kept(found)
+
+
+def test_a_freeze_that_a_copy_loses_is_broken():
+    class Thawing(nn.Linear):
+        def __deepcopy__(self, memo):
+            copied = nn.Linear(8, 3)
+            copied.load_state_dict(self.state_dict())
+            return copied
+
+    def frozen():
+        net = Thawing(8, 3)
+        net.bias.requires_grad_(False)
+        return net
+
+    found = measure_round_trips(frozen, ROWS, conversions=["deepcopy"])
+    assert found.trips[0].broken() == ("parameters",)
+
+
+def test_a_load_that_raises_is_a_broken_claim():
+    class Grown(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 3)
+            self.extra = nn.Linear(int(torch.randint(1, 1000, ())), 1)
+
+    found = measure_round_trips(lambda: Grown(), ROWS, conversions=["state_dict"])
+    with pytest.raises(AssertionError, match="function: raised RuntimeError"):
+        assert_round_trips_kept(found)
+
+
+# --- wrong use, and what was not looked at --------------------------------------------------------
+
+
+def test_safetensors_keep_what_is_tied_by_a_module():
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    found = measure_round_trips(Tied, ROWS, conversions="safetensors")
+    assert_round_trips_kept(found, "safetensors")
+    assert found.trips[0].ties == found.trips[0].ownership == "kept"
+    with pytest.raises(AssertionError, match="function: outputs differ"):
+        assert_round_trips_kept(
+            measure_round_trips(Masked, ROWS, conversions="safetensors"), "safetensors"
+        )
+
+
+def test_a_claim_that_could_not_be_looked_at_is_an_error(monkeypatch):
+    monkeypatch.setattr("ensembles.checks.round_trips.conversions.find_spec", lambda name: None)
+    found = measure_round_trips(Tied, ROWS, conversions=["deepcopy", "safetensors"])
+    assert_round_trips_kept(found)
+    with pytest.raises(ValueError, match="not looked at: safetensors \\(safetensors is not inst"):
+        assert_round_trips_kept(found, ["deepcopy", "safetensors"])
+
+
+def test_nothing_looked_at_is_an_error():
+    found = measure_round_trips(Tied, ROWS, conversions=["ddp"])
+    with pytest.raises(ValueError, match="it needs two processes: give factory="):
+        assert_round_trips_kept(found)
+
+
+@pytest.mark.parametrize("names", ["deepcopies", ["deepcopy", "pickled"], []])
+def test_a_conversion_that_does_not_exist_is_refused(names):
+    with pytest.raises(ValueError, match="There are deepcopy, pickle, state_dict"):
+        measure_round_trips(Tied, ROWS, conversions=names)
+
+
+def test_what_was_not_measured_is_refused():
+    with pytest.raises(ValueError, match="pickle was not measured"):
+        assert_round_trips_kept(measure_round_trips(Tied, ROWS, conversions="deepcopy"), ["pickle"])
+
+
+def test_a_model_instead_of_a_factory_is_refused():
+    with pytest.raises(ValueError, match="got an object of type Tied"):
+        measure_round_trips(Tied(), ROWS)
+    net = Tied()
+    with pytest.raises(ValueError, match="make returns the same module at each call"):
+        measure_round_trips(lambda: net, ROWS)
+
+
+def test_looking_leaves_the_generators_as_they_were():
+    before = torch.get_rng_state()
+    first = measure_round_trips(Tied, ROWS, conversions=["deepcopy", "state_dict", "half"])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first == measure_round_trips(Tied, ROWS, conversions=["deepcopy", "state_dict", "half"])
+
+
+def test_the_fixture_does_the_same(round_trip):
+    round_trip.assert_kept(Shared, ROWS, ["deepcopy", "state_dict"])
+    with pytest.raises(AssertionError, match="claimed to survive state_dict, and does not"):
+        round_trip.assert_kept(Masked, ROWS, ["state_dict"])
