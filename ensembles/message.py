@@ -6,7 +6,7 @@ Standard library only. One function, so that every check's message has the same 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from shlex import quote as quoted
 from textwrap import wrap
 from typing import TYPE_CHECKING, TypedDict
@@ -129,20 +129,24 @@ def rendered(findings: Findings) -> str:
         table.append(f"({affected})")
     if findings.looked_at:
         table.append(f"looked at {', '.join(map(str, findings.looked_at))}")
-    prose = [
-        *dict.fromkeys(item.meaning for item in findings),
-        *dict.fromkeys(_advice(item) for item in findings),
-    ]
-    told = [
-        line for text in prose for part in text.splitlines() for line in wrap(part, PROSE_WIDTH)
-    ]
-    lines = [
-        findings.claim,
-        "",
-        *(f"  {line}" for line in [*table, *([""] if told else []), *told]),
-    ]
-    command = replay()
-    return "\n".join(line.rstrip() for line in [*lines, *([f"  {command}"] if command else [])])
+    told = [line for text in _prose(findings) for line in wrap(text, PROSE_WIDTH)]
+    below = [*table, *([""] if told else []), *told, *filter(None, [replay()])]
+    return "\n".join(line.rstrip() for line in [findings.claim, "", *(f"  {x}" for x in below)])
+
+
+def _prose(findings: Findings) -> Iterator[str]:
+    """What each kind means, its usual cause and what to do; a paragraph a kind, if several."""
+    several = len(findings.kinds) > 1
+    for kind in findings.kinds:
+        items = findings.of_kind(kind)
+        told = [
+            *dict.fromkeys(item.meaning for item in items),
+            *dict.fromkeys(_advice(item) for item in items),
+        ]
+        if several:
+            yield f"{kind[:1].upper()}{kind[1:]}: {' '.join(filter(None, told))}"
+        else:
+            yield from told
 
 
 def _shown(findings: Findings) -> list[Finding]:

@@ -157,8 +157,8 @@ def checks_for(subject: Subject) -> Iterator[BoundCheck]:
         _known(name, f"subject {subject.name!r} expects {name!r} to fail")
         if subject.claims.get(name) is None:
             raise ClaimError(
-                f"subject {subject.name!r} expects {name} to fail, but does not claim it. Add it to "
-                "the claims."
+                f"subject {subject.name!r} expects {name} to fail, but does not claim it. Add "
+                "it to the claims."
             )
     parsed = {}
     for name, promise in PROMISES.items():

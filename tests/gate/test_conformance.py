@@ -412,7 +412,7 @@ def test_results_are_found_by_name_and_by_place():
     results = check_ensemble([LEFT, LEFT])
     assert results["sharing"] is results[0]
     assert results[:1] == (results["sharing"],)
-    with pytest.raises(KeyError, match="'shraing' is no check. Checks are: sharing, ownership"):
+    with pytest.raises(KeyError, match=r"'shraing' is no check\. Checks are: sharing, ownership"):
         results["shraing"]
 
 
@@ -470,7 +470,7 @@ def test_a_claim_that_cannot_be_parsed_is_told_before_anything_is_built(check):
 
 
 def test_a_claim_that_is_nearly_right_is_suggested():
-    with pytest.raises(ClaimError, match="'independant'. Did you mean 'independent'"):
+    with pytest.raises(ClaimError, match=r"'independant'\. Did you mean 'independent'"):
         check_ensemble(Subject(make=pair, claims={"sharing": "independant"}))
 
 

@@ -98,7 +98,7 @@ def test_a_part_of_a_claimed_parameter_is_not_enough():
     parent = nn.Conv2d(8, 8, 3, bias=False)
     child = nn.Conv2d(8, 8, 3, bias=False)
     child.weight = nn.Parameter(parent.weight.detach()[:4])
-    with pytest.raises(AssertionError, match="are claimed to share weight, and do not"):
+    with pytest.raises(AssertionError, match="are claimed to share weight, but do not"):
         assert_members_share(measure_parameter_sharing([parent, child]), ["weight"])
 
 
