@@ -126,3 +126,67 @@ def test_the_whole_project_collects_under_every_strictness():
     command = [sys.executable, "-m", "pytest", "--strict", "--collect-only", "-q"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+USER = """
+from typing import assert_type
+
+import torch
+from torch import nn
+
+from ensembles import (
+    Partition,
+    Result,
+    Results,
+    Subject,
+    check_ensemble,
+    measure_ownership_map,
+    parametrize_with_checks,
+    split_axis,
+)
+from ensembles.checks.ownership.measurement import OwnershipMap
+
+
+def members() -> list[nn.Module]:
+    return [nn.Linear(4, 2) for _ in range(3)]
+
+
+subject = Subject(
+    make=members,
+    batch=lambda: torch.ones(3, 4),
+    outputs=split_axis(1),
+    claims={"ownership": {"*": Partition(times=2)}},
+    expected_failures={"ownership": "the head is one"},
+)
+results = check_ensemble(subject, seed=3)
+assert_type(results, Results)
+assert_type(results[0], Result)
+assert_type(results["sharing"], Result)
+assert_type(results[:2], tuple[Result, ...])
+assert_type([result.status for result in results], list[str])
+assert_type(measure_ownership_map(members(), torch.ones(3, 4), outputs=split_axis(1)), OwnershipMap)
+
+
+@parametrize_with_checks([subject, members])
+def test_claims(subject: Subject, check: object) -> None:
+    pass
+"""
+
+
+def types_of(clean_pytest: Path, folder: Path, text: str) -> subprocess.CompletedProcess[str]:
+    (folder / "user.py").write_text(text)
+    python = str(clean_pytest.parent / "python")
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", python, "user.py"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_strict_type_checkers_see_the_types_of_the_wheel(clean_pytest, tmp_path):
+    run = types_of(clean_pytest, tmp_path, USER)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_wrong_use_is_a_type_error(clean_pytest, tmp_path):
+    wrong = USER + "measure_ownership_map(members(), torch.ones(3, 4), output=split_axis(1))\n"
+    run = types_of(clean_pytest, tmp_path, wrong)
+    assert run.returncode == 1
+    assert 'Unexpected keyword argument "output"' in run.stdout

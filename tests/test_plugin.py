@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import ensembles.suite  # noqa: F401  (before pytester forgets what inner runs import)
-from ensembles.claims import CHECKS
+from ensembles.registry import PROMISES
 
 CLAIMS = """
     from torch import nn
@@ -29,16 +29,19 @@ EVERY_STATUS = (
     def test_claims(subject, check):
         check(subject)
 
-    other_apart = Subject(name="xpass", make=apart.make, claims=apart.claims)
-    other_same = Subject(name="xfail", make=same.make, claims=same.claims)
+    known = {"sharing": "known"}
+    other_apart = Subject(
+        name="xpass", make=apart.make, claims=apart.claims, expected_failures=known
+    )
+    other_same = Subject(name="xfail", make=same.make, claims=same.claims, expected_failures=known)
 
-    @parametrize_with_checks([other_apart, other_same], expected_failures={"sharing": "known"})
+    @parametrize_with_checks([other_apart, other_same])
     def test_known(subject, check):
         check(subject)
 """
 )
-OTHERS = [name for name in CHECKS if name != "sharing"]
-ALL = list(CHECKS)
+OTHERS = [name for name in PROMISES if name != "sharing"]
+ALL = list(PROMISES)
 
 
 @pytest.fixture(autouse=True)
@@ -89,11 +92,13 @@ def expected_table(pytester: pytest.Pytester) -> list[str]:
 def test_neither_the_package_nor_the_plugin_imports_torch_at_start(tmp_path):
     (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass\n")
     script = (
-        "import sys, ensembles, pytest\n"
+        "import re, sys, ensembles, pytest\n"
         "code = pytest.main(['-q', '-p', 'ensembles.plugin', '--markers'])\n"
         "code |= pytest.main(['-q', '-p', 'ensembles.plugin', '-p', 'no:randomly'])\n"
+        r"light = r'ensembles\.(plugin|registry|message|present_run|checks(\.\w+(\.fixture)?)?)'"
+        "\n"
         "heavy = [m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy')\n"
-        "         or m.startswith(('ensembles.models', 'ensembles.checks', 'ensembles.probes'))]\n"
+        "         or m.startswith('ensembles.') and not re.fullmatch(light, m)]\n"
         "print('exit', int(code), 'imported', heavy)\n"
     )
     run = subprocess.run(
@@ -265,7 +270,7 @@ def test_requiring_an_unknown_check_is_a_usage_error(pytester):
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert result.errlines == [
         "ERROR: --ensembles-require names shring, and there is no such check. "
-        f"Checks are: {', '.join(CHECKS)}.",
+        f"Checks are: {', '.join(PROMISES)}.",
         "",
     ]
 

@@ -59,3 +59,18 @@ def test_every_field_of_a_subject_and_every_claim_has_a_row(head, names):
     table = README.partition(head)[2].partition("\n\n")[0].splitlines()[2:]
     found = [name for row in table for name in re.findall(r"`(\w+)`", row.split("|")[1])]
     assert sorted(found) == sorted(names)
+
+
+HEAD = "| fixture | what it promises | a fault that it catches |\n|---|---|---|\n"
+
+
+def test_the_table_of_promises_is_that_of_the_registry(request):
+    """`--force-regen` writes it anew, as it does goldens."""
+    rows = [f"| `{p.fixture}` | {p.sentence} | {p.catches} |\n" for p in PROMISES.values()]
+    file = Path(__file__).parents[1] / "README.md"
+    before, head, after = file.read_text("utf-8").partition(HEAD)
+    assert head
+    _, gap, rest = after.partition("\n\n")
+    if request.config.getoption("force_regen", False):
+        file.write_text(before + head + "".join(rows).rstrip() + gap + rest, "utf-8")
+    assert file.read_text("utf-8").partition(HEAD)[2].partition("\n\n")[0] + "\n" == "".join(rows)

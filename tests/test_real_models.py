@@ -14,8 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.models.vgg import VGG, cfgs, make_layers
 
 from ensembles import Subject, check_ensemble, parametrize_with_checks
-from ensembles.claims import DEFAULT_ENSEMBLE_CLAIMS
 from ensembles.experiments.evaluation.pretrained import PRETRAINED, CifarResNet, load_pretrained
+from ensembles.registry import default_claims
 
 DATA = Path(os.environ.get("ENSEMBLES_DATA", Path(__file__).parents[2] / "shared" / "data"))
 IMAGES = DATA / "cifar10_raw_prefix.npz"
@@ -49,7 +49,7 @@ def on_digits(name, make, **more) -> Subject:
         "batch": digits,
         "loss": loss_of_digits,
         "optimizer": sgd,
-        "claims": DEFAULT_ENSEMBLE_CLAIMS,
+        "claims": default_claims("ensemble"),
     }
     return Subject(name=name, make=make, **{**given, **more})
 
@@ -120,7 +120,7 @@ def packed_subject(name, make) -> Subject:
         name,
         lambda: packed(make(num_classes=10), 2),
         optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
-        claims={**DEFAULT_ENSEMBLE_CLAIMS, "sharing": "distinct"},
+        claims={**default_claims("ensemble"), "sharing": "distinct"},
     )
 
 

@@ -24,11 +24,8 @@ from ensembles.checks.coverage.measurement import (
     measure_optimizer_coverage,
 )
 from ensembles.checks.ownership.measurement import assert_ownership, measure_ownership_map
-from ensembles.checks.sharing.measurement import (
-    assert_members_share,
-    assert_parameters_distinct,
-    measure_parameter_sharing,
-)
+from ensembles.checks.sharing.judgement import assert_members_share, assert_parameters_distinct
+from ensembles.checks.sharing.measurement import measure_parameter_sharing
 from ensembles.models.example import SHARED, wide_resnet18_with_subnets
 from ensembles.models.members import Ensemble, NStreams
 from ensembles.models.subnets import SubnetResNet, subnet_resnet18

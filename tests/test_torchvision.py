@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.models.regnet import BlockParams, RegNet
 
 from ensembles import Subject, check_ensemble
-from ensembles.claims import CHECKS, DEFAULT_ENSEMBLE_CLAIMS, DEFAULT_MODULE_CLAIMS
+from ensembles.registry import PROMISES, default_claims
 from ensembles.subject import whole
 
 PAGE = Path(__file__).parents[1] / "docs" / "torchvision.md"
@@ -47,12 +47,12 @@ vgg and vision transformers."""
 
 CLAIMS = {
     "alone": {
-        **DEFAULT_MODULE_CLAIMS,
+        **default_claims("module"),
         "hygiene": "clean",
         "batch": "rows",
         "determinism": "bitwise",
     },
-    "two": {**DEFAULT_ENSEMBLE_CLAIMS, "diversity": "independent"},
+    "two": {**default_claims("ensemble"), "diversity": "independent"},
 }
 """What holds of networks that are drawn and trained: more than they claim by default."""
 
@@ -163,7 +163,7 @@ def test_no_check_fires_on_a_classification_model_of_torchvision(name, how):
 
 @pytest.mark.parametrize("name", LARGER_FAMILIES)
 def test_a_larger_model_of_torchvision_holds_what_a_module_claims_by_default(name):
-    results = check_ensemble(alone(name).claiming(**DEFAULT_MODULE_CLAIMS))
+    results = check_ensemble(alone(name).claiming(**default_claims("module")))
     assert results.held, str(results)
 
 
@@ -208,8 +208,8 @@ def page(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
     """The page, from what was measured and from nothing else."""
     alone_checks, two_checks = ({*CLAIMS[how]} for how in SUBJECTS)
     columns = [
-        *(("alone", check) for check in CHECKS if check in alone_checks),
-        *(("two", check) for check in CHECKS if check in two_checks),
+        *(("alone", check) for check in PROMISES if check in alone_checks),
+        *(("two", check) for check in PROMISES if check in two_checks),
     ]
     versions = sorted({(row["torch"], row["torchvision"]) for row in rows.values()})
     verdicts = [verdict for row in rows.values() for verdict in row["verdicts"].values()]

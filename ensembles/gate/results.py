@@ -28,6 +28,10 @@ class Result:
         message: The whole message of a broken claim or an error.
         measurement: The measurement, where there is one.
         findings: What the judgement found, where there was a measurement.
+
+    Example:
+        >>> Result("net", "sharing", "distinct", "held", "1 member").status
+        'held'
     """
 
     subject: str
