@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from ensembles.calling import asked, called, raised, said
+from ensembles.calling import ERRORS, STOPS, asked, called, raised, said
 from ensembles.claims import (
     CHECKS,
     DEFAULT_CONTAINER_CLAIMS,
@@ -44,6 +44,8 @@ __all__ = [
     "parametrize_with_checks",
     "resolve",
 ]
+
+NOTHING = object()
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,10 +78,14 @@ class BoundCheck:
         try:
             with generators_kept():
                 measurement = self.check.run(subject, made(subject), self.claim)
-        except Exception as told:
+        except (Exception, *STOPS) as error:
+            told, cause = error, error.__cause__
+            if isinstance(error, STOPS):  # as it is, it would skip or end what it did not look at
+                code = f"the code of subject {subject.name!r}"
+                told, cause = ValueError(raised(code, error)), error
             self.seen.append(_first_line(_told(told)))
-            if _is_ours(told):  # the message says more than the frames that led to it
-                raise told.with_traceback(None) from told.__cause__
+            if told is not error or _is_ours(error):  # the message says more than our frames
+                raise told.with_traceback(None) from cause
             raise
         self.seen.append(_first_line(str(measurement)))
         return measurement
@@ -102,7 +108,8 @@ def made(subject: Subject) -> Model:
     """The subject's model, made under the present seed.
 
     Raises:
-        ValueError: If `make` raises, or returns no module and no list or dict of modules.
+        ValueError: If `make` raises, skips or exits, or returns no module and no list or dict of
+            modules.
     """
     __tracebackhide__ = True
     seed_generators(present_seed.get())
@@ -118,7 +125,7 @@ def _telling(subject: Subject) -> Subject:
         __tracebackhide__ = True
         try:
             return subject.make()
-        except Exception as error:
+        except ERRORS as error:
             what = f"the factory of subject {subject.name!r}"
             raise ValueError(raised(what, error, of=subject.make)) from error
 
@@ -299,7 +306,7 @@ def as_subject(thing: Any, *, name: str = "") -> Subject:
         with generators_kept():
             seed_generators(present_seed.get())
             result = thing()
-    except Exception as error:
+    except (Exception, *STOPS) as error:
         raise ValueError(raised(f"the factory {name!r}", error, of=thing)) from error
     if isinstance(result, Subject):
         return as_subject(result, name=name)
@@ -318,7 +325,8 @@ def resolve(path: str) -> Subject:
     """The subject that "package.module:factory" names.
 
     Raises:
-        ValueError: If the path is malformed, the module cannot be imported, or has no such name.
+        ValueError: If the path is malformed, the module cannot be imported (it raises, skips or
+            exits), or has no such name.
 
     Example:
         >>> resolve("torch.nn:Identity").name
@@ -329,14 +337,16 @@ def resolve(path: str) -> Subject:
         raise ValueError(f"{path!r} names no factory: write package.module:factory.")
     try:
         found: Any = import_module(module_name)
-    except Exception as error:
+        for part in attribute.split("."):  # a package may import it only now
+            found = getattr(found, part, NOTHING)
+    except (Exception, *STOPS) as error:
+        script = ' Keep what a script does below `if __name__ == "__main__":`.'
         raise ValueError(
             f"cannot import {module_name!r} for the subject {path!r}: {said(error)}."
+            f"{script if isinstance(error, SystemExit) else ''}"
         ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{module_name!r} has no {attribute!r}, which {path!r} names.")
-        found = getattr(found, part)
+    if found is NOTHING:
+        raise ValueError(f"{module_name!r} has no {attribute!r}, which {path!r} names.")
     return as_subject(found, name=attribute)
 
 
@@ -379,13 +389,13 @@ def _result(bound: BoundCheck) -> Result:
     return made_of("held", found=_first_line(str(measurement)), measurement=measurement)
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """The message; with its type where it is not one of ours, or says nothing."""
     ours = isinstance(error, (AssertionError, ValueError)) and str(error)
     return str(error) if ours else said(error)
 
 
-def _is_ours(error: Exception) -> bool:
+def _is_ours(error: BaseException) -> bool:
     """Whether this package raised it; else the frames of the user's model are worth reading."""
     *_, (frame, _) = walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__")).startswith("ensembles.")

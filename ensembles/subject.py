@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from typing_extensions import TypeIs
 
-from ensembles.calling import asked, raised
+from ensembles.calling import ERRORS, asked, raised
 
 Model = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
 """What a user points at: one module, or the members as a list or dict of modules."""
@@ -225,6 +225,22 @@ def whole(output: Any) -> Mapping[str, Any]:
     return {"model": output}
 
 
+def new_model(make: Callable[[], Model]) -> Model:
+    """The new model that the user's function returns.
+
+    Raises:
+        ValueError: If it raises, skips or exits.
+
+    Example:
+        >>> new_model(nn.Identity)
+        Identity()
+    """
+    __tracebackhide__ = True
+    then = "It takes nothing, and returns a module, or the members as a list or dict of modules."
+    model: Model = asked("make", make, then=then)
+    return model
+
+
 def named_modules_of(model: Model) -> dict[str, nn.Module]:
     """The modules that the user gave, by name: {"model": it} for one, {"0": ...} for a list.
 
@@ -284,7 +300,8 @@ def member_outputs(
         Member name to its output tensors, in the order in which the model gives them.
 
     Raises:
-        ValueError: If the call raises, or if a member's output holds no floating tensor.
+        ValueError: If the call raises, skips or exits, or if a member's output holds no floating
+            tensor.
 
     Example:
         >>> two = [nn.Linear(4, 2), nn.Linear(4, 2)]
@@ -321,7 +338,7 @@ def call(module: nn.Module, batch: Any, *, place: str) -> Any:
         if isinstance(batch, dict):
             return module(**batch)
         return module(*batch) if isinstance(batch, tuple) else module(batch)
-    except Exception as error:
+    except ERRORS as error:
         what = f"calling {place} ({type(module).__name__}) on the batch {_shapes(batch)}"
         raise ValueError(raised(what, error, _devices(module, batch), of=module)) from error
 

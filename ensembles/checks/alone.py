@@ -37,6 +37,7 @@ from ensembles.subject import (
     is_one_module,
     named_members,
     named_modules_of,
+    new_model,
 )
 
 __all__ = ["MemberTrajectories", "assert_members_trained_alone", "measure_member_trajectories"]
@@ -146,7 +147,7 @@ def measure_member_trajectories(
     )
     with generators_kept():
         seed_generators(seed)
-        model = make() if callable(make) and not isinstance(make, nn.Module) else make
+        model = new_model(make) if callable(make) and not isinstance(make, nn.Module) else make
         holders = _members_of(model, members)
         modules = [*named_modules_of(model).values(), *holders.values()]
         with preserved([*modules, *hidden_modules(modules)]):

@@ -30,7 +30,7 @@ from ensembles.probes.recording import Entry, Run, generator_entries, recorded_a
 from ensembles.probes.registers import registered
 from ensembles.probes.seeding import later, seeded
 from ensembles.probes.training import Loss
-from ensembles.subject import Members, Model, Outputs, Subject, named_modules_of
+from ensembles.subject import Members, Model, Outputs, Subject, named_modules_of, new_model
 
 __all__ = ["Determinism", "assert_deterministic", "measure_determinism"]
 
@@ -379,7 +379,7 @@ def _owed_to_seed(
     found: list[list[tuple[str, Tensor]]] = []
     for each in (seed, seed + 1):
         with seeded(each, algorithms=algorithms):
-            model = make()
+            model = new_model(make)
             states.append({entry.name: entry.digest for entry in generator_entries()})
         named = [
             (e.names[0], e.tensor.detach()) for e in registered(model) if e.kind == "parameter"

@@ -22,7 +22,7 @@ from ensembles.probes.conversions import CONVERSIONS, trace_kept_apart
 from ensembles.probes.ranks import DISTRIBUTED, trips_in_processes
 from ensembles.probes.state import generators_kept
 from ensembles.probes.trips import Trip, owners_of, trip
-from ensembles.subject import Model, Outputs, named_modules_of
+from ensembles.subject import Model, Outputs, named_modules_of, new_model
 
 __all__ = [
     "RoundTrip",
@@ -403,7 +403,7 @@ def _refuse_one_model(make: Callable[[], Model]) -> None:
             f"round trips convert new models, and got an object of type {type(make).__name__}. "
             "Give a function that builds the model: lambda: ..."
         )
-    one, two = (list(named_modules_of(make()).values()) for _ in range(2))
+    one, two = (list(named_modules_of(new_model(make)).values()) for _ in range(2))
     if {id(m) for m in one} & {id(m) for m in two}:
         raise ValueError(
             "make returns the same module at each call, and a state is to be loaded into a new "

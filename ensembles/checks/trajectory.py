@@ -28,6 +28,7 @@ from ensembles.subject import (
     Outputs,
     checked_numbers,
     named_modules_of,
+    new_model,
 )
 
 __all__ = [
@@ -262,7 +263,7 @@ def _made(make: Callable[[], Model] | Model, seed: int) -> Model:
     if isinstance(make, (nn.Module, Sequence, Mapping)):
         model = make
     elif callable(make):
-        model = make()
+        model = new_model(make)
     else:
         raise ValueError(
             f"make=... is an object of type {type(make).__name__}: give a function that builds "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ensembles.calling import raised
+from ensembles.calling import ERRORS, raised
 from ensembles.message import listed
 from ensembles.message import seed as present_seed
 from ensembles.probes.averages import Averages
@@ -400,7 +400,7 @@ def _train_call(
 def _step(optimizer: Optimizer) -> None:
     try:
         optimizer.step()
-    except Exception as error:
+    except ERRORS as error:
         then = "Give optimizer=a function that builds one whose step() needs no arguments."
         what = f"{type(optimizer).__name__}.step()"
         raise ValueError(raised(what, error, then, of=optimizer)) from error

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ensembles.calling import called, raised
+from ensembles.calling import ERRORS, called, raised
 from ensembles.probes.state import preserved
 from ensembles.probes.training import hidden_modules, optimizers_of
 from ensembles.subject import Model, named_modules_of
@@ -188,7 +188,7 @@ def rates_of(
                     series.append(float(group["lr"]))
                 for advance in advances:
                     advance()
-        except Exception as error:
+        except ERRORS as error:
             then = (
                 "It takes the optimizer and returns its scheduler, a list of them, or a function "
                 "to be called after each training step; schedules that wait for a metric have no "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from ensembles.calling import raised
+from ensembles.calling import ERRORS, asked, raised
 from ensembles.message import counted, listed
 from ensembles.probes.rates import advances_of
 from ensembles.probes.state import generators_kept, preserved, seed_generators
@@ -38,6 +38,7 @@ from ensembles.subject import (
     member_outputs,
     named_members,
     named_modules_of,
+    new_model,
 )
 
 __all__ = [
@@ -184,10 +185,11 @@ def recorded_anew(subject: Subject, run: Run) -> tuple[Model, tuple[Entry, ...]]
         >>> {entry.kind for entry in entries}
         {'generator'}
     """
-    model = subject.make()
+    model = new_model(subject.make)
     named_modules_of(model)
     made = list(generator_entries())
-    batch = None if subject.batch is None else subject.batch()
+    then = "It takes nothing, and returns what the model is called with."
+    batch = None if subject.batch is None else asked("batch", subject.batch, then=then)
     if batch is None:
         run = replace(run, steps=0)
     made += [
@@ -338,14 +340,14 @@ def _loss(recipe: Recipe, outputs: Mapping[str, tuple[Tensor, ...]], step: int) 
 def _backward(loss: Tensor, step: int) -> None:
     try:
         loss.backward()  # type: ignore[no-untyped-call]
-    except Exception as error:
+    except ERRORS as error:
         raise ValueError(raised(f"in step {step}, the backward pass of the loss", error)) from error
 
 
 def _step(optimizer: Optimizer) -> None:
     try:
         optimizer.step()
-    except Exception as error:
+    except ERRORS as error:
         what = f"{type(optimizer).__name__}.step()"
         then = "Runs are recorded by steps without a closure."
         raise ValueError(raised(what, error, then, of=optimizer)) from error
@@ -356,7 +358,7 @@ def _told(what: str, takes: str) -> Iterator[None]:
     """Says whose function it is that raises inside."""
     try:
         yield
-    except Exception as error:
+    except ERRORS as error:
         raise ValueError(raised(f"{what}=...", error, f"It takes {takes}.")) from error
 
 

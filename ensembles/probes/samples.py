@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
-from ensembles.calling import raised
+from ensembles.calling import ERRORS, raised
 from ensembles.probes.recording import digest
 
 __all__ = ["samples_of"]
@@ -67,7 +67,7 @@ def _of(data: Callable[[Any], Iterable[Any]], member: Any) -> Iterable[Any]:
     try:
         found = data(member)
         iter(found)
-    except Exception as error:
+    except ERRORS as error:
         raise ValueError(raised(f"data({member!r})", error, then, of=data)) from error
     return found
 

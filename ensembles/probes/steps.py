@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ensembles.calling import raised
+from ensembles.calling import ERRORS, raised
 from ensembles.message import counted, listed
 from ensembles.message import seed as present_seed
 from ensembles.probes.state import (
@@ -492,7 +492,7 @@ def _take_step(bench: _Bench, gradients: Sequence[tuple[Tensor, Tensor]]) -> Non
             try:
                 with _at_most(optimizer, LEARNING_RATE):
                     optimizer.step()
-            except Exception as error:
+            except ERRORS as error:
                 then = "The check steps without a closure, on gradients that it has set."
                 what = f"{type(optimizer).__name__}.step()"
                 raise ValueError(raised(what, error, then, of=optimizer)) from error

@@ -30,6 +30,7 @@ from ensembles.subject import (
     is_one_module,
     member_outputs,
     named_modules_of,
+    new_model,
     whole,
 )
 
@@ -257,7 +258,7 @@ class Together(nn.Module):
 
 def _built(make: Callable[[], Model], seed: int) -> nn.Module:
     seed_generators(seed)
-    model = make()
+    model = new_model(make)
     if is_one_module(model):
         return model
     return Together(list(named_modules_of(model).values()))
