@@ -18,7 +18,8 @@ DEFAULT_SUBJECT = "ensembles.models.example:wide_resnet18_with_subnets"
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each check of the subject that the command line names."""
-    path = metafunc.config.getoption("--ensembles-subject") or DEFAULT_SUBJECT
+    given = metafunc.config.getoption("--ensembles-subject")
+    path = DEFAULT_SUBJECT if given is None else given
     here = str(metafunc.config.invocation_params.dir)
     if here not in sys.path:  # `pytest`, unlike `python -m pytest`, leaves it out
         sys.path.insert(0, here)

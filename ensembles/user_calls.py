@@ -1,7 +1,7 @@
 """Calls what the user wrote; an error names the argument, the user's file and line, and what to do.
 
-Standard library only. One place, so that `make`, `batch`, `optimizer`, `loss` and all the others
-are told alike.
+Standard library and pytest only. One place, so that `make`, `batch`, `optimizer`, `loss` and all
+the others are told alike, whether they raise an error, skip the test or exit.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from textwrap import shorten
 from traceback import walk_tb
 from types import FrameType
 from typing import Any
+from unittest import SkipTest
 
-__all__ = ["asked", "called", "raised", "said"]
+import pytest
+
+__all__ = ["ERRORS", "STOPS", "asked", "called", "raised", "said"]
 
 LONGEST = 400
 """Characters of somebody else's error: a state dict that does not fit names every key of it."""
@@ -32,8 +35,22 @@ OURS = (
     "ensembles.sources.factories",
 )
 
-STOPS = (SystemExit,)
-ERRORS = (Exception, SystemExit)
+SKIPS = (SkipTest, pytest.skip.Exception, pytest.xfail.Exception)
+
+NOT_LOOKED_AT = (
+    "A claim that nothing looked at does not hold: raise an error, or do not claim it here."
+)
+"""Of what skips: a gate on a machine without the data or the GPU is not green."""
+
+STOPS = (SystemExit, pytest.exit.Exception, pytest.fail.Exception, *SKIPS)
+"""What ends a run, or a test before its check has looked; out of a check none of them may come."""
+
+ERRORS = (Exception, SystemExit, *SKIPS)
+"""What is an error of the function that raises it.
+
+pytest.fail is not one of them: it also ends a test that takes too long, and no check may take that
+for a model that cannot be called. KeyboardInterrupt stops the run.
+"""
 
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 """Folders of what others wrote: a line in there says less than the line that called it."""
@@ -49,7 +66,8 @@ def asked(argument: str, function: Callable[..., Any], *given: Any, then: str) -
         then: What the function takes and returns, in a sentence.
 
     Raises:
-        ValueError: If it raises; with the argument, the error, and the place in the user's file.
+        ValueError: If it raises, skips or exits; with the argument, the error, and the place in the
+            user's file.
 
     Example:
         >>> asked("batch", lambda: {}["images"], then="It returns what the model is called with.")
@@ -59,7 +77,7 @@ def asked(argument: str, function: Callable[..., Any], *given: Any, then: str) -
     __tracebackhide__ = True
     try:
         return function(*given)
-    except Exception as error:
+    except ERRORS as error:
         if _is_ours(error):
             raise
         what = f"{argument}={called(function)}"
@@ -77,7 +95,7 @@ def called(function: Any) -> str:
     return "..." if name == "<lambda>" else name
 
 
-def raised(what: str, error: Exception, then: str = "", *, of: Any = None) -> str:
+def raised(what: str, error: BaseException, then: str = "", *, of: Any = None) -> str:
     """That something raised an error, where, and what to do, in full sentences.
 
     Args:
@@ -92,10 +110,11 @@ def raised(what: str, error: Exception, then: str = "", *, of: Any = None) -> st
         'clip=... raised ZeroDivisionError: division by zero. It takes the model.'
     """
     told = f"{what} raised {said(error, of=of)}"
-    return f"{told}{'' if told.endswith(('?', '!')) else '.'} {then}".rstrip()
+    skipped = f"{NOT_LOOKED_AT} " if isinstance(error, SKIPS) else ""
+    return f"{told}{'' if told.endswith(('?', '!')) else '.'} {skipped}{then}".rstrip()
 
 
-def said(error: Exception, *, of: Any = None) -> str:
+def said(error: BaseException, *, of: Any = None) -> str:
     """An error in one line, without a full stop, with the place in the user's file.
 
     Example:
@@ -109,7 +128,7 @@ def said(error: Exception, *, of: Any = None) -> str:
     return f"{told} ({place})" if place else told
 
 
-def _place(error: Exception, of: Any) -> str:
+def _place(error: BaseException, of: Any) -> str:
     frames = [(frame, line) for frame, line in walk_tb(error.__traceback__) if _is_file(frame)]
     mine = [(frame.f_code.co_filename, line) for frame, line in frames if not _is_others(frame)]
     if not mine:
@@ -126,7 +145,7 @@ def _place(error: Exception, of: Any) -> str:
     return f"{path if below.startswith(os.pardir) else below}:{line}"
 
 
-def _is_ours(error: Exception) -> bool:
+def _is_ours(error: BaseException) -> bool:
     """Whether it is told already: an inferred batch, a `split_axis`, a function inside another."""
     frames = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
     return isinstance(error, ValueError) and frames[-1] in OURS

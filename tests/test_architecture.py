@@ -31,7 +31,7 @@ ARROWS = {
     "sources.*": {"sources.*", "registry", "case", "handling.*", "instruments.*", *BASE},
     "gate.*": {"gate.*", "sources.*", "registry", "case", "handling.*", *BASE},
     "suite": {"gate.*", "sources.*", "subject"},
-    "plugin": {"registry", "message", "present_run"},
+    "plugin": {"registry", "claims", "message", "present_run"},
     "faults.*": {"faults.*", "registry", "handling.*", "subject", "message"},
     "models.*": {"models.*"},
     "models.example": {"models.*", "subject"},

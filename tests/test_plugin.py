@@ -95,7 +95,8 @@ def test_neither_the_package_nor_the_plugin_imports_torch_at_start(tmp_path):
         "import re, sys, ensembles, pytest\n"
         "code = pytest.main(['-q', '-p', 'ensembles.plugin', '--markers'])\n"
         "code |= pytest.main(['-q', '-p', 'ensembles.plugin', '-p', 'no:randomly'])\n"
-        r"light = r'ensembles\.(plugin|registry|message|present_run|checks(\.\w+(\.fixture)?)?)'"
+        r"light = r'ensembles\.(plugin|registry|claims|message|present_run|"
+        r"checks(\.\w+(\.fixture)?)?)'"
         "\n"
         "heavy = [m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy')\n"
         "         or m.startswith('ensembles.') and not re.fullmatch(light, m)]\n"
@@ -210,6 +211,49 @@ def test_the_fixture_fails_with_the_message_and_none_of_our_frames(pytester):
     assert said_of(result) == []
 
 
+def test_a_fixture_fails_where_the_function_that_it_is_given_skips(pytester):
+    pytester.makepyfile(
+        """
+        import pytest
+        import torch
+        from torch import nn
+
+        class Skipping(nn.Linear):
+            def forward(self, x):
+                pytest.skip("no data here")
+
+        def make():
+            pytest.skip("no data here")
+
+        def test_make(member_diversity):
+            member_diversity.assert_independent(make, torch.ones(3, 4))
+
+        def test_forward(ownership_map):
+            ownership_map.assert_independent([Skipping(4, 2), Skipping(4, 2)], torch.ones(3, 4))
+
+        def test_runs(seeded_determinism):
+            seeded_determinism.assert_bitwise(make, torch.ones(3, 4))
+
+        def test_copies(round_trip):
+            round_trip.measure(make, torch.ones(3, 4), conversions=["deepcopy"])
+
+        def test_training(training_trajectory):
+            training_trajectory.measure(make, torch.ones(3, 4))
+
+        def test_alone(training_trajectory):
+            training_trajectory.assert_members_separate(make, torch.ones(3, 4))
+
+        def test_own():
+            pytest.skip("not here")
+        """
+    )
+    result = pytester.runpytest_inprocess()
+    result.assert_outcomes(failed=6, skipped=1)
+    raised = [line for line in result.outlines if "ValueError: " in line and line[0] == "E"]
+    assert sum("make=make raised Skipped: no data here (" in line for line in raised) == 5
+    assert sum("calling member 0 (Skipping) on the batch" in line for line in raised) == 1
+
+
 # --- summary ------------------------------------------------------------------------------------
 
 
@@ -240,6 +284,101 @@ def test_a_claim_that_unexpectedly_holds_fails_the_run(pytester):
     result = pytester.runpytest_inprocess("-k", "xpass and sharing")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["[[]XPASS(strict)] known"])
+
+
+# --- a subject that nothing looks at ---------------------------------------------------------
+
+MODELS = """
+from torch import nn
+
+def build():
+    return [nn.Linear(4, 2) for _ in range(2)]
+"""
+UNSEEN = "--ensembles-subject was given, but no test looks at it. Add --pyargs ensembles.suite."
+LEFT_OUT = "but -k, -m or --deselect leaves out every test of it."
+GATE = ["--pyargs", "ensembles.suite", "--ensembles-subject=models:build"]
+
+
+@pytest.fixture
+def own(pytester):
+    """A test of the user's own, beside a module with a model."""
+    return pytester.makepyfile(models=MODELS, test_own="def test_own(): pass")
+
+
+@pytest.mark.parametrize(
+    ("subject", "how"),
+    [
+        ("models:build", ["-p", "no:xdist"]),
+        ("nosuch:thing", ["-p", "no:xdist"]),
+        ("models:build", ["-n", "1"]),
+        ("models:build", ["-n", "1", "-p", "no:terminal"]),
+    ],
+    ids=["alone", "unknown", "xdist", "silent"],
+)
+def test_a_subject_that_no_test_looks_at_is_a_usage_error(pytester, own, subject, how):
+    result = pytester.runpytest_inprocess("test_own.py", f"--ensembles-subject={subject}", *how)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    told = f"ERROR: {UNSEEN}" in [*result.outlines, *result.errlines]
+    assert told == ("no:terminal" not in how)
+
+
+def test_a_subject_is_missed_also_where_tests_are_listed_only(pytester, own):
+    options = ["--collect-only", "--ensembles-subject=models:build"]
+    result = pytester.runpytest_inprocess("test_own.py", *options)
+    assert (result.ret, result.errlines[0]) == (pytest.ExitCode.USAGE_ERROR, f"ERROR: {UNSEEN}")
+    result = pytester.runpytest_inprocess("test_own.py", "--collect-only", *GATE)
+    assert result.ret == pytest.ExitCode.OK
+
+
+def test_claims_of_other_subjects_are_no_look_at_that_of_the_command_line(pytester):
+    pytester.makepyfile(EVERY_STATUS)
+    result = pytester.runpytest_inprocess("--ensembles-subject=models:build", "-k", "apart")
+    assert (result.ret, result.errlines[0]) == (pytest.ExitCode.USAGE_ERROR, f"ERROR: {UNSEEN}")
+
+
+@pytest.mark.parametrize(
+    ("selection", "status"),
+    [
+        (["-k", "sharing or own"], pytest.ExitCode.OK),
+        (["-k", "sharing or own", "-n", "1"], pytest.ExitCode.OK),
+        (["-k", "own and not ownership"], pytest.ExitCode.USAGE_ERROR),
+        (["-k", "own and not ownership", "-n", "1"], pytest.ExitCode.USAGE_ERROR),
+        (["-m", "not ensembles"], pytest.ExitCode.USAGE_ERROR),
+        (["-k", "nothing_at_all"], pytest.ExitCode.USAGE_ERROR),
+    ],
+    ids=["some", "some-xdist", "own", "own-xdist", "mark", "none"],
+)
+def test_a_subject_whose_tests_are_all_left_out_is_a_usage_error(pytester, own, selection, status):
+    result = pytester.runpytest_inprocess("test_own.py", *GATE, *selection)
+    assert result.ret == status
+    told = f"ERROR: --ensembles-subject was given, {LEFT_OUT}"
+    refused = told in [*result.outlines, *result.errlines]
+    assert refused == (status == pytest.ExitCode.USAGE_ERROR)
+
+
+def test_tests_that_another_run_takes_are_not_missed(pytester, own):
+    """A shard of the tests, or those that failed last."""
+    pytester.makeconftest(
+        "def pytest_collection_modifyitems(items):\n"
+        "    items[:] = [item for item in items if item.name == 'test_own']\n"
+    )
+    result = pytester.runpytest_inprocess("test_own.py", *GATE, "--ensembles-require=sharing")
+    result.assert_outcomes(passed=1)
+    assert result.ret == pytest.ExitCode.OK
+
+
+def test_a_file_that_takes_the_suite_into_itself_looks_at_the_subject(pytester, own):
+    pytester.makepyfile(test_gate="from ensembles.suite import *  # noqa: F403")
+    options = ["--ensembles-subject=models:build", "-k", "sharing"]
+    result = pytester.runpytest_inprocess("test_gate.py", *options)
+    result.assert_outcomes(passed=1, deselected=len(PROMISES) - 1)
+
+
+def test_a_file_that_cannot_be_imported_is_the_news_where_a_subject_is_given(pytester):
+    pytester.makepyfile("import nowhere")
+    result = pytester.runpytest_inprocess("--ensembles-subject=models:build")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    assert UNSEEN not in result.stdout.str() + result.stderr.str()
 
 
 # --- required claims ----------------------------------------------------------------------------
@@ -294,6 +433,109 @@ def test_a_file_that_cannot_be_imported_is_the_news_where_claims_are_required(py
     told = result.stdout.str() + result.stderr.str()
     assert "ModuleNotFoundError: No module named 'nowhere'" in told
     assert "no test of a subject was collected" not in told
+
+
+SKIPPED = {
+    "mark": '@pytest.mark.skip(reason="no data here")',
+    "fixture": '@pytest.mark.usefixtures("data")',
+    "test": "",
+    "xfail": '@pytest.mark.xfail(reason="no data here", run=False)',
+}
+SKIPPING = (
+    CLAIMS
+    + """
+    import pytest
+
+    @pytest.fixture
+    def data():
+        pytest.skip("no data here")
+
+    MARK
+    @parametrize_with_checks([apart, silent])
+    def test_claims(subject, check):
+        pytest.skip("no data here")
+"""
+)
+
+
+@pytest.mark.parametrize("way", SKIPPED)
+def test_a_required_check_that_is_skipped_fails_the_run(pytester, way):
+    pytester.makepyfile(SKIPPING.replace("MARK", SKIPPED[way]))
+    result = pytester.runpytest_inprocess("-k", "apart")
+    assert result.ret == pytest.ExitCode.OK  # it was skipped by the user, and not asked for
+    result = pytester.runpytest_inprocess("-k", "apart", "--ensembles-require=sharing")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert said_of(result)[:2] == ["apart", "  sharing   not looked at"]
+    reason = "[NOTRUN] no data here" if way == "xfail" else "no data here"
+    assert (
+        f"sharing of apart was not looked at ({reason}), but --ensembles-require asks for it. "
+        "Take away what skips it, or do not require it here."
+    ) in result.outlines
+
+
+def test_a_required_claim_that_is_missing_is_an_error_also_where_its_test_is_skipped(pytester):
+    pytester.makepyfile(SKIPPING.replace("MARK", SKIPPED["mark"]))
+    result = pytester.runpytest_inprocess("-k", "silent", "--ensembles-require=sharing")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert "  sharing   missing" in said_of(result)
+
+
+def test_a_required_check_that_fails_as_expected_was_looked_at(pytester):
+    pytester.makepyfile(EVERY_STATUS)
+    result = pytester.runpytest_inprocess("--ensembles-require=sharing", "-k", "[xfail")
+    assert result.ret == pytest.ExitCode.OK
+
+
+def test_a_required_check_that_could_not_look_does_not_fail_as_expected(pytester):
+    pytester.makepyfile(
+        CLAIMS
+        + """
+    @parametrize_with_checks([failing], expected_failures={"sharing": "known"})
+    def test_claims(subject, check):
+        check(subject)
+    """
+    )
+    assert pytester.runpytest_inprocess().ret == pytest.ExitCode.OK
+    result = pytester.runpytest_inprocess("--ensembles-require=sharing")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert any("sharing of failing was not looked at (known)" in line for line in result.outlines)
+
+
+def test_requiring_a_check_whose_tests_are_all_left_out_is_a_usage_error(pytester):
+    pytester.makepyfile(EVERY_STATUS)
+    options = ["--ensembles-require=sharing,ownership", "-k", "apart and sharing"]
+    result = pytester.runpytest_inprocess(*options)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert result.errlines[0] == f"ERROR: --ensembles-require asks for ownership, {LEFT_OUT}"
+
+
+def test_one_test_by_its_name_runs_also_where_more_is_required(pytester):
+    file = pytester.makepyfile(EVERY_STATUS)
+    one = f"{file.name}::test_claims[apart-sharing]"
+    result = pytester.runpytest_inprocess(one, "--ensembles-require=sharing,ownership")
+    result.assert_outcomes(passed=1)
+
+
+def test_a_test_that_does_not_call_its_check_fails(pytester):
+    pytester.makepyfile(
+        CLAIMS
+        + """
+    @parametrize_with_checks([apart])
+    def test_called(subject, check):
+        check(subject)
+
+    @parametrize_with_checks([apart])
+    def test_claims(subject, check):
+        pass
+    """
+    )
+    result = pytester.runpytest_inprocess("-p", "no:randomly")
+    result.assert_outcomes(passed=1 + len(OTHERS), failed=1, skipped=len(OTHERS))
+    assert (
+        "test_claims[apart-sharing] passed, but did not look at sharing of apart: "
+        "call check(subject)."
+    ) in result.outlines
+    assert "  sharing   not looked at" in said_of(result)[2]
 
 
 def test_a_check_that_a_mark_skips_is_shown_as_skipped(pytester):

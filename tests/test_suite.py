@@ -1,11 +1,16 @@
 """The gate from the command line, in a directory that holds the user's module and nothing else."""
 
+import re
+
 import pytest
 
 import ensembles.suite  # noqa: F401  (before pytester forgets what inner runs import)
 from ensembles.registry import PROMISES
+from ensembles.user_calls import NOT_LOOKED_AT
 
 ZOO = """
+import sys
+import pytest
 import torch
 from torch import nn
 from ensembles import Subject
@@ -71,6 +76,27 @@ def on_meta():
 
 def memberless():
     return Subject(make=model, members=lambda m: m.towers, claims={"sharing": "independent"})
+
+def skipping():
+    pytest.skip("needs a GPU")
+
+def exiting():
+    sys.exit(0)
+
+def makes_by_skipping():
+    return Subject(make=skipping, claims={"sharing": "independent"})
+
+def makes_by_exiting():
+    return Subject(make=exiting, claims={"sharing": "independent"})
+
+class Skipping(nn.Linear):
+    def forward(self, x):
+        pytest.skip("needs a GPU")
+
+def calls_by_skipping():
+    batch = lambda: torch.randn(5, 4)
+    make = lambda: [Skipping(4, 2), Skipping(4, 2)]
+    return Subject(make=make, batch=batch, claims={"sharing": "independent", "ownership": "tied"})
 
 later = []
 
@@ -166,8 +192,7 @@ NO_MODEL = "It returns a module, a list or dict of modules, or a Subject."
 
 def line_of(text: str) -> int:
     """The line of zoo.py that holds this."""
-    (line,) = (i for i, line in enumerate(ZOO.splitlines(), 1) if text in line)
-    return line
+    return next(i for i, line in enumerate(ZOO.splitlines(), 1) if text in line)
 
 
 REFUSED = {
@@ -179,6 +204,14 @@ REFUSED = {
         "the factory 'of_layers' raised TypeError: of_layers() missing 1 required positional "
         f"argument: 'count' (zoo.py:{line_of('def of_layers')})."
     ),
+    "zoo:skipping": (
+        f"the factory 'skipping' raised Skipped: needs a GPU (zoo.py:{line_of('needs a GPU')}). "
+        f"{NOT_LOOKED_AT}"
+    ),
+    "zoo:exiting": (
+        f"the factory 'exiting' raised SystemExit: 0 (zoo.py:{line_of('sys.exit(0)')})."
+    ),
+    "": "'' names no factory: write package.module:factory.",
     "zoo": "'zoo' names no factory: write package.module:factory.",
     "zoo:": "'zoo:' names no factory: write package.module:factory.",
     ":model": "':model' names no factory: write package.module:factory.",
@@ -255,6 +288,56 @@ def test_a_check_that_cannot_look_is_an_error(gate, factory, told):
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert f"E       ValueError: {told}" in result.outlines
     assert f"  {check}   error   {told}" in result.outlines
+
+
+@pytest.mark.parametrize(
+    ("factory", "check", "told"),
+    [
+        (
+            "makes_by_skipping",
+            "sharing",
+            "the factory of subject 'skipping' raised Skipped: needs a GPU "
+            f"(zoo.py:{line_of('needs a GPU')}). {NOT_LOOKED_AT}",
+        ),
+        (
+            "makes_by_exiting",
+            "sharing",
+            "the factory of subject 'exiting' raised SystemExit: 0 "
+            f"(zoo.py:{line_of('sys.exit(0)')}).",
+        ),
+        (
+            "calls_by_skipping",
+            "ownership",
+            "calling member 0 (Skipping) on the batch (5, 4) torch.float32 on cpu raised Skipped: "
+            f"needs a GPU (zoo.py:{line_of('class Skipping') + 2}). {NOT_LOOKED_AT}",
+        ),
+    ],
+    ids=["make_skips", "make_exits", "forward_skips"],
+)
+@pytest.mark.parametrize("required", [False, True], ids=["optional", "required"])
+def test_a_subject_that_skips_or_exits_fails_the_gate(
+    pytester, gate, factory, check, told, required
+):
+    pytester.makepyfile(test_own="def test_own():\n    assert 1 + 1 == 2\n")
+    options = [f"--ensembles-require={check}"] if required else []
+    result = gate(f"--ensembles-subject=zoo:{factory}", "test_own.py", *options)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    held = factory == "calls_by_skipping"
+    result.assert_outcomes(
+        passed=2 if held else 1, failed=1, skipped=len(PROMISES) - (2 if held else 1)
+    )
+    assert f"E       ValueError: {told}" in result.outlines
+    (row,) = (line for line in result.outlines if re.match(rf"  {check} +error", line))
+    assert row.endswith(told)
+
+
+def test_a_script_in_place_of_a_module_is_refused_and_pytest_goes_on(pytester, gate):
+    pytester.makepyfile(script="import sys\nsys.exit(0)\n")
+    result = gate("--ensembles-subject=script:build")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    told = "--ensembles-subject=script:build: cannot import 'script' for the subject 'script:build'"
+    assert any(line.startswith(f"{told}: SystemExit: 0 (script.py:2).") for line in result.outlines)
+    assert "INTERNALERROR" not in result.stdout.str() + result.stderr.str()
 
 
 def test_a_subject_of_a_lambda_is_called_as_what_the_command_line_names(gate):

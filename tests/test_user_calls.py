@@ -1,19 +1,20 @@
 """Calls of what the user wrote: an error names argument, file and line, and what to do."""
 
 import sys
+import unittest
 from functools import partial
 
 import pytest
 from torch import nn
 
 from ensembles.subject import split_axis
-from ensembles.user_calls import LONGEST, asked, called, raised, said
+from ensembles.user_calls import LONGEST, NOT_LOOKED_AT, asked, called, raised, said
 
 THEN = "It takes nothing."
 
 
 def here(function, ahead=1) -> str:
-    return f"tests/test_calling.py:{function.__code__.co_firstlineno + ahead}"
+    return f"tests/test_user_calls.py:{function.__code__.co_firstlineno + ahead}"
 
 
 def below(count):
@@ -69,6 +70,53 @@ def test_an_error_that_is_told_already_is_left_as_it_is():
         asked("outputs", split_axis(1), {}, then=THEN)
     with pytest.raises(ValueError, match=r"^batch=\.\.\. raised KeyError: 'images' \("):
         asked("make", lambda: asked("batch", lambda: {}["images"], then=THEN), then=THEN)
+
+
+def skipping():
+    pytest.skip("needs a GPU")
+
+
+def expecting_to_fail():
+    pytest.xfail("known")
+
+
+def skipping_as_unittest_does():
+    raise unittest.SkipTest("no data")
+
+
+def exiting():
+    sys.exit(0)
+
+
+def ending_the_run():
+    pytest.exit("enough", returncode=0)
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (skipping, f"Skipped: needs a GPU ({here(skipping)}). {NOT_LOOKED_AT} {THEN}"),
+        (expecting_to_fail, f"XFailed: known ({here(expecting_to_fail)}). {NOT_LOOKED_AT} {THEN}"),
+        (
+            skipping_as_unittest_does,
+            f"SkipTest: no data ({here(skipping_as_unittest_does)}). {NOT_LOOKED_AT} {THEN}",
+        ),
+        (exiting, f"SystemExit: 0 ({here(exiting)}). {THEN}"),
+        (ending_the_run, f"Exit: enough ({here(ending_the_run)}). {THEN}"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_function_that_skips_or_exits_is_an_error_of_its_own(function, text):
+    assert told(function) == f"make={function.__name__} raised {text}"
+
+
+@pytest.mark.parametrize("passing", [KeyboardInterrupt, pytest.fail.Exception])
+def test_what_stops_a_person_or_a_clock_passes(passing):
+    def stopped():
+        raise passing("now")
+
+    with pytest.raises(passing, match=r"^now$"):
+        asked("make", stopped, then=THEN)
 
 
 def test_names_are_those_of_functions_also_below_a_partial():

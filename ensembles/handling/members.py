@@ -7,7 +7,7 @@ looked at with an error that says where and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -16,9 +16,32 @@ from torch.utils import _pytree as pytree
 from typing_extensions import TypeIs
 
 from ensembles.subject import Members, Model, Outputs, kind_of
-from ensembles.user_calls import asked, raised
+from ensembles.user_calls import ERRORS, asked, raised
 
-__all__ = ["call", "is_one_module", "member_outputs", "named_members", "named_modules_of"]
+__all__ = [
+    "call",
+    "is_one_module",
+    "member_outputs",
+    "named_members",
+    "named_modules_of",
+    "new_model",
+]
+
+
+def new_model(make: Callable[[], Model]) -> Model:
+    """The new model that the user's function returns.
+
+    Raises:
+        ValueError: If it raises, skips or exits.
+
+    Example:
+        >>> new_model(nn.Identity)
+        Identity()
+    """
+    __tracebackhide__ = True
+    then = "It takes nothing, and returns a module, or the members as a list or dict of modules."
+    model: Model = asked("make", make, then=then)
+    return model
 
 
 def named_modules_of(model: Model) -> dict[str, nn.Module]:
@@ -117,7 +140,7 @@ def call(module: nn.Module, batch: Any, *, place: str) -> Any:
         if isinstance(batch, dict):
             return module(**batch)
         return module(*batch) if isinstance(batch, tuple) else module(batch)
-    except Exception as error:
+    except ERRORS as error:
         what = f"calling {place} ({type(module).__name__}) on the batch {_shapes(batch)}"
         raise ValueError(raised(what, error, _devices(module, batch), of=module)) from error
 

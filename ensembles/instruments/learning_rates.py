@@ -18,7 +18,7 @@ from ensembles.handling.members import named_modules_of
 from ensembles.handling.state import preserved
 from ensembles.handling.training import hidden_modules, optimizers_of
 from ensembles.subject import Model
-from ensembles.user_calls import called, raised
+from ensembles.user_calls import ERRORS, called, raised
 
 __all__ = [
     "Group",
@@ -189,7 +189,7 @@ def rates_of(
                     series.append(float(group["lr"]))
                 for advance in advances:
                     advance()
-        except Exception as error:
+        except ERRORS as error:
             then = (
                 "It takes the optimizer and returns its scheduler, a list of them, or a function "
                 "to be called after each training step; schedules that wait for a metric have no "

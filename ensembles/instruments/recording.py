@@ -22,6 +22,7 @@ from ensembles.handling.members import (
     member_outputs,
     named_members,
     named_modules_of,
+    new_model,
 )
 from ensembles.handling.state import generators_kept, preserved, seed_generators
 from ensembles.handling.training import (
@@ -34,7 +35,7 @@ from ensembles.handling.training import (
 from ensembles.instruments.learning_rates import advances_of
 from ensembles.message import counted, listed
 from ensembles.subject import Loss, Members, Model, Outputs, Subject
-from ensembles.user_calls import raised
+from ensembles.user_calls import ERRORS, asked, raised
 
 __all__ = [
     "KINDS",
@@ -180,10 +181,11 @@ def recorded_anew(subject: Subject, run: Run) -> tuple[Model, tuple[Entry, ...]]
         >>> {entry.kind for entry in entries}
         {'generator'}
     """
-    model = subject.make()
+    model = new_model(subject.make)
     named_modules_of(model)
     made = list(generator_entries())
-    batch = None if subject.batch is None else subject.batch()
+    then = "It takes nothing, and returns what the model is called with."
+    batch = None if subject.batch is None else asked("batch", subject.batch, then=then)
     if batch is None:
         run = replace(run, steps=0)
     made += [
@@ -334,14 +336,14 @@ def _loss(recipe: Recipe, outputs: Mapping[str, tuple[Tensor, ...]], step: int) 
 def _backward(loss: Tensor, step: int) -> None:
     try:
         loss.backward()  # type: ignore[no-untyped-call]
-    except Exception as error:
+    except ERRORS as error:
         raise ValueError(raised(f"in step {step}, the backward pass of the loss", error)) from error
 
 
 def _step(optimizer: Optimizer) -> None:
     try:
         optimizer.step()
-    except Exception as error:
+    except ERRORS as error:
         what = f"{type(optimizer).__name__}.step()"
         then = "Runs are recorded by steps without a closure."
         raise ValueError(raised(what, error, then, of=optimizer)) from error
@@ -352,7 +354,7 @@ def _told(what: str, takes: str) -> Iterator[None]:
     """Says whose function it is that raises inside."""
     try:
         yield
-    except Exception as error:
+    except ERRORS as error:
         raise ValueError(raised(f"{what}=...", error, f"It takes {takes}.")) from error
 
 

@@ -51,7 +51,7 @@ from ensembles.handling.training import (
 from ensembles.message import counted, listed
 from ensembles.present_run import seed as present_seed
 from ensembles.subject import SPLIT, Members, Model, Outputs
-from ensembles.user_calls import raised
+from ensembles.user_calls import ERRORS, raised
 
 __all__ = [
     "Effect",
@@ -489,7 +489,7 @@ def _take_step(bench: _Bench, gradients: Sequence[tuple[Tensor, Tensor]]) -> Non
             try:
                 with _at_most(optimizer, LEARNING_RATE):
                     optimizer.step()
-            except Exception as error:
+            except ERRORS as error:
                 then = "The check steps without a closure, on gradients that it has set."
                 what = f"{type(optimizer).__name__}.step()"
                 raise ValueError(raised(what, error, then, of=optimizer)) from error

@@ -22,6 +22,8 @@ from ensembles.user_calls import STOPS, called, raised, said
 
 __all__ = ["as_subject", "resolve"]
 
+_NOTHING = object()
+
 
 def as_subject(thing: Any, *, name: str = "") -> Subject:
     """A `Subject` from what a user gave, with default claims and batch where it has none.
@@ -65,7 +67,8 @@ def resolve(path: str) -> Subject:
     """The subject that "package.module:factory" names.
 
     Raises:
-        ValueError: If the path is malformed, the module cannot be imported, or has no such name.
+        ValueError: If the path is malformed, the module cannot be imported (it raises, skips or
+            exits), or has no such name.
 
     Example:
         >>> resolve("torch.nn:Identity").name
@@ -76,16 +79,16 @@ def resolve(path: str) -> Subject:
         raise ValueError(f"{path!r} names no factory: write package.module:factory.")
     try:
         found: Any = import_module(module_name)
+        for part in attribute.split("."):  # a package may import it only now
+            found = getattr(found, part, _NOTHING)
     except (Exception, *STOPS) as error:
         script = ' Keep what a script does below `if __name__ == "__main__":`.'
         raise ValueError(
             f"cannot import {module_name!r} for the subject {path!r}: {said(error)}."
             f"{script if isinstance(error, SystemExit) else ''}"
         ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{module_name!r} has no {attribute!r}, which {path!r} names.")
-        found = getattr(found, part)
+    if found is _NOTHING:
+        raise ValueError(f"{module_name!r} has no {attribute!r}, which {path!r} names.")
     return as_subject(found, name=attribute)
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import unittest
 import weakref
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_results_print_as_a_table_with_the_messages_below():
         [name, "not", "claimed"] for name in PROMISES if name != "sharing"
     ]
     text = str(check_ensemble(Subject(make=pair, claims={"sharing": "tied"})))
-    assert "\n\nmembers 0, 1 are claimed to share *, and do not\n\n" in text
+    assert "\n\nmembers 0, 1 are claimed to share *, but do not\n\n" in text
 
 
 def test_a_failing_check_does_not_keep_the_others_from_running():
@@ -154,6 +155,153 @@ def test_an_assertion_without_a_text_is_told_by_its_type(monkeypatch):
     line = fails.__code__.co_firstlineno + 1
     assert found.status == "broken"
     assert found.message == f"AssertionError (tests/gate/test_conformance.py:{line})"
+
+
+# --- what skips, or exits -----------------------------------------------------------------------
+
+
+def skip():
+    pytest.skip("no data here")
+
+
+def expect_a_failure():
+    pytest.xfail("no data here")
+
+
+def skip_as_unittest_does():
+    raise unittest.SkipTest("no data here")
+
+
+def leave():
+    sys.exit("no data here")
+
+
+def end():
+    pytest.exit("no data here", returncode=0)
+
+
+def fail():
+    pytest.fail("no data here")
+
+
+WAYS = {
+    skip: "Skipped",
+    expect_a_failure: "XFailed",
+    skip_as_unittest_does: "SkipTest",
+    leave: "SystemExit",
+    end: "Exit",
+    fail: "Failed",
+}
+
+
+class Leaving(nn.Linear):
+    """A layer whose forward pass, backward pass or copy never ends."""
+
+    def __init__(self, way, *, where: str) -> None:
+        super().__init__(4, 3)
+        self.way, self.where = way, where
+
+    def forward(self, x):
+        if self.where == "forward":
+            self.way()
+        y = super().forward(x)
+        if self.where == "backward" and y.requires_grad:
+            y.register_hook(lambda gradient: self.way())
+        return y
+
+    def __deepcopy__(self, memo):
+        if self.where == "copy":
+            self.way()
+        return Leaving(self.way, where=self.where)
+
+
+def leaving(where: str, way) -> Subject:
+    """A subject that leaves in the function of this name, with a claim that calls it."""
+    sharing, ownership = {"sharing": "independent"}, {"ownership": "independent"}
+    coverage, determinism = {"coverage": "complete"}, {"determinism": "bitwise"}
+    claims = {
+        "make": sharing,
+        "members": sharing,
+        "batch": ownership,
+        "forward": ownership,
+        "outputs": ownership,
+        "optimizer": coverage,
+        "loss": coverage,
+        "scheduler": determinism,
+        "clip": determinism,
+        "backward": determinism,
+        "predict": {"prediction": "arithmetic"},
+        "data": {"data": "paired"},
+        "copy": {"round_trips": ["deepcopy"]},
+    }
+    parts = {
+        "make": pair,
+        "batch": lambda: torch.randn(5, 4),
+        "loss": total,
+        "optimizer": optimizer,
+    }
+    if where in ("forward", "backward", "copy"):
+        parts["make"] = lambda: [Leaving(way, where=where) for _ in range(2)]
+    else:
+        parts[where] = lambda *given: way()
+    return Subject(name="leaver", claims=claims[where], **parts)
+
+
+WHERE = {
+    "make": "the factory of subject 'leaver' raised ",
+    "members": "members=... raised ",
+    "batch": "batch=... raised ",
+    "forward": "calling member 0 (Leaving) on the batch (5, 4) torch.float32 on cpu raised ",
+    "outputs": "outputs=... raised ",
+    "optimizer": "optimizer=... raised ",
+    "loss": "loss=... raised ",
+    "scheduler": "scheduler=... raised ",
+    "clip": "clip=... raised ",
+    "backward": "in step 1, the backward pass of the loss raised ",
+    "predict": "predict=... raised ",
+    "data": "data(0) raised ",
+    "copy": "the code of subject 'leaver' raised ",
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "way"),
+    [
+        *((where, way) for where in WHERE for way in (skip, leave)),
+        *(("make", way) for way in WAYS if way not in (skip, leave)),
+        ("forward", fail),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_claim_that_was_not_looked_at_is_an_error_that_says_who_left(where, way):
+    (found,) = (r for r in check_ensemble(leaving(where, way)) if r.claim is not None)
+    line = way.__code__.co_firstlineno + 1
+    told = f"{WAYS[way]}: no data here (tests/gate/test_conformance.py:{line})."
+    who = "the code of subject 'leaver' raised " if way is fail else WHERE[where]
+    assert found.status == "error"
+    assert found.message.partition(" A claim that nothing looked at")[0].startswith(who + told)
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_ctrl_c_stops_every_check(where):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check_ensemble(leaving(where, interrupted))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_factory_that_leaves_is_no_subject(way):
+    def factory():
+        return way()
+
+    told = (
+        f"the factory 'factory' raised {WAYS[way]}: no data here (tests/gate/test_conformance.py:"
+    )
+    for takes in (check_ensemble, lambda given: parametrize_with_checks([given])):
+        with pytest.raises(ValueError, match=f"^{re.escape(told)}"):
+            takes(factory)
 
 
 # --- seeds and generators -----------------------------------------------------------------------
@@ -487,6 +635,41 @@ def test_a_module_that_fails_when_imported_is_refused_with_the_reason(tmp_path, 
     told = "cannot import 'half_written' for the subject 'half_written:model': SyntaxError: "
     with pytest.raises(ValueError, match=f"^{re.escape(told)}"):
         resolve("half_written:model")
+
+
+LEAVES_AT_IMPORT = {
+    "import sys\nsys.exit(0)\n": (
+        'SystemExit: 0 (*script.py:2). Keep what a script does below `if __name__ == "__main__":`.'
+    ),
+    "import argparse\nargparse.ArgumentParser().parse_args(['--width'])\n": (
+        'SystemExit: 2 (*script.py:2). Keep what a script does below `if __name__ == "__main__":`.'
+    ),
+    "import pytest\npytest.skip('no GPU', allow_module_level=True)\n": (
+        "Skipped: no GPU (*script.py:2)."
+    ),
+    "import pytest\n\npytest.importorskip('nowhere')\n": (
+        "Skipped: could not import 'nowhere': No module named 'nowhere' (*script.py:3)."
+    ),
+    "def __getattr__(name):\n    raise SystemExit(3)\n": (
+        'SystemExit: 3 (*script.py:2). Keep what a script does below `if __name__ == "__main__":`.'
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "text", LEAVES_AT_IMPORT, ids=["exit", "argparse", "skip", "importorskip", "lazy"]
+)
+def test_a_module_that_leaves_when_imported_is_refused(text, tmp_path, monkeypatch):
+    (tmp_path / "script.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "script", raising=False)
+    with pytest.raises(ValueError) as refused:
+        resolve("script:build")
+    sys.modules.pop("script", None)
+    told = f"cannot import 'script' for the subject 'script:build': {LEAVES_AT_IMPORT[text]}"
+    before, after = told.split("*")
+    assert str(refused.value).startswith(before)
+    assert str(refused.value).endswith(after)
 
 
 # --- bad input: each with a clear error that names the place ------------------------------------

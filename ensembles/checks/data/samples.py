@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from ensembles.instruments.recording import digest
-from ensembles.user_calls import raised
+from ensembles.user_calls import ERRORS, raised
 
 __all__ = ["samples_of"]
 
@@ -67,7 +67,7 @@ def _of(data: Callable[[Any], Iterable[Any]], member: Any) -> Iterable[Any]:
     try:
         found = data(member)
         iter(found)
-    except Exception as error:
+    except ERRORS as error:
         raise ValueError(raised(f"data({member!r})", error, then, of=data)) from error
     return found
 

@@ -16,7 +16,7 @@ from ensembles.checks.determinism.call_log import CallLog, first_unlike
 from ensembles.checks.determinism.claim import DeterminismClaim
 from ensembles.checks.determinism.processes import runs_in_processes
 from ensembles.checks.determinism.seeding import later, seeded
-from ensembles.handling.members import named_modules_of
+from ensembles.handling.members import named_modules_of, new_model
 from ensembles.handling.registered_tensors import registered
 from ensembles.instruments.divergence import Parting, partings
 from ensembles.instruments.recording import Entry, Run, generator_entries, recorded_anew
@@ -371,7 +371,7 @@ def _owed_to_seed(
     found: list[list[tuple[str, Tensor]]] = []
     for each in (seed, seed + 1):
         with seeded(each, algorithms=algorithms):
-            model = make()
+            model = new_model(make)
             states.append({entry.name: entry.digest for entry in generator_entries()})
         named = [
             (e.names[0], e.tensor.detach()) for e in registered(model) if e.kind == "parameter"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ensembles.handling.members import member_outputs, named_modules_of
+from ensembles.handling.members import member_outputs, named_modules_of, new_model
 from ensembles.handling.state import generators_kept, preserved, seed_generators
 from ensembles.handling.training import fresh, hidden_modules
 from ensembles.instruments.recording import digest, generator_entries
@@ -142,12 +142,12 @@ def _built_twice(make: Callable[[], Model]) -> Built:
     states = []
     with generators_kept():
         seed_generators(present_seed.get())
-        built = []
+        models = []
         states.append(_generators())
         for _ in range(2):
-            built.append(make())
+            models.append(new_model(make))
             states.append(_generators())
-    one, two = built
+    one, two = models
     ours = {id(p) for module in named_modules_of(one).values() for p in module.parameters()}
     theirs = {id(p) for module in named_modules_of(two).values() for p in module.parameters()}
     if ours and ours == theirs:  # built before: it is given, and its construction cannot be seen

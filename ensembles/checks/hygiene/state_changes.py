@@ -35,7 +35,7 @@ from ensembles.instruments.tensor_locations import things_below
 from ensembles.message import listed
 from ensembles.present_run import seed as present_seed
 from ensembles.subject import Loss, Model, Outputs
-from ensembles.user_calls import raised
+from ensembles.user_calls import ERRORS, raised
 
 __all__ = ["Trained", "moved_in_eval", "moved_in_training"]
 
@@ -400,7 +400,7 @@ def _train_call(
 def _step(optimizer: Optimizer) -> None:
     try:
         optimizer.step()
-    except Exception as error:
+    except ERRORS as error:
         then = "Give optimizer=a function that builds one whose step() needs no arguments."
         what = f"{type(optimizer).__name__}.step()"
         raise ValueError(raised(what, error, then, of=optimizer)) from error

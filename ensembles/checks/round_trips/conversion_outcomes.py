@@ -25,7 +25,13 @@ from ensembles.checks.round_trips.conversions import (
 )
 from ensembles.checks.round_trips.owners import Reach, owned_otherwise, reach_of
 from ensembles.checks.round_trips.training_calls import TrainingCall, training_call, unlike
-from ensembles.handling.members import call, is_one_module, member_outputs, named_modules_of
+from ensembles.handling.members import (
+    call,
+    is_one_module,
+    member_outputs,
+    named_modules_of,
+    new_model,
+)
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import seed_generators
 from ensembles.handling.training import fresh
@@ -256,7 +262,7 @@ class Together(nn.Module):
 
 def _built(make: Callable[[], Model], seed: int) -> nn.Module:
     seed_generators(seed)
-    model = make()
+    model = new_model(make)
     if is_one_module(model):
         return model
     return Together(list(named_modules_of(model).values()))

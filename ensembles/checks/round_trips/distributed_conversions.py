@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from ensembles.checks.determinism.processes import answer_of
 from ensembles.checks.round_trips.conversion_outcomes import Trip, owners_of, trip
 from ensembles.checks.round_trips.conversions import (
     OTHER_CODE,
@@ -124,17 +125,11 @@ def _seen_by_ranks(
                 if process.poll() is None:
                     process.kill()
                     process.communicate()
-        for process, said in zip(processes, errors, strict=True):
-            if process.returncode:
-                lines = said.strip().splitlines() or [f"exit status {process.returncode}"]
-                raise ValueError(f"{factory} failed in a process of its own: {lines[-1]}")
-        return [
-            {
-                name: _trip_of(plain)
-                for name, plain in json.loads(Path(folder, f"{rank}.json").read_text()).items()
-            }
-            for rank in range(RANKS)
+        answers = [
+            answer_of(process, said, Path(folder, f"{rank}.json"), factory)
+            for rank, (process, said) in enumerate(zip(processes, errors, strict=True))
         ]
+        return [{name: _trip_of(plain) for name, plain in one.items()} for one in answers]
 
 
 def trip_in_rank(folder: str, factory: str, names: Sequence[str], rank: int, seed: int) -> None:

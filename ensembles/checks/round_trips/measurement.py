@@ -13,7 +13,7 @@ from ensembles.checks.round_trips.claim import RoundTripsClaim
 from ensembles.checks.round_trips.conversion_outcomes import Trip, owners_of, trip
 from ensembles.checks.round_trips.conversions import CONVERSIONS, trace_kept_apart
 from ensembles.checks.round_trips.distributed_conversions import DISTRIBUTED, trips_in_processes
-from ensembles.handling.members import named_modules_of
+from ensembles.handling.members import named_modules_of, new_model
 from ensembles.handling.state import generators_kept
 from ensembles.message import aligned, broken, counted, listed
 from ensembles.present_run import seed as present_seed
@@ -399,7 +399,7 @@ def _refuse_one_model(make: Callable[[], Model]) -> None:
             f"round trips convert new models, and got an object of type {type(make).__name__}. "
             "Give a function that builds the model: lambda: ..."
         )
-    one, two = (list(named_modules_of(make()).values()) for _ in range(2))
+    one, two = (list(named_modules_of(new_model(make)).values()) for _ in range(2))
     if {id(m) for m in one} & {id(m) for m in two}:
         raise ValueError(
             "make returns the same module at each call, and a state is to be loaded into a new "

@@ -18,7 +18,7 @@ from ensembles.checks.trajectory.runs import (
     TrainingTrajectory,
     measure_training_trajectory,
 )
-from ensembles.handling.members import is_one_module, named_members, named_modules_of
+from ensembles.handling.members import is_one_module, named_members, named_modules_of, new_model
 from ensembles.handling.state import generators_kept, preserved, seed_generators
 from ensembles.handling.training import hidden_modules, optimizers_of
 from ensembles.instruments.divergence import Parting, partings
@@ -139,7 +139,7 @@ def measure_member_trajectories(
     )
     with generators_kept():
         seed_generators(seed)
-        model = make() if callable(make) and not isinstance(make, nn.Module) else make
+        model = new_model(make) if callable(make) and not isinstance(make, nn.Module) else make
         holders = _members_of(model, members)
         modules = [*named_modules_of(model).values(), *holders.values()]
         with preserved([*modules, *hidden_modules(modules)]):

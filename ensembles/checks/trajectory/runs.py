@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ensembles.handling.members import named_modules_of
+from ensembles.handling.members import named_modules_of, new_model
 from ensembles.handling.numbers import checked_numbers
 from ensembles.handling.state import generators_kept, seed_generators
 from ensembles.instruments.divergence import partings
@@ -257,7 +257,7 @@ def _made(make: Callable[[], Model] | Model, seed: int) -> Model:
     if isinstance(make, (nn.Module, Sequence, Mapping)):
         model = make
     elif callable(make):
-        model = make()
+        model = new_model(make)
     else:
         raise ValueError(
             f"make=... is an object of type {type(make).__name__}: give a function that builds "

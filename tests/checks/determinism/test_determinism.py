@@ -426,6 +426,15 @@ def test_a_factory_that_fails_in_its_process_is_an_error(tmp_path, monkeypatch):
         assert_bitwise(classifier, factory="mypackage:build")
 
 
+def test_a_factory_that_exits_in_its_process_is_an_error(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(ValueError, match="of its own: exit status 0, and no answer"):
+        assert_bitwise(classifier, factory="mypackage:build")
+
+
 def test_a_factory_without_a_colon_is_an_error():
     with pytest.raises(ValueError, match="names no factory"):
         assert_bitwise(classifier, factory="mypackage.build")
