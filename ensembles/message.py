@@ -79,6 +79,10 @@ class Broken(AssertionError):  # noqa: N818  (what it says of a claim)
         self.findings = findings
 
 
+# Tracebacks name it as what it is to its readers.
+Broken.__module__, Broken.__qualname__ = "builtins", "AssertionError"
+
+
 def assert_held(findings: Findings) -> None:
     """Raises `Broken` where something was found.
 

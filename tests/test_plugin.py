@@ -67,8 +67,8 @@ def silence(names: list[str]) -> list[str]:
 
 
 def expected_table(pytester: pytest.Pytester) -> list[str]:
-    found = "2 members, 4 parameters and buffers, 0 pieces of memory with several places"
-    broken = "members 0, 1 are claimed independent, and share parameters"
+    found = "2 members, 4 parameters and buffers, nothing shared"
+    broken = "members 0, 1 are claimed independent, but share parameters"
     (file,) = pytester.path.glob("test_*.py")
     (line,) = (i for i, text in enumerate(file.read_text().splitlines(), 1) if "1 / 0" in text)
     error = (
@@ -203,7 +203,7 @@ def test_the_fixture_fails_with_the_message_and_none_of_our_frames(pytester):
     result.stdout.fnmatch_lines(
         [
             ">       parameter_sharing.assert_independent([[]nn.Linear(4, 2)] [*] 3)",
-            "E       AssertionError: members 0, 1, 2 are claimed independent, and share parameters",
+            "E       AssertionError: members 0, 1, 2 are claimed independent, but share parameters",
             "*replay: pytest test_*.py::test_share_nothing --ensembles-seed=7",
         ]
     )

@@ -147,7 +147,7 @@ def test_a_broken_subject_fails_with_its_message_alone(gate):
     start = next(i for i, line in enumerate(result.outlines) if line.startswith("____"))
     stop = next(i for i, line in enumerate(result.outlines) if "what the models claim" in line)
     assert result.outlines[start + 1 : stop] == [
-        "members 0, 1, 2 are claimed independent, and share parameters",
+        "members 0, 1, 2 are claimed independent, but share parameters",
         "",
         "  0.weight   one tensor in members 0, 1, 2",
         "  0.bias     one tensor in members 0, 1, 2",

@@ -208,8 +208,8 @@ def test_what_holds_no_optimizer_is_refused(build):
 def test_an_optimizer_of_a_model_that_registers_nothing_is_refused_with_the_cause():
     told = (
         r"^optimizer=sgd raised ValueError: optimizer got an empty parameter list "
-        r"\(tests/handling/test_training.py:\d+\)\. It takes the model and returns its optimizer, or "
-        r"a list of them\. The model registers no trainable parameters, so that no step can be "
+        r"\(tests/handling/test_training.py:\d+\)\. It takes the model and returns its optimizer, "
+        r"or a list of them\. The model registers no trainable parameters, so that no step can be "
         r"taken\. Usual cause: members in a Python list instead of nn\.ModuleList, or all is "
         r"frozen\.$"
     )
