@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from typing_extensions import TypeIs
 
 from ensembles.calling import asked, raised
+from ensembles.memory import numbers_in
 
 Model = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
 """What a user points at: one module, or the members as a list or dict of modules."""
@@ -353,13 +354,14 @@ def checked_numbers(model: Model) -> None:
                     "parameters. Make integer tables buffers; give complex weights as pairs."
                 )
             # A frozen parameter may be an additive mask, of minus infinity.
-            usable = parameter.detach().isfinite()
+            numbers = numbers_in(parameter, place)
+            usable = numbers.isfinite()
             if not parameter.requires_grad:
-                usable |= parameter.detach().isinf()
+                usable |= numbers.isinf()
             if not usable.all():
                 wrong = int((~usable).sum())
                 raise ValueError(
-                    f"{place} holds NaN or infinity in {wrong} of {parameter.numel()} elements. "
+                    f"{place} holds NaN or infinity in {wrong} of {numbers.numel()} elements. "
                     "Nothing can be concluded from it: mend the initialisation or the checkpoint."
                 )
 

@@ -42,7 +42,7 @@ from ensembles.message import SHOWN_ROWS, aligned, broken, listed
 from ensembles.probes.meter import Kept, Meter, Operation
 from ensembles.probes.passes import actual_pass, zeros_of
 from ensembles.probes.registers import Registered, registered
-from ensembles.subject import Model, Outputs, checked_initialised, named_modules_of
+from ensembles.subject import Model, Outputs, checked_initialised, checked_numbers, named_modules_of
 
 __all__ = [
     "ComputeCost",
@@ -273,6 +273,8 @@ def measure_compute_cost(
         checked_initialised(entry.tensor, f"{entry.kind} {entry.names[0]}")
     given = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
     on_meta = any(x.is_meta for x in [*given, *(entry.tensor for entry in entries)])
+    if not on_meta:
+        checked_numbers(model)
     meter = Meter(modules, batch)
     kept, trained = actual_pass(model, batch, outputs, training, meter, check=not on_meta)
     wasted: Mapping[Operation, int] | None = None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensembles.memory import as_kind_of
 from ensembles.message import SHOWN_ROWS, aligned, broken, counted, listed
 from ensembles.probes.penalties import coupled_by_weights
 from ensembles.probes.state import generators_kept, preserved
@@ -238,7 +239,7 @@ def _moved_by_loss(
 def _nudged(output: Tensor) -> Tensor:
     """Another prediction of the same kind: probabilities stay in [0, 1], signs stay."""
     generator = torch.Generator().manual_seed(0)
-    share = 0.25 * (1 - torch.rand(output.shape, generator=generator)).to(output)
+    share = as_kind_of(0.25 * (1 - torch.rand(output.shape, generator=generator)), output)
     return torch.where(output == 0, share, output * (1 - share))
 
 

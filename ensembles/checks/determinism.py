@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensembles.memory import numbers_in
 from ensembles.message import aligned, broken, counted, listed
 from ensembles.message import seed as present_seed
 from ensembles.probes.calls import CallLog, first_unlike
@@ -382,7 +383,9 @@ def _owed_to_seed(
             model = make()
             states.append({entry.name: entry.digest for entry in generator_entries()})
         named = [
-            (e.names[0], e.tensor.detach()) for e in registered(model) if e.kind == "parameter"
+            (e.names[0], numbers_in(e.tensor, f"parameter {e.names[0]}"))
+            for e in registered(model)
+            if e.kind == "parameter"
         ]
         found.append([(name, p) for name, p in named if _is_drawn(p)])
     other = dict(found[1])
@@ -397,7 +400,7 @@ def _owed_to_seed(
 
 def _is_drawn(tensor: Tensor) -> bool:
     """Whether it may have been drawn: zeros, ones, and what has two values (eye) are by design."""
-    values = tensor.detach().flatten()
+    values = tensor.flatten()
     if not values.numel():
         return False
     return bool(((values != values.min()) & (values != values.max())).any())

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ensembles.memory import memory_in
 from ensembles.message import aligned, broken, counted, listed, told_in_common
 from ensembles.subject import LISTED, Members, Model, checked_initialised, named_members
 
@@ -126,7 +127,8 @@ def measure_parameter_sharing(model: Model, *, members: Members | None = None) -
         only where views of one memory differ.
 
     Raises:
-        ValueError: If there are no members, or a parameter is lazy.
+        ValueError: If there are no members, a parameter is lazy, or PyTorch does not show the
+            memory of a tensor.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -375,25 +377,10 @@ def _views(member: str, module: nn.Module, counter: Iterator[int]) -> Iterator[_
         if is_lazy(tensor):
             checked_initialised(tensor, f"{kind} {member}.{name}")
         place = Place(member, name, kind)
-        for inner in _strided(tensor, place):
+        for inner in memory_in(tensor, f"{kind} {place}"):
             if inner.numel():
                 identity = id(tensor) if kind == "parameter" else 0
                 yield _View(place, _extent(inner), identity, next(counter))
-
-
-def _strided(tensor: Tensor, place: Place) -> list[Tensor]:
-    """The tensors that hold the memory: wrappers such as DTensor are opened."""
-    if hasattr(type(tensor), "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        return [x for name in names for x in _strided(getattr(tensor, name), place)]
-    if tensor.layout is not torch.strided:
-        if tensor.layout is torch.sparse_coo:
-            return [tensor._indices(), tensor._values()]
-        raise ValueError(
-            f"{place.kind} {place} has layout {tensor.layout}, whose memory cannot be compared. "
-            "Compare the dense model."
-        )
-    return [tensor]
 
 
 def _extent(tensor: Tensor) -> _Extent:
@@ -416,10 +403,10 @@ def _extent(tensor: Tensor) -> _Extent:
 
 def _start(tensor: Tensor) -> tuple[tuple[str, int], int]:
     """The space and the first byte of a tensor."""
-    device = tensor.device
-    if device.type == "meta":
+    device, storage = tensor.device, tensor.untyped_storage()
+    if storage.device.type == "meta":  # of fake tensors too, whatever device they imitate
         offset = int(tensor.storage_offset()) * tensor.element_size()
-        return ("meta", tensor.untyped_storage()._cdata), offset
+        return ("meta", storage._cdata), offset
     return (device.type, device.index or 0), tensor.data_ptr()
 
 

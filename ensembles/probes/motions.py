@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ensembles.calling import raised
+from ensembles.memory import as_kind_of
 from ensembles.message import listed
 from ensembles.message import seed as present_seed
 from ensembles.probes.averages import Averages
@@ -152,8 +153,8 @@ def _kept_from_calls(
                 continue
             # What is expanded is one number in several places, and cannot be written.
             if all(size < 2 or step for size, step in zip(p.shape, p.stride(), strict=True)):
-                factors = torch.linspace(1.0, 1.2, (p.shape[-1] if p.ndim else 1) + 1)[1:].to(p)
-                p.mul_(factors if p.ndim else factors[0]).add_(0.01)
+                factors = torch.linspace(1.0, 1.2, (p.shape[-1] if p.ndim else 1) + 1)[1:]
+                p.mul_(as_kind_of(factors.expand(p.shape) if p.ndim else factors[0], p)).add_(0.01)
 
     def trained_anew() -> None:
         start.restore()

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ensembles.calling import asked
+from ensembles.memory import as_kind_of
 from ensembles.message import listed
 from ensembles.probes.confined import taken_for_logits
 from ensembles.probes.registers import registered
@@ -183,7 +184,7 @@ def _nudged(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     nudged = []
     for y in outputs:
-        share = 0.5 * (1 - torch.rand(y.shape, generator=generator)).to(y)
+        share = as_kind_of(0.5 * (1 - torch.rand(y.shape, generator=generator)), y)
         nudged.append(torch.where(y == 0, share, y * (1 - share)))
     return tuple(nudged)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ensembles.calling import raised
+from ensembles.memory import numbers_in
 from ensembles.message import counted, listed
 from ensembles.message import seed as present_seed
 from ensembles.probes.state import (
@@ -185,7 +186,7 @@ def distance(one: Tensor | None, two: Tensor | None) -> float:
     """
     if one is None or two is None:
         return 0.0 if one is two else math.inf
-    one, two = (x.detach() if x.layout == torch.strided else x.to_dense() for x in (one, two))
+    one, two = numbers_in(one), numbers_in(two)
     if one.shape != two.shape or one.dtype != two.dtype:
         return math.inf
     if torch.equal(one, two):
