@@ -31,7 +31,7 @@ class Promise:
 
     Example:
         >>> PROMISES["sharing"].fixture, PROMISES["sharing"].folder
-        ('parameter_sharing', 'ensembles.checks.sharing')
+        ('parameter_sharing', 'ensembles.checks.sharing.measurement')
     """
 
     name: str

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ensembles.handling.members import named_modules_of
+from ensembles.handling.memory import numbers_in
 from ensembles.subject import Model
 
 __all__ = ["checked_initialised", "checked_numbers"]
@@ -38,13 +39,14 @@ def checked_numbers(model: Model) -> None:
                     "parameters. Make integer tables buffers; give complex weights as pairs."
                 )
             # A frozen parameter may be an additive mask, of minus infinity.
-            usable = parameter.detach().isfinite()
+            numbers = numbers_in(parameter, place)
+            usable = numbers.isfinite()
             if not parameter.requires_grad:
-                usable |= parameter.detach().isinf()
+                usable |= numbers.isinf()
             if not usable.all():
                 wrong = int((~usable).sum())
                 raise ValueError(
-                    f"{place} holds NaN or infinity in {wrong} of {parameter.numel()} elements. "
+                    f"{place} holds NaN or infinity in {wrong} of {numbers.numel()} elements. "
                     "Nothing can be concluded from it: mend the initialisation or the checkpoint."
                 )
 

@@ -20,8 +20,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ensembles.handling.members import named_modules_of
+from ensembles.handling.memory import (
+    checked_present,
+    inner_tensors,
+    is_shell,
+    numbers_in,
+    told_type,
+)
 from ensembles.handling.registered_tensors import registered
 from ensembles.subject import Model
+from ensembles.user_calls import raised
 
 __all__ = [
     "Snapshot",
@@ -44,6 +52,12 @@ CONTAINERS = (dict, list)
 
 REGISTERS = ("_parameters", "_buffers", "_modules")
 """Dicts that are seen to by themselves."""
+
+PLAIN_MODEL = (
+    "This check computes with plain tensors. Check the model before it is sharded or quantized "
+    "(fully_shard, parallelize_module, quantize_); sharing opens such tensors."
+)
+"""What to do where operations are not known to a class of tensors."""
 
 _COPIES: WeakValueDictionary[tuple[int, int], Tensor] = WeakValueDictionary()
 """By the address of a tensor and a number, copies of it, for as long as somebody has them."""
@@ -103,6 +117,8 @@ class Snapshot:
     """
 
     def __init__(self, model: Model) -> None:
+        for tensor, names, kind in registered(model):
+            checked_present(tensor, f"{kind} {names[0]}")
         self._modules = [
             (module, module.training, dict(module._parameters), dict(module._buffers))
             for module in dict.fromkeys(
@@ -199,6 +215,11 @@ def preserved(model: Model) -> Iterator[Snapshot]:
     Yields:
         The state on entry, which may be restored before the exit too.
 
+    Raises:
+        ValueError: If a tensor of the model has no memory that may be read; and in place of an
+            error that is raised inside, if the model has tensors that are made of others: many
+            operations are not known to those.
+
     Example:
         >>> layer = nn.Linear(2, 2)
         >>> before = layer.weight.detach().clone()
@@ -207,17 +228,33 @@ def preserved(model: Model) -> Iterator[Snapshot]:
         >>> torch.equal(layer.weight, before), layer.training
         (True, True)
     """
-    snapshot = Snapshot(model)
-    gradients = [(leaf, leaf.grad) for leaf in snapshot.leaves]
-    for leaf, _ in gradients:
-        leaf.grad = None
+    with _shells_told(model):
+        snapshot = Snapshot(model)
+        gradients = [(leaf, leaf.grad) for leaf in snapshot.leaves]
+        for leaf, _ in gradients:
+            leaf.grad = None
+        try:
+            yield snapshot
+        finally:
+            snapshot.restore()
+            for leaf, gradient in gradients:
+                if leaf.is_leaf:
+                    leaf.grad = gradient
+
+
+@contextmanager
+def _shells_told(model: Model) -> Iterator[None]:
+    """Says that the model has tensors made of others, where something fails that is not ours."""
     try:
-        yield snapshot
-    finally:
-        snapshot.restore()
-        for leaf, gradient in gradients:
-            if leaf.is_leaf:
-                leaf.grad = gradient
+        yield
+    except (AssertionError, ValueError):
+        raise
+    except Exception as error:
+        for tensor, names, kind in registered(model):
+            if is_shell(tensor):
+                what = f"{kind} {names[0]} is of type {told_type(tensor)}, and an operation on it"
+                raise ValueError(raised(what, error, PLAIN_MODEL)) from error
+        raise
 
 
 def graph_kept(modules: Sequence[nn.Module]) -> saved_tensors_hooks:
@@ -345,7 +382,7 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 def _bits(parameter: Tensor) -> Tensor:
     """The values as integers, so that NaN equals itself and -0.0 differs from 0.0."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    data = parameter.detach().to_dense()
+    data = numbers_in(parameter)
     if data.is_complex():
         data = torch.view_as_real(data)
     return data.view(kinds[data.element_size()])
@@ -451,10 +488,11 @@ def _read(thing: Any) -> tuple[bytes, list[Any] | None]:
             return b"lazy;", None
         grad = thing.grad if thing.is_leaf else None
         flags = f"{thing.dtype} {tuple(thing.shape)} {thing.device} {thing.requires_grad};"
-        if hasattr(type(thing), "__tensor_flatten__"):
-            names, _ = thing.__tensor_flatten__()  # type: ignore[attr-defined]
-            return flags.encode(), [*(getattr(thing, name) for name in names), grad]
-        return flags.encode() + _raw(thing), [grad]
+        try:
+            inner = inner_tensors(thing)
+            return flags.encode() + (b"" if inner else _raw(thing)), [*inner, grad]
+        except ValueError:  # what cannot be read proves nothing
+            return os.urandom(16), None
     if isinstance(thing, (bool, int, float, complex, str, bytes, type(None))):
         return f"{type(thing).__name__} {thing!r};".encode(), None
     if isinstance(thing, torch.Generator):
@@ -493,13 +531,13 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _raw(tensor: Tensor) -> bytes:
-    """The bits; of a tensor without values its address, which is all that can change."""
+    """The bits of a tensor with memory of its own; on meta there are none."""
     values = tensor.detach()
     if values.is_meta:
         return b"meta;"
-    values = values if values.layout is torch.strided else values.to_dense()
+    checked_present(values)
     values = values.resolve_conj().resolve_neg().cpu().contiguous()
     size = values.numel() * values.element_size()
-    if not size or not values.data_ptr():
+    if not size:
         return b"empty;"
     return blake2b((ctypes.c_ubyte * size).from_address(values.data_ptr()), digest_size=16).digest()

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from ensembles.handling.members import named_modules_of
+from ensembles.handling.memory import as_kind_of
 from ensembles.message import listed
 from ensembles.subject import LISTED, Loss, Model
 from ensembles.user_calls import asked, called
@@ -121,7 +122,7 @@ def projected_gradients(
         (torch.Size([2, 2]), None)
     """
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+    weights = [as_kind_of(torch.randn(y.shape, generator=generator), y) for y in outputs]
     return gradients_of(list(outputs), weights, parameters)
 
 

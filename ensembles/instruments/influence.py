@@ -34,6 +34,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from ensembles.handling.members import is_one_module, member_outputs, named_modules_of
+from ensembles.handling.memory import is_shell, memory_in, told_type
 from ensembles.handling.numbers import checked_numbers
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import parameters_kept, preserved
@@ -89,7 +90,7 @@ class Probe:
             outputs, list(wanted.values()), seeds, retain_graph=True, allow_unused=True
         )
         return {
-            name: None if gradient is None else gradient.to_dense() != 0  # embeddings may be sparse
+            name: None if gradient is None else _not_zero(gradient, name)
             for name, gradient in zip(wanted, gradients, strict=True)
         }
 
@@ -226,6 +227,21 @@ def probing(
         )
 
 
+def _not_zero(gradient: Tensor, name: str) -> Tensor:
+    """A plain mask of the gradient's shape; of embeddings the gradient may be sparse."""
+    parts = [gradient]
+    if is_shell(gradient):
+        # Each of several tensors of the outer shape says of the same elements.
+        parts = [x for x in memory_in(gradient, name) if x.shape == gradient.shape]
+    if not parts:
+        raise ValueError(
+            f"the gradient of {name} is of type {told_type(gradient)}: which of the numbers inside "
+            "are which elements is not known. Check the model before it is sharded."
+        )
+    masks = [part.to_dense() != 0 for part in parts]
+    return torch.stack(masks).any(0) if len(masks) > 1 else masks[0]
+
+
 def _usable(tensors: Sequence[Tensor]) -> bool:
     return all(bool(y.isfinite().all()) for y in tensors) and any(bool(y.any()) for y in tensors)
 
@@ -270,9 +286,13 @@ def _scale(parameter: Tensor, fans: dict[int, int]) -> float:
 
 
 def _is_generic(frozen: Tensor) -> bool:
-    """Whether a frozen parameter may be redrawn: not a mask, nor one of an unusual type."""
+    """Whether a frozen parameter may be redrawn: no mask, and of no unusual type or class."""
     usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    return frozen.dtype in usual and bool(((frozen != 0) & frozen.isfinite()).all())
+    return (
+        frozen.dtype in usual
+        and not is_shell(frozen)
+        and bool(((frozen != 0) & frozen.isfinite()).all())
+    )
 
 
 def _require_gradients(parameters: Iterable[Tensor]) -> None:

@@ -24,6 +24,7 @@ from ensembles.handling.members import (
     named_modules_of,
     new_model,
 )
+from ensembles.handling.memory import as_kind_of, inner_tensors, is_shell, numbers_in
 from ensembles.handling.state import generators_kept, preserved, seed_generators
 from ensembles.handling.training import (
     fresh,
@@ -208,6 +209,9 @@ def recorded_anew(subject: Subject, run: Run) -> tuple[Model, tuple[Entry, ...]]
 def digest(value: Any) -> str:
     """Of a tensor its dtype, shape and bits; of anything else its text.
 
+    Raises:
+        ValueError: If it is a tensor whose memory PyTorch does not show.
+
     Example:
         >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.tensor([0.0, -0.0]))
         (True, ...)
@@ -216,9 +220,10 @@ def digest(value: Any) -> str:
     """
     if not isinstance(value, Tensor):
         return blake2b(repr(value).encode(), digest_size=8).hexdigest()
-    dense = value.detach()
-    dense = dense if dense.layout == torch.strided else dense.to_dense()
-    dense = dense.resolve_conj().resolve_neg().cpu().contiguous()
+    inner = inner_tensors(value) if is_shell(value) else ()
+    if inner:
+        return digest((type(value).__name__, [digest(part) for part in inner]))
+    dense = numbers_in(value).resolve_conj().resolve_neg().cpu().contiguous()
     found = blake2b(f"{dense.dtype} {tuple(dense.shape)}".encode(), digest_size=8)
     size = dense.numel() * dense.element_size()
     if size:
@@ -368,7 +373,7 @@ def _distance(outputs: Mapping[str, Any]) -> Tensor:
     for value in outputs.values():
         generator = torch.Generator().manual_seed(0)
         for y in value if isinstance(value, tuple) else (value,):
-            target = torch.randn(y.shape, generator=generator).to(y)
+            target = as_kind_of(torch.randn(y.shape, generator=generator), y)
             losses.append((y - target).square().mean())
     return torch.stack(losses).sum()
 
@@ -490,13 +495,12 @@ class _Tensors:
     def entry(self, step: int, kind: str, member: str, name: str, value: Any) -> Entry:
         if not isinstance(value, Tensor):
             return Entry(step, kind, member, name, digest(value))
-        values = value.detach()
-        wide = (values if values.layout == torch.strided else values.to_dense()).cpu()
+        wide = numbers_in(value, f"{kind} {name}").cpu()
         number = wide if wide.is_floating_point() or wide.is_complex() else wide.double()
         accumulated = torch.complex128 if number.is_complex() else torch.float64
         norm = float(torch.linalg.vector_norm(number, dtype=accumulated))
         kept = wide.clone() if self.values else None
-        return Entry(step, kind, member, name, digest(wide), norm, kept)
+        return Entry(step, kind, member, name, digest(value), norm, kept)
 
     def _each(
         self, step: int, kind: str, look: Callable[[Tensor], Tensor | None]

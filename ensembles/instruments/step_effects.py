@@ -29,6 +29,7 @@ from ensembles.handling.members import (
     named_members,
     named_modules_of,
 )
+from ensembles.handling.memory import numbers_in
 from ensembles.handling.state import (
     Snapshot,
     copy_of,
@@ -182,7 +183,7 @@ def distance(one: Tensor | None, two: Tensor | None) -> float:
     """
     if one is None or two is None:
         return 0.0 if one is two else math.inf
-    one, two = (x.detach() if x.layout == torch.strided else x.to_dense() for x in (one, two))
+    one, two = numbers_in(one), numbers_in(two)
     if one.shape != two.shape or one.dtype != two.dtype:
         return math.inf
     if torch.equal(one, two):

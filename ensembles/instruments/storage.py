@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ensembles.handling.memory import memory_in
 from ensembles.handling.numbers import checked_initialised
 
 __all__ = ["Registration", "SharedMemory", "shared_memory"]
@@ -81,7 +82,7 @@ def shared_memory(
         modules: The members by name.
 
     Raises:
-        ValueError: If a parameter is lazy, or a layout has no memory that can be compared.
+        ValueError: If a parameter is lazy, or PyTorch does not show the memory of a tensor.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -154,25 +155,10 @@ def _views(member: str, module: nn.Module, counter: Iterator[int]) -> Iterator[_
         if is_lazy(tensor):
             checked_initialised(tensor, f"{kind} {member}.{name}")
         place = Registration(member, name, kind)
-        for inner in _strided(tensor, place):
+        for inner in memory_in(tensor, f"{kind} {place}"):
             if inner.numel():
                 identity = id(tensor) if kind == "parameter" else 0
                 yield _View(place, _extent(inner), identity, next(counter))
-
-
-def _strided(tensor: Tensor, place: Registration) -> list[Tensor]:
-    """The tensors that hold the memory: wrappers such as DTensor are opened."""
-    if hasattr(type(tensor), "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        return [x for name in names for x in _strided(getattr(tensor, name), place)]
-    if tensor.layout is not torch.strided:
-        if tensor.layout is torch.sparse_coo:
-            return [tensor._indices(), tensor._values()]
-        raise ValueError(
-            f"{place.kind} {place} has layout {tensor.layout}, whose memory cannot be compared. "
-            "Compare the dense model."
-        )
-    return [tensor]
 
 
 def _extent(tensor: Tensor) -> _Extent:
@@ -195,10 +181,10 @@ def _extent(tensor: Tensor) -> _Extent:
 
 def _start(tensor: Tensor) -> tuple[tuple[str, int], int]:
     """The space and the first byte of a tensor."""
-    device = tensor.device
-    if device.type == "meta":
+    device, storage = tensor.device, tensor.untyped_storage()
+    if storage.device.type == "meta":  # of fake tensors too, whatever device they imitate
         offset = int(tensor.storage_offset()) * tensor.element_size()
-        return ("meta", tensor.untyped_storage()._cdata), offset
+        return ("meta", storage._cdata), offset
     return (device.type, device.index or 0), tensor.data_ptr()
 
 

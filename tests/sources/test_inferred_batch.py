@@ -123,7 +123,8 @@ def test_an_error_of_the_models_own_is_told_at_once():
     told = (
         "calling the model (Misspelt) on the batch (4, 12) torch.float32 on cpu raised KeyError: "
         f"'logits' (tests/sources/test_inferred_batch.py:{line}). No batch was given, and this one "
-        "was inferred from the first layer: if the model takes another, return a Subject(make=..., batch=...)."
+        "was inferred from the first layer: if the model takes another, return a "
+        "Subject(make=..., batch=...)."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
         inferred_batch(Misspelt(12, 3))

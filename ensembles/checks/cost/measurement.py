@@ -17,7 +17,7 @@ from ensembles.checks.cost.claim import CostClaim
 from ensembles.checks.cost.cost_passes import actual_pass, zeros_of
 from ensembles.checks.cost.meter import Kept, Meter, Operation
 from ensembles.handling.members import named_modules_of
-from ensembles.handling.numbers import checked_initialised
+from ensembles.handling.numbers import checked_initialised, checked_numbers
 from ensembles.handling.registered_tensors import Registered, registered
 from ensembles.instruments.storage import shared_memory
 from ensembles.message import SHOWN_ROWS, aligned, broken, listed
@@ -253,6 +253,8 @@ def measure_compute_cost(
         checked_initialised(entry.tensor, f"{entry.kind} {entry.names[0]}")
     given = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
     on_meta = any(x.is_meta for x in [*given, *(entry.tensor for entry in entries)])
+    if not on_meta:
+        checked_numbers(model)
     meter = Meter(modules, batch)
     kept, trained = actual_pass(model, batch, outputs, training, meter, check=not on_meta)
     wasted: Mapping[Operation, int] | None = None

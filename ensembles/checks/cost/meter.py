@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ensembles.checks.cost.flops import UNCOUNTED, flops_of, kind_of, useful_flops_of
+from ensembles.handling.memory import memory_in
 from ensembles.handling.registered_tensors import registered
 
 __all__ = ["Counts", "Kept", "Meter", "Operation"]
@@ -158,7 +159,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         packet = getattr(func, "overloadpacket", func)
         known = packet in UNCOUNTED
-        if isinstance(func, torch._ops.OpOverload) and not known:
+        if isinstance(func, torch._ops.OpOverload) and not known and func.namespace != "prim":
             # Under inference_mode operations arrive whole that consist of others.
             with self:
                 parts = func.decompose(*args, **kwargs)
@@ -284,18 +285,27 @@ def _storage(tensor: Tensor) -> StorageWeakRef | int:
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What holds the memory; nothing where PyTorch does not show it."""
+    try:
+        return tuple(memory_in(tensor))
+    except ValueError:
+        return ()
+
+
 def _bytes(tensor: Tensor) -> int:
-    if tensor.layout is torch.sparse_coo:
-        return _bytes(tensor._indices()) + _bytes(tensor._values())
-    if tensor.layout is not torch.strided:
+    parts = _parts(tensor)
+    if not parts:
         return tensor.numel() * tensor.element_size()
-    return tensor.untyped_storage().nbytes()
+    return sum(part.untyped_storage().nbytes() for part in parts)
 
 
 def _zero_bytes(tensor: Tensor) -> int:
     """Bytes of the tensor's whole memory that hold zeros of a floating type."""
-    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
-        return 0
-    memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    memory.set_(tensor.untyped_storage())
-    return (memory.numel() - int(memory.count_nonzero())) * memory.element_size()
+    zeros = 0
+    for part in _parts(tensor) if tensor.layout is torch.strided else ():
+        if part.is_floating_point():
+            memory = torch.empty(0, dtype=part.dtype, device=part.device)
+            memory.set_(part.untyped_storage())
+            zeros += (memory.numel() - int(memory.count_nonzero())) * memory.element_size()
+    return zeros

@@ -14,6 +14,7 @@ from ensembles.case import Case
 from ensembles.checks.coupling.claim import CouplingClaim
 from ensembles.checks.coupling.weight_penalties import coupled_by_weights
 from ensembles.handling.members import member_outputs, named_modules_of
+from ensembles.handling.memory import as_kind_of
 from ensembles.handling.numbers import checked_numbers
 from ensembles.handling.state import generators_kept, preserved
 from ensembles.handling.training import fresh, hidden_modules, output_gradients, set_training
@@ -228,7 +229,7 @@ def _moved_by_loss(
 def _nudged(output: Tensor) -> Tensor:
     """Another prediction of the same kind: probabilities stay in [0, 1], signs stay."""
     generator = torch.Generator().manual_seed(0)
-    share = 0.25 * (1 - torch.rand(output.shape, generator=generator)).to(output)
+    share = as_kind_of(0.25 * (1 - torch.rand(output.shape, generator=generator)), output)
     return torch.where(output == 0, share, output * (1 - share))
 
 

@@ -17,6 +17,7 @@ from ensembles.checks.determinism.claim import DeterminismClaim
 from ensembles.checks.determinism.processes import runs_in_processes
 from ensembles.checks.determinism.seeding import later, seeded
 from ensembles.handling.members import named_modules_of, new_model
+from ensembles.handling.memory import numbers_in
 from ensembles.handling.registered_tensors import registered
 from ensembles.instruments.divergence import Parting, partings
 from ensembles.instruments.recording import Entry, Run, generator_entries, recorded_anew
@@ -374,7 +375,9 @@ def _owed_to_seed(
             model = new_model(make)
             states.append({entry.name: entry.digest for entry in generator_entries()})
         named = [
-            (e.names[0], e.tensor.detach()) for e in registered(model) if e.kind == "parameter"
+            (e.names[0], numbers_in(e.tensor, f"parameter {e.names[0]}"))
+            for e in registered(model)
+            if e.kind == "parameter"
         ]
         found.append([(name, p) for name, p in named if _is_drawn(p)])
     other = dict(found[1])
@@ -389,7 +392,7 @@ def _owed_to_seed(
 
 def _is_drawn(tensor: Tensor) -> bool:
     """Whether it may have been drawn: zeros, ones, and what has two values (eye) are by design."""
-    values = tensor.detach().flatten()
+    values = tensor.flatten()
     if not values.numel():
         return False
     return bool(((values != values.min()) & (values != values.max())).any())
@@ -413,7 +416,7 @@ def measure(case: Case, claim: DeterminismClaim) -> Determinism:
     )
     if claim.loaders is not None:
         from ensembles.checks.data.measurement import _member_names
-        from ensembles.checks.determinism import loaders
+        from ensembles.checks.determinism.measurement import loaders
 
         if given.data is None:
             raise ValueError(

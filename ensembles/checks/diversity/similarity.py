@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ensembles.handling.members import member_outputs, named_modules_of, new_model
+from ensembles.handling.memory import numbers_in, told_type
 from ensembles.handling.state import generators_kept, preserved, seed_generators
 from ensembles.handling.training import fresh, hidden_modules
 from ensembles.instruments.recording import digest, generator_entries
@@ -114,7 +115,8 @@ class Built(NamedTuple):
             for m in (self.model, self.again)
         )
         pairs = [(p, q) for p, q in zip(one, two, strict=False) if not _is_constant(p)]
-        return bool(pairs) and all(torch.equal(p, q) for p, q in pairs if p.shape == q.shape)
+        same = (numbers_in(p).equal(numbers_in(q)) for p, q in pairs if p.shape == q.shape)
+        return bool(pairs) and all(same)
 
 
 def built_from(model: Model | Callable[[], Model]) -> Built:
@@ -170,7 +172,7 @@ def _generators() -> dict[str, str]:
 
 
 def _is_constant(tensor: Tensor) -> bool:
-    values = tensor.detach().flatten()
+    values = numbers_in(tensor).flatten()
     return bool((values == values[0]).all()) if values.numel() else True
 
 
@@ -223,19 +225,20 @@ class Separate:
             for name, parameter in _parameters(module):
                 if not parameter.requires_grad or not parameter.numel():
                     continue
-                other = others.get(name)
-                elements = _drawn_elements(parameter, other, seeded)
+                values = numbers_in(parameter, name)
+                other = numbers_in(others[name], name) if name in others else None
+                elements = _drawn_elements(values, other, seeded)
                 if elements is None:
-                    if not _is_constant(parameter):
-                        loaded[name, digest(parameter)].append(member)
+                    if not _is_constant(values):
+                        loaded[name, digest(values)].append(member)
                     continue
                 # Without a second construction the tensor itself says how many values it takes.
-                told = [parameter]
-                if other is not None and other.shape == parameter.shape:
-                    told += [] if torch.equal(parameter, other) else [other]
+                told = [values]
+                if other is not None and other.shape == values.shape:
+                    told += [] if torch.equal(values, other) else [other]
                 if _bits(*told) >= ENOUGH_BITS:
-                    kind = (name, parameter.shape, parameter.dtype)
-                    holders[kind][member] = (parameter.detach().cpu(), elements)
+                    kind = (name, values.shape, values.dtype)
+                    holders[kind][member] = (values.cpu(), elements)
                     self._tensors[name, member] = id(parameter)
                     if len(told) > 1 and not seeded:
                         # What is the same in all constructions, such as an identity to which noise
@@ -366,11 +369,17 @@ class Packed:
         for name, parameter in _parameters(module):
             if not parameter.requires_grad or not parameter.numel():
                 continue
-            drawn = _drawn_elements(parameter, again.get(name), bool(built.constant))
-            if drawn is None:
+            values = numbers_in(parameter, name)
+            if values.shape != parameter.shape:
+                raise ValueError(
+                    f"{name} is of type {told_type(parameter)}: which of the tensors inside "
+                    "belong to which member is not known. Give the members as a list of modules."
+                )
+            other = numbers_in(again[name], name) if name in again else None
+            if _drawn_elements(values, other, bool(built.constant)) is None:
                 continue
-            for axis, size in enumerate(parameter.shape):
-                slices = parameter.detach().cpu().chunk(members, axis) if size else ()
+            for axis, size in enumerate(values.shape):
+                slices = values.cpu().chunk(members, axis) if size else ()
                 if size % members or any(bool(_is_constant(part)) for part in slices):
                     continue
                 if min(_bits(part) for part in slices) >= ENOUGH_BITS:

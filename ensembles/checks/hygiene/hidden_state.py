@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ensembles.handling.members import named_modules_of
+from ensembles.handling.memory import memory_in
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import copy_of, preserved
 from ensembles.handling.training import optimizers_of
@@ -103,8 +104,9 @@ def live_snapshots(model: Model) -> Iterator[Disorder]:
         for inner in module.modules():
             for name, tensor in inner.state_dict(keep_vars=True).items():
                 if isinstance(tensor, Tensor) and tensor.numel():
-                    named[name, memory_of(tensor)] = tensor
-                    live[memory_of(tensor), tensor.shape] = (name, tensor)
+                    memory = memory_of(tensor, name)
+                    named[name, memory] = tensor
+                    live[memory, tensor.shape] = (name, tensor)
     for path, _, thing in things_below(model):
         if isinstance(thing, Mapping) and not path.endswith(("._parameters", "._buffers")):
             pairs = list(thing.items())
@@ -188,17 +190,23 @@ def _empty(tensor: Tensor) -> Tensor:
     return like
 
 
-def memory_of(tensor: Tensor) -> tuple[str, int]:
-    """The device and the address of the storage that a tensor is a view of.
+def memory_of(tensor: Tensor, place: str = "a tensor") -> tuple[tuple[str, int], ...]:
+    """The device and the address of each storage that a tensor is a view of: one, of most.
+
+    Raises:
+        ValueError: If PyTorch does not show the memory of the tensor.
 
     Example:
         >>> weight = torch.ones(2, 2)
         >>> memory_of(weight) == memory_of(weight[1:])
         True
     """
-    storage = tensor.untyped_storage()
+    storages = [(part.device, part.untyped_storage()) for part in memory_in(tensor, place)]
     # On meta nothing is allocated, and every address is 0.
-    return str(tensor.device), storage._cdata if tensor.is_meta else storage.data_ptr()
+    return tuple(
+        (str(device), found._cdata if found.device.type == "meta" else found.data_ptr())
+        for device, found in storages
+    )
 
 
 # --- modes --------------------------------------------------------------------------------------

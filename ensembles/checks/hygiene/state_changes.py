@@ -18,6 +18,7 @@ from ensembles.checks.hygiene.hidden_state import Disorder, memory_of
 from ensembles.checks.hygiene.input_mutation import Writes
 from ensembles.checks.hygiene.masks import masked_elements
 from ensembles.handling.members import member_outputs, named_modules_of
+from ensembles.handling.memory import as_kind_of
 from ensembles.handling.registered_tensors import Registered, registered
 from ensembles.handling.state import Snapshot, copy_of, seed_generators
 from ensembles.handling.training import (
@@ -152,8 +153,8 @@ def _kept_from_calls(
                 continue
             # What is expanded is one number in several places, and cannot be written.
             if all(size < 2 or step for size, step in zip(p.shape, p.stride(), strict=True)):
-                factors = torch.linspace(1.0, 1.2, (p.shape[-1] if p.ndim else 1) + 1)[1:].to(p)
-                p.mul_(factors if p.ndim else factors[0]).add_(0.01)
+                factors = torch.linspace(1.0, 1.2, (p.shape[-1] if p.ndim else 1) + 1)[1:]
+                p.mul_(as_kind_of(factors.expand(p.shape) if p.ndim else factors[0], p)).add_(0.01)
 
     def trained_anew() -> None:
         start.restore()

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from ensembles.checks.loss_scale.double_softmax import taken_for_logits
 from ensembles.handling.members import member_outputs, named_modules_of
+from ensembles.handling.memory import as_kind_of
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import generators_kept, preserved, seed_generators
 from ensembles.handling.training import (
@@ -183,7 +184,7 @@ def _nudged(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     nudged = []
     for y in outputs:
-        share = 0.5 * (1 - torch.rand(y.shape, generator=generator)).to(y)
+        share = as_kind_of(0.5 * (1 - torch.rand(y.shape, generator=generator)), y)
         nudged.append(torch.where(y == 0, share, y * (1 - share)))
     return tuple(nudged)
 

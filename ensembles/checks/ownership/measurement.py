@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from ctypes import c_char
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypedDict
@@ -19,6 +17,7 @@ from ensembles.checks.ownership.claim import OwnershipClaim
 from ensembles.handling.members import named_modules_of
 from ensembles.handling.registered_tensors import registered
 from ensembles.instruments.influence import Probe, Values, probing
+from ensembles.instruments.recording import digest
 from ensembles.message import aligned, broken, counted, listed, told_in_common
 from ensembles.subject import LISTED, SPLIT, Model, Outputs, Partition
 
@@ -146,7 +145,7 @@ def measure_ownership_map(
 
     Returns:
         The map. It costs a forward pass and a backward pass through what each member uses, and
-        one byte of memory for each element (eight where there are more than eight members).
+        one byte of memory for each element and each eight members of which one reaches it.
 
     Raises:
         ValueError: If parameters hold no usable numbers, if the model cannot be called or split,
@@ -173,7 +172,7 @@ def measure_ownership_map(
             name: owners
             for name, owners in owned.items()
             if name not in lookups
-            and not bool(owners.codes.any() if look in ROUTING_LOOKS else owners.codes.all())
+            and bool(owners.nobody().all() if look in ROUTING_LOOKS else owners.nobody().any())
         }
         # A look that fails has nothing to add: the model was called before.
         with suppress(ValueError):
@@ -194,7 +193,7 @@ def measure_ownership_map(
 
 def _add_members(owned: Mapping[str, _Owners], probe: Probe) -> None:
     """Adds who reaches the elements that nobody has reached yet."""
-    free = {name: owners.codes == 0 for name, owners in owned.items()}
+    free = {name: owners.nobody() for name, owners in owned.items()}
     for position, member in enumerate(probe.outputs):
         reached = probe.reach(member, owned)
         for name, owners in owned.items():
@@ -447,54 +446,66 @@ def _short(ownership: OwnershipMap, name: str) -> str:
 class _Owners:
     """The set of members of every element of one parameter, as bits that members add.
 
-    Eight members fit a byte. More take words of `CHUNK` bits; when one is full, the sets met so
-    far are numbered, and the number stands above the next word.
+    Each byte has the bits of eight members, and is there once one of them reaches an element; so
+    the same owners are the same bytes, however many members there are.
     """
-
-    CHUNK = 32
 
     def __init__(self, parameter: Tensor, members: Owners) -> None:
         self.members = members
-        small = len(members) <= 8
-        self.codes = torch.zeros_like(parameter, dtype=torch.uint8 if small else torch.int64)
-        self.bases: list[Owners] = [()]
-        self.word = 0
+        self.shape, self.device = parameter.shape, parameter.device
+        self.bytes: dict[int, Tensor] = {}
 
     def add(self, position: int, reached: Tensor | None) -> None:
-        word, bit = divmod(position, self.CHUNK)
-        if word != self.word:
-            codes, numbers = torch.unique(self.codes, return_inverse=True)
-            self.bases = [self.owners(code) for code in codes.tolist()]
-            self.codes = numbers << self.CHUNK
-            self.word = word
-        if reached is not None:
-            self.codes += reached.to(self.codes.dtype) << bit
+        ones = None if reached is None else reached.view(torch.uint8)  # a byte each, as they are
+        if ones is None or not ones.any():
+            return
+        byte, bit = divmod(position, 8)
+        if byte not in self.bytes:
+            self.bytes[byte] = torch.zeros_like(ones)
+        self.bytes[byte].add_(ones, alpha=1 << bit)
 
-    def owners(self, code: int) -> Owners:
-        here = self.members[self.word * self.CHUNK :]
-        own = tuple(name for bit, name in enumerate(here[: self.CHUNK]) if code >> bit & 1)
-        return (*self.bases[code >> self.CHUNK], *own)
-
-    def counts(self) -> dict[Owners, int]:
-        if self.codes.dtype is torch.uint8:
-            sizes = torch.bincount(self.codes.flatten()).tolist()
-            return {self.owners(code): size for code, size in enumerate(sizes) if size}
-        codes, numbers = torch.unique(self.codes, return_counts=True)
-        return {
-            self.owners(code): size
-            for code, size in zip(codes.tolist(), numbers.tolist(), strict=True)
-        }
+    def nobody(self) -> Tensor:
+        """Where no member has been added yet."""
+        return self.mask(())
 
     def mask(self, owners: Owners) -> Tensor:
-        code = next(c for c in torch.unique(self.codes).tolist() if self.owners(c) == owners)
-        return torch.eq(self.codes, code)
+        """Where the owners are these."""
+        found = torch.ones(self.shape, dtype=torch.bool, device=self.device)
+        for byte, bits in self.bytes.items():
+            eight = self.members[8 * byte : 8 * byte + 8]
+            found &= torch.eq(bits, sum(1 << bit for bit, m in enumerate(eight) if m in owners))
+        return found
+
+    def counts(self) -> dict[Owners, int]:
+        """How many elements have each set of owners that occurs."""
+        sets: list[Owners] = [()]
+        found, sizes = torch.tensor([0]), torch.tensor([self.shape.numel()])
+        codes = found
+        for byte, bits in sorted(self.bytes.items()):
+            flat = bits.flatten()
+            # The sets so far are numbered, so that codes stay small however many bytes there are.
+            codes = flat if len(sets) < 2 else (torch.searchsorted(found, codes) << 8) + flat
+            found, sizes = _occurring(codes)
+            eight = self.members[8 * byte : 8 * byte + 8]
+            sets = [
+                (*sets[code >> 8], *(m for bit, m in enumerate(eight) if code >> bit & 1))
+                for code in found.tolist()
+            ]
+        return dict(zip(sets, sizes.tolist(), strict=True))
 
     def digest(self) -> str:
-        codes = self.codes.cpu().contiguous()
-        sha = hashlib.sha256(f"{self.members}{tuple(codes.shape)}{self.bases}".encode())
-        # The memory itself: NumPy, whose buffers hashlib takes, is not a dependency.
-        sha.update((c_char * codes.nbytes).from_address(codes.data_ptr()))
-        return sha.hexdigest()[:16]
+        parts = [(byte, digest(bits)) for byte, bits in sorted(self.bytes.items())]
+        return digest((self.members, tuple(self.shape), parts))
+
+
+def _occurring(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes that occur, in order, and how often."""
+    if int(codes.max()) >= codes.numel():  # a table of all codes would be the larger
+        found, sizes = torch.unique(codes, return_counts=True)
+        return found, sizes
+    sizes = torch.bincount(codes)
+    found = sizes.nonzero().flatten()
+    return found.to(codes.dtype), sizes[found]
 
 
 def measure(case: Case, claim: OwnershipClaim) -> OwnershipMap:

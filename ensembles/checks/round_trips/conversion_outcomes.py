@@ -32,6 +32,7 @@ from ensembles.handling.members import (
     named_modules_of,
     new_model,
 )
+from ensembles.handling.memory import as_kind_of, numbers_in
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import seed_generators
 from ensembles.handling.training import fresh
@@ -285,7 +286,7 @@ def _noise(module: nn.Module) -> dict[str, Tensor]:
     for entry in registered(module):
         tensor = entry.tensor.detach()
         if entry.kind == "parameter" and tensor.is_floating_point() and entry.tensor.requires_grad:
-            spread = tensor.abs().mean().nan_to_num(1.0).clamp(min=0.01).cpu().float()
+            spread = numbers_in(tensor).abs().mean().nan_to_num(1.0).clamp(min=0.01).cpu().float()
             drawn = torch.randn(tensor.shape, generator=generator) * spread * STEP
             found[entry.names[0]] = drawn.to(tensor)
     return found
@@ -294,12 +295,7 @@ def _noise(module: nn.Module) -> dict[str, Tensor]:
 def _move(tensors: Mapping[str, Tensor], noise: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, change in noise.items():
-            tensor: Any = tensors[name]
-            if hasattr(tensor, "device_mesh"):  # sharded
-                from torch.distributed.tensor import distribute_tensor
-
-                change = distribute_tensor(change, tensor.device_mesh, tensor.placements)
-            tensor.add_(change)
+            tensors[name].add_(as_kind_of(change, tensors[name]))
 
 
 def _outputs_moved(source: Source, noise: Mapping[str, Tensor], seed: int) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ensembles.handling.memory import numbers_in
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import preserved, seed_generators
 from ensembles.instruments.step_effects import distance
@@ -100,7 +101,8 @@ def unlike(one: TrainingCall, other: TrainingCall) -> float:
     found = 0.0
     for a, b in pairs:
         by = distance(a, b)
-        greatest = float(a.abs().double().nan_to_num(0.0, 0.0).max()) if a.numel() else 0.0
+        numbers = numbers_in(a).abs().double().nan_to_num(0.0, 0.0)
+        greatest = float(numbers.max()) if numbers.numel() else 0.0
         found = max(found, by / greatest if greatest > 0 else by)
     return found
 

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from ensembles import Subject, check_ensemble, split_axis
-from ensembles.checks.diversity import similarity as likeness
 from ensembles.checks.diversity.measurement import (
     assert_members_distinct,
     assert_members_diverse,
     measure_member_diversity,
 )
+from ensembles.checks.diversity.measurement import similarity as likeness
 
 
 def classifier() -> nn.Sequential:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from ensembles import Partition, Subject, check_ensemble, split_axis, split_batch
-from ensembles.checks.ownership.measurement import assert_ownership, measure_ownership_map
+from ensembles.checks.ownership.measurement import _Owners, assert_ownership, measure_ownership_map
 from ensembles.models import (
     Ensemble,
     NStreams,
@@ -573,20 +573,76 @@ def test_reentrant_checkpointing_is_an_error():
         owned(model, torch.randn(2, 4))
 
 
-def test_more_members_than_bits_in_a_word():
-    """70 members, of which each reaches its own row, and all reach a common bias."""
+MANY = (2, 8, 9, 31, 32, 33, 62, 63, 64, 65, 128, 256)
 
-    class Rows(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.bias = nn.Parameter(torch.randn(70, 3)), nn.Parameter(torch.zeros(1))
 
-        def forward(self, x):
-            return ((x @ self.weight.T) + self.bias).unbind(-1)
+class Pool(nn.Module):
+    """A parent that sums a pool of weights, and subnets with one row each.
 
-    measured = owned(Rows(), torch.randn(2, 3), {"weight": "independent", "bias": "tied"})
-    assert measured.owners["model.weight"] == {(str(member),): 3 for member in range(70)}
-    assert measured.where("model.weight", ("40",)) == "[40:41, :]"
+    Beside it each has a row of `own` and of `late`, which training mode adds, and all of `common`.
+    """
+
+    def __init__(self, members: int, leak: bool = False) -> None:
+        super().__init__()
+        self.pool = nn.Parameter(torch.randn(members - 1, 3))
+        self.own, self.late = (nn.Parameter(torch.randn(members, 3)) for _ in range(2))
+        self.common = nn.Parameter(torch.randn(3))
+        self.leak = leak
+
+    def forward(self, x):
+        pooled = torch.cat([self.pool.sum(0, keepdim=True), self.pool])
+        weights = pooled + self.own + self.common + (self.late if self.training else 0.0)
+        first = weights[:1] + (self.own[-1:] if self.leak else 0.0)
+        ys = (x @ torch.cat([first, weights[1:]]).T).unbind(-1)
+        return {"parent" if i == 0 else f"subnet {i}": y for i, y in enumerate(ys)}
+
+
+POOLED = {"pool": "partition", "common": "tied", "*": "independent"}
+
+
+@pytest.mark.parametrize("members", MANY)
+def test_any_number_of_members_is_told_apart(members):
+    measured = owned(Pool(members), torch.randn(2, 3), POOLED)
+    parent, *subnets = measured.members
+    assert measured.owners["model.common"] == {measured.members: 3}
+    assert measured.owners["model.pool"] == {(parent, subnet): 3 for subnet in subnets}
+    for name in ("model.own", "model.late"):
+        assert measured.owners[name] == {(member,): 3 for member in measured.members}
+    assert measured.where("model.own", (subnets[-1],)) == f"[{members - 1}:{members}, :]"
+    assert measured == measure_ownership_map(Pool(members), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("members", MANY)
+def test_a_leak_between_the_first_and_the_last_of_any_number_is_broken(members):
+    with pytest.raises(AssertionError) as broken:
+        owned(Pool(members, leak=True), torch.randn(2, 3), POOLED)
+    last = members - 1
+    found = f"expected one member   found members parent, subnet {last}"
+    assert f"own   [{last}:{members}, :]   {found}\n" in str(broken.value)
+    assert "(1 of 4 parameters)" in str(broken.value)
+
+
+@given(seed=st.integers(0, 2**31), members=st.integers(1, 80), size=st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_sets_of_members_are_those_that_were_added(seed, members, size):
+    """Whatever the sets; in two looks, of which the second adds where the first found nobody."""
+    generator = torch.Generator().manual_seed(seed)
+    names = tuple(map(str, range(members)))
+    shares = torch.rand(2, 1, members, generator=generator)
+    bits = torch.rand(2, size, members, generator=generator) < shares
+    found, at_once = (_Owners(torch.empty(size), names) for _ in range(2))
+    for look in bits:
+        free = found.nobody()
+        for i in range(members):
+            found.add(i, look[:, i] & free)
+    expected = torch.where(bits[0].any(1, keepdim=True), *bits)
+    for i in reversed(range(members)):
+        at_once.add(i, expected[:, i])
+    sets = [tuple(n for n, bit in zip(names, row, strict=True) if bit) for row in expected.tolist()]
+    assert found.counts() == Counter(sets)
+    for owners in set(sets):
+        assert found.mask(owners).tolist() == [one == owners for one in sets]
+    assert found.digest() == at_once.digest()
 
 
 def test_members_may_have_dots_in_their_names():
