@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
+    from ensembles.case import Case
     from ensembles.checks.batch.measurement import BatchIndependence
-    from ensembles.subject import Model, Outputs
+    from ensembles.subject import Model, Recipe
 
 __all__ = ["BatchFixture", "batch_independence"]
 
@@ -21,51 +24,49 @@ class BatchFixture:
 
     def measure(
         self,
-        model: Model,
-        batch: Any,
+        model: Case | Model,
+        batch: Any = None,
         *,
-        outputs: Outputs | None = None,
         training: bool = False,
         axis: int = 0,
         output_axis: int = 0,
+        **recipe: Unpack[Recipe],
     ) -> BatchIndependence:
         """Which rows of a batch reach which others: `measure_batch_independence`."""
         from ensembles.checks.batch.measurement import measure_batch_independence
 
-        return measure_batch_independence(
-            model, batch, outputs=outputs, training=training, axis=axis, output_axis=output_axis
-        )
+        axes = {"axis": axis, "output_axis": output_axis}
+        return measure_batch_independence(model, batch, training=training, **axes, **recipe)
 
     def assert_rows(
         self,
-        model: Model,
-        batch: Any,
+        model: Case | Model,
+        batch: Any = None,
         *,
-        outputs: Outputs | None = None,
         training: bool = False,
         axis: int = 0,
         output_axis: int = 0,
+        **recipe: Unpack[Recipe],
     ) -> None:
         """Checks that every row of the output depends on its own row of the input only.
 
-        In eval mode; with `training` in training mode, but for BatchNorm, which mixes rows there.
+        It looks in eval mode. With `training` it looks in training mode, except for BatchNorm,
+        which mixes rows there by design.
         """
         __tracebackhide__ = True
-        from ensembles.checks.batch.measurement import assert_rows_independent
+        from ensembles.checks.batch.judgement import assert_rows_independent
 
-        measured = self.measure(
-            model, batch, outputs=outputs, training=training, axis=axis, output_axis=output_axis
-        )
-        assert_rows_independent(measured)
+        axes = {"axis": axis, "output_axis": output_axis}
+        assert_rows_independent(self.measure(model, batch, training=training, **axes, **recipe))
 
 
 @pytest.fixture
 def batch_independence() -> BatchFixture:
-    """Promises that row i of the output depends on row i of the input, and on no other row.
+    """Row i of the output depends on row i of the input only.
 
     Catches a view where a permute is meant, a norm over the batch in eval mode, attention that
     takes the batch for the sequence, a softmax or maximum over all rows, and outputs that depend
-    on the place of a row or on their number. By values bit by bit, and by gradients.
+    on the place of a row or on their number. It compares values bit by bit, and gradients.
 
     Example::
 
@@ -74,10 +75,10 @@ def batch_independence() -> BatchFixture:
 
     Prints on failure::
 
-        rows of a batch are claimed independent, and reach each other in eval mode
+        rows of a batch are claimed independent, but reach each other in eval mode; they mix in
+        encoder.attention (MultiheadAttention)
 
-          member 0   input row 0 reaches output rows 1, 2, 3   by 0.51 of the largest
+          member 0, input row 0   reaches output rows 1, 2, 3 by 0.51 of the largest
           ...
-          (12 of 12 pairs of different rows; first seen in encoder.attention (MultiheadAttention))
     """
     return BatchFixture()

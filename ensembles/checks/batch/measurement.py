@@ -1,24 +1,18 @@
-"""The measurement of `batch`, and its assertions."""
+"""Which rows of a batch reach which others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from ensembles.case import Case
 from ensembles.checks.batch.claim import BatchClaim
-from ensembles.checks.batch.rows import Look, look_at_rows
-from ensembles.message import aligned, broken, counted, listed
-from ensembles.subject import Model, Outputs
+from ensembles.checks.batch.rows import FirstMixed, RowsSeen, look_at_rows
+from ensembles.message import aligned, counted
+from ensembles.subject import Model, Recipe
 
-__all__ = [
-    "BatchIndependence",
-    "RowReach",
-    "assert_rows_independent",
-    "measure",
-    "measure_batch_independence",
-]
+__all__ = ["BatchIndependence", "RowReach", "measure", "measure_batch_independence"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +40,12 @@ class BatchIndependence:
     Attributes:
         members: The members' names.
         rows: How many rows the batch has.
+        replaced: How many of them were replaced, and followed by gradients.
         training: Whether modules were in training mode (BatchNorm was not).
         reaches: Every row that reaches others.
         moved: Members whose output for a row changes with its place in the batch.
         sized: Members whose output for a row changes when it stands alone.
-        first: Where rows were first seen to mix; "" where they were not.
+        first: Where rows were first seen to mix; None where that was not seen.
         gradients: Whether gradients could be followed.
         random: Whether outputs are drawn, so that places could not be compared.
         alone: Whether the model can be called on one row.
@@ -58,55 +53,60 @@ class BatchIndependence:
 
     members: tuple[str, ...]
     rows: int
+    replaced: int
     training: bool
     reaches: tuple[RowReach, ...]
     moved: tuple[str, ...]
     sized: tuple[str, ...]
-    first: str
+    first: FirstMixed | None
     gradients: bool
     random: bool
     alone: bool
 
     @property
-    def broken(self) -> bool:
-        """Whether a row depends on another, on its place, or on the size of the batch."""
-        return bool(self.reaches or self.moved or self.sized)
+    def pairs(self) -> int:
+        """How many pairs of different rows reach each other."""
+        return len({(reach.row, row) for reach in self.reaches for row in reach.reached})
 
     def __str__(self) -> str:
-        looks = ["values"]
-        looks += ["gradients"] if self.gradients else []
-        looks += [] if self.random or self.reaches else ["places"]
-        looks += ["one row alone"] if self.alone else []
+        compared = ["values"]
+        compared += ["gradients"] if self.gradients else []
+        compared += [] if self.random or self.reaches else ["places"]
+        compared += ["one row alone"] if self.alone else []
         mode = "training mode without BatchNorm" if self.training else "eval mode"
         head = (
             f"{counted(self.members, 'member')}, {self.rows} rows, "
-            f"{_pairs(self.reaches)} pairs of different rows reach each other in {mode} "
-            f"({', '.join(looks)} compared)"
+            f"{self.pairs or 'no'} pairs of different rows reach each other in {mode} "
+            f"({', '.join(compared)} compared)"
         )
-        return "\n".join([head, *(f"  {line}" for line in aligned(_rows(self)))])
+        rows = [
+            (f"member {reach.member}", f"row {reach.row}", f"reaches {list(reach.reached)}")
+            for reach in self.reaches
+        ]
+        return "\n".join([head, *(f"  {line}" for line in aligned(rows))])
 
 
 def measure_batch_independence(
-    model: Model,
-    batch: Any,
+    model: Case | Model | Callable[[], Model],
+    batch: Any = None,
     *,
-    outputs: Outputs | None = None,
     training: bool = False,
     axis: int = 0,
     output_axis: int = 0,
+    **recipe: Unpack[Recipe],
 ) -> BatchIndependence:
     """Replaces, follows, moves and isolates the rows of a batch.
 
     Args:
         model: One module, or the members as a list or dict of modules.
-        batch: A tensor, a tuple of positional arguments, or a dict of keyword arguments, of at
-            least two rows. Tensors of another size along `axis` are the same for all rows.
-        outputs: Splits what one module returns into member outputs. Where the batch has the rows
-            of all members one after the other, a member's output has its own rows.
+        batch: What the model is called with, of at least two rows. Tensors of another size along
+            `axis` are the same for all rows.
         training: Look in training mode. BatchNorm mixes rows there by design: it stays in eval
             mode, and everything else is looked at. Random numbers are the same at each call.
         axis: The axis of the rows in the batch, such as 1 for (token, sample, feature).
         output_axis: The axis of the rows in each member's output.
+        **recipe: See `Subject`. Where the batch has the rows of all members one after the other, a
+            member's output has its own rows.
 
     Returns:
         The measurement. The model, the batch and the random generators are as before.
@@ -117,145 +117,39 @@ def measure_batch_independence(
 
     Example:
         >>> print(measure_batch_independence(nn.Linear(4, 2), torch.randn(3, 4)))
-        1 member, 3 rows, 0 pairs of different rows reach each other in eval mode
+        1 member, 3 rows, no pairs of different rows reach each other in eval mode
         (values, gradients, places, one row alone compared)
     """
-    look = look_at_rows(
-        model, batch, outputs=outputs, training=training, axis=axis, output_axis=output_axis
-    )
+    case = Case.of(model, batch, **recipe)
+    return measure(case, BatchClaim(training=training), axis=axis, output_axis=output_axis)
+
+
+def measure(
+    case: Case, claim: BatchClaim | None = None, *, axis: int = 0, output_axis: int = 0
+) -> BatchIndependence:
+    """What `measure_batch_independence` finds in a case, in the mode of the claim."""
+    training = claim is not None and claim.training
+    seen = look_at_rows(case, training=training, axis=axis, output_axis=output_axis)
     return BatchIndependence(
-        members=look.members,
-        rows=look.rows,
+        members=seen.members,
+        rows=seen.rows,
+        replaced=seen.replaced,
         training=training,
-        reaches=tuple(_reaches(look)),
-        moved=look.moved,
-        sized=look.sized,
-        first=look.first,
-        gradients=look.gradients,
-        random=look.random,
-        alone=look.alone,
+        reaches=tuple(_reaches(seen)),
+        moved=seen.moved,
+        sized=seen.sized,
+        first=seen.first,
+        gradients=seen.gradients,
+        random=seen.random,
+        alone=seen.alone,
     )
 
 
-def assert_rows_independent(independence: BatchIndependence) -> None:
-    """Checks that every row of the output depends on its own row of the input only.
-
-    Args:
-        independence: From `measure_batch_independence`.
-
-    Raises:
-        AssertionError: If a row reaches another, or an output depends on the place of its row or
-            on the number of rows.
-
-    Example:
-        >>> norm = nn.BatchNorm1d(4)
-        >>> assert_rows_independent(measure_batch_independence(norm, torch.randn(3, 4)))
-        >>> norm = nn.BatchNorm1d(4, track_running_stats=False)
-        >>> assert_rows_independent(measure_batch_independence(norm, torch.randn(3, 4)))
-        Traceback (most recent call last):
-        AssertionError: rows of a batch are claimed independent, and reach each other in eval mode
-        ...
-    """
-    __tracebackhide__ = True
-    if not independence.broken:
-        return
-    mode = "in training mode" if independence.training else "in eval mode"
-    if independence.reaches:
-        found = f"and reach each other {mode}"
-        rows = independence.rows
-        total = f"{_pairs(independence.reaches)} of {rows * (rows - 1)} pairs of different rows"
-        if len(independence.members) > 1:
-            among = {reach.member for reach in independence.reaches}
-            total += f", in {len(among)} of {len(independence.members)} members"
-    elif independence.moved:
-        found = f"and an output depends on the place of its row {mode}"
-        total = f"{len(independence.moved)} of {counted(independence.members, 'member')}"
-    else:
-        found = f"and an output depends on the number of rows {mode}"
-        total = f"{len(independence.sized)} of {counted(independence.members, 'member')}"
-    if independence.first:
-        total += f"; first seen {independence.first}"
-    raise AssertionError(
-        broken(
-            f"rows of a batch are claimed independent, {found}",
-            _rows(independence),
-            total=total,
-            meaning=_MEANINGS[0] if independence.reaches else _MEANINGS[1],
-            remedy=_remedy(independence),
-        )
-    )
-
-
-# --- how the assertion looks --------------------------------------------------------------------
-
-
-_MEANINGS = (
-    "The prediction for a sample depends on what else is in the batch, and one sample leaks into "
-    "another's gradient.",
-    "The prediction for a sample depends on the order or on the size of the batch.",
-)
-
-
-def _rows(independence: BatchIndependence) -> list[tuple[str, str, str]]:
-    found = [
-        (
-            f"member {reach.member}",
-            f"input row {reach.row} reaches output "
-            f"{'row' if len(reach.reached) == 1 else 'rows'} "
-            f"{listed([str(row) for row in reach.reached])}",
-            f"by {reach.change:.2g} of the largest" if reach.change else "by its gradient",
-        )
-        for reach in independence.reaches
-    ]
-    if not found:
-        found += [
-            (f"member {member}", "all rows move by one place", "other outputs")
-            for member in independence.moved
-        ]
-        found += [
-            (f"member {member}", "one row stands alone", "another output")
-            for member in independence.sized
-        ]
-    return found
-
-
-def _pairs(reaches: Iterable[RowReach]) -> int:
-    return len({(reach.row, row) for reach in reaches for row in reach.reached})
-
-
-def _remedy(independence: BatchIndependence) -> str:
-    first = independence.first
-    if "BatchNorm" in first or "InstanceNorm" in first:
-        return (
-            "Usual cause: statistics of the batch in eval mode (track_running_stats=False, or "
-            "F.batch_norm with training=True). Use running statistics, or GroupNorm."
-        )
-    if any(name in first for name in ("Attention", "Transformer", "LSTM", "GRU", "RNN")):
-        return (
-            "Usual cause: batch_first is missing, so that the batch is taken for the sequence. "
-            "Give batch_first=True, or the sequence as axis 0."
-        )
-    if not independence.reaches and independence.moved:
-        return (
-            "Usual cause: position encodings that are added along the batch. Add them along the "
-            "axis of tokens."
-        )
-    if not independence.reaches:
-        return (
-            "Usual cause: squeeze() without an axis, which drops a batch of one; or a sum that is "
-            "divided by the number of rows. Name the axis."
-        )
-    return (
-        "Usual cause: view or reshape where permute is meant; softmax, max, mean or a norm over "
-        "axis 0 or over all axes. Name the axis of every reduction."
-    )
-
-
-def _reaches(look: Look) -> list[RowReach]:
+def _reaches(seen: RowsSeen) -> list[RowReach]:
     return [
-        RowReach(member, row, tuple(sorted(reached)), look.changes.get((member, row), 0.0))
-        for member in look.members
-        for row, reached in sorted(_by_row(look.pairs, member).items())
+        RowReach(member, row, tuple(sorted(reached)), seen.changes.get((member, row), 0.0))
+        for member in seen.members
+        for row, reached in sorted(_by_row(seen.pairs, member).items())
     ]
 
 
@@ -265,11 +159,3 @@ def _by_row(pairs: Sequence[tuple[str, int, int]], member: str) -> dict[int, set
         if name == member:
             found.setdefault(row, set()).add(reached)
     return found
-
-
-def measure(case: Case, claim: BatchClaim) -> BatchIndependence:
-    """What `batch` looks at, for this claim."""
-    __tracebackhide__ = True
-    return measure_batch_independence(
-        case.model, case.batch, outputs=case.subject.outputs, training=claim.training
-    )

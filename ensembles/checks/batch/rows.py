@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from ensembles.handling.members import is_one_module, member_outputs, named_modules_of
+from ensembles.case import Case
+from ensembles.handling.members import member_outputs
 from ensembles.handling.numbers import checked_numbers
-from ensembles.handling.state import preserved, seed_generators
-from ensembles.handling.training import fresh, hidden_modules
+from ensembles.handling.state import seed_generators
+from ensembles.handling.training import fresh
 from ensembles.instruments.influence import probing
 from ensembles.message import counted
-from ensembles.present_run import seed as present_seed
-from ensembles.subject import Model, Outputs
 
-__all__ = ["Look", "look_at_rows"]
+__all__ = ["FirstMixed", "RowsSeen", "look_at_rows"]
 
-LOOKED_AT = 8
+REPLACED = 8
 """Rows that are replaced one by one: what mixes rows mixes more than one in eight."""
 
 ROUNDING = 64
@@ -33,19 +32,34 @@ ROUNDING = 64
 Found = Mapping[str, tuple[Tensor, ...]]
 
 
+class FirstMixed(NamedTuple):
+    """The first module at which rows are seen to mix.
+
+    Attributes:
+        module: Its path; "" for the whole model.
+        kind: Its class.
+        inside: Whether it mixes them itself; else they were mixed before it.
+    """
+
+    module: str
+    kind: str
+    inside: bool
+
+
 @dataclass(frozen=True)
-class Look:
+class RowsSeen:
     """What was seen of the rows.
 
     Attributes:
         members: The members' names.
         rows: How many rows the batch has.
-        pairs: (member, row of the input, row of the output) of rows that should be strangers.
+        replaced: How many of them were replaced, and followed by gradients.
+        pairs: (member, row of the input, row of the output) where another row is reached.
         changes: For (member, row of the input), the largest change of a row that it should not
             reach, as a part of the largest output.
         moved: Members whose output depends on the place of a row.
         sized: Members whose output for a row is another when it stands alone.
-        first: Where rows were first seen to mix.
+        first: Where rows were first seen to mix; None where that was not seen.
         gradients: Whether gradients could be followed.
         random: Whether outputs are drawn.
         alone: Whether the model can be called on one row.
@@ -53,38 +67,32 @@ class Look:
 
     members: tuple[str, ...]
     rows: int
+    replaced: int
     pairs: tuple[tuple[str, int, int], ...]
     changes: Mapping[tuple[str, int], float]
     moved: tuple[str, ...]
     sized: tuple[str, ...]
-    first: str
+    first: FirstMixed | None
     gradients: bool
     random: bool
     alone: bool
 
 
 def look_at_rows(
-    model: Model,
-    batch: Any,
-    *,
-    outputs: Outputs | None = None,
-    training: bool = False,
-    axis: int = 0,
-    output_axis: int = 0,
-) -> Look:
-    """Replaces, follows, moves and isolates rows; arguments as `measure_batch_independence`.
+    case: Case, *, training: bool = False, axis: int = 0, output_axis: int = 0
+) -> RowsSeen:
+    """Replaces, follows, moves and isolates rows; options as `measure_batch_independence`.
 
     Raises:
         ValueError: As `measure_batch_independence`.
 
     Example:
-        >>> look_at_rows(nn.Softmax(0), torch.randn(2, 3)).pairs
+        >>> look_at_rows(Case.of(nn.Softmax(0), torch.randn(2, 3))).pairs
         (('model', 0, 1), ('model', 1, 0))
     """
-    checked_numbers(model)
-    modules = list(named_modules_of(model).values())
-    bench = _Bench(model, batch, outputs, training, axis, output_axis)
-    with preserved([*modules, *hidden_modules(modules)]) as start, torch.no_grad():
+    checked_numbers(case.model)
+    bench = _Variations(case, training, axis, output_axis)
+    with case.preserved() as start, torch.no_grad():
         bench.restore = start.restore
         base = bench.call(bench.batch)
         again = bench.call(bench.batch)
@@ -94,7 +102,7 @@ def look_at_rows(
                 "from a change. Usual cause: random numbers from a generator that the seed does "
                 "not reach, or state kept outside of buffers."
             )
-        other = bench.call(bench.batch, seed=present_seed.get() + 1)
+        other = bench.call(bench.batch, seed=case.seed + 1)
         random = any(row for member in base for row in _differing(base[member], other[member]))
         seen: dict[tuple[str, int], dict[int, float]] = {}
         for row in bench.chosen(bench.rows):
@@ -113,8 +121,8 @@ def look_at_rows(
     changes = {(member, row): max(found.values()) for (member, row), found in seen.items() if found}
     moved: tuple[str, ...] = ()
     sized: tuple[str, ...] = ()
-    alone, first = False, ""
-    with preserved([*modules, *hidden_modules(modules)]) as start, torch.no_grad():
+    alone, first = False, None
+    with case.preserved() as start, torch.no_grad():
         bench.restore = start.restore
         if not pairs and not random:
             moved = bench.with_places(base)
@@ -123,9 +131,10 @@ def look_at_rows(
         numerically = [pair for pair in sorted(pairs) if seen.get(pair[:2], {}).get(pair[2])]
         if numerically:
             first = bench.first_seen(numerically[0][1])
-    return Look(
+    return RowsSeen(
         members=tuple(base),
         rows=bench.rows,
+        replaced=len(bench.chosen(bench.rows)),
         pairs=tuple(sorted(pairs)),
         changes=changes,
         moved=moved,
@@ -137,19 +146,11 @@ def look_at_rows(
     )
 
 
-class _Bench:
+class _Variations:
     """Calls the model on variations of one batch, always from the same state and seed."""
 
-    def __init__(
-        self,
-        model: Model,
-        batch: Any,
-        outputs: Outputs | None,
-        training: bool,
-        axis: int,
-        output_axis: int,
-    ) -> None:
-        self.model, self.batch, self.outputs = model, fresh(batch), outputs
+    def __init__(self, case: Case, training: bool, axis: int, output_axis: int) -> None:
+        self.case, self.batch = case, fresh(case.batch)
         self.training, self.axis, self.output_axis = training, axis, output_axis
         self.restore: Callable[[], None] = lambda: None
         sizes = [x.shape[axis] for x in self._tensors() if x.ndim > axis]
@@ -179,13 +180,12 @@ class _Bench:
         )
 
     def chosen(self, rows: int) -> list[int]:
-        """At most `LOOKED_AT` rows, evenly spread."""
-        count = min(rows, LOOKED_AT)
+        """At most `REPLACED` rows, evenly spread."""
+        count = min(rows, REPLACED)
         return [round(i * (rows - 1) / max(count - 1, 1)) for i in range(count)]
 
     def _set_modes(self) -> None:
-        given = list(named_modules_of(self.model).values())
-        for module in (*given, *hidden_modules(given)):
+        for module in self.case.everything:
             module.train(self.training)
             for inner in module.modules():
                 if isinstance(inner, _BatchNorm):
@@ -195,11 +195,14 @@ class _Bench:
         """Every member's outputs that have rows, with the rows as axis 0."""
         self.restore()
         self._set_modes()
-        seed_generators(present_seed.get() if seed is None else seed)
-        found = member_outputs(self.model, fresh(batch), outputs=self.outputs)
+        seed_generators(self.case.seed if seed is None else seed)
+        found = self._outputs(batch)
         if not self.kept:
             self._learn(found)
         return self._rows_first(found)
+
+    def _outputs(self, batch: Any) -> dict[str, tuple[Tensor, ...]]:
+        return member_outputs(self.case.model, fresh(batch), outputs=self.case.subject.outputs)
 
     def _rows_first(self, found: Found) -> dict[str, tuple[Tensor, ...]]:
         return {
@@ -296,9 +299,8 @@ class _Bench:
         try:
             self.restore()
             self._set_modes()
-            seed_generators(present_seed.get())
-            alone = self._indexed(range(0, self.rows, self.own_rows))
-            found = member_outputs(self.model, fresh(alone), outputs=self.outputs)
+            seed_generators(self.case.seed)
+            found = self._outputs(self._indexed(range(0, self.rows, self.own_rows)))
             kept = {m: tuple(found[m][i] for i in indices) for m, indices in self.kept.items()}
         except (ValueError, IndexError, KeyError):
             return (), False
@@ -322,17 +324,16 @@ class _Bench:
     # --- gradients
 
     def followed(self) -> set[tuple[str, int, int]] | None:
-        """Pairs of strangers by gradient; None where gradients cannot be followed."""
+        """Pairs of different rows by gradient; None where gradients cannot be followed."""
         for values in ("generic", "present"):
             sources = _Sources(self)
             try:
                 with (
                     sources.watched(),
                     probing(
-                        self.model,
+                        self.case.model,
                         self.batch,
-                        outputs=self.outputs,
-                        training=False,
+                        outputs=self.case.subject.outputs,
                         values=values,
                     ) as probe,
                 ):
@@ -368,21 +369,21 @@ class _Bench:
 
     # --- where
 
-    def first_seen(self, row: int) -> str:
+    def first_seen(self, row: int) -> FirstMixed | None:
         """The first module whose output mixes rows, or before which they were mixed."""
         records = []
         for batch in (self.batch, self.replaced(row)):
-            with _recorded(self.model) as record:
+            with _recorded(self.case) as record:
                 self.call(batch)
             records.append(record)
         for one, two in zip_longest(*records):
             if one is None or two is None or one.name != two.name:
-                return ""
+                return None
             if self._mixed(one.inputs, two.inputs, row):
-                return f"before {one.name}"
+                return FirstMixed(one.name, one.kind, inside=False)
             if self._mixed(one.outputs, two.outputs, row):
-                return f"in {one.name}"
-        return ""
+                return FirstMixed(one.name, one.kind, inside=True)
+        return None
 
     def _mixed(self, one: Sequence[Tensor], two: Sequence[Tensor], row: int) -> bool:
         for x, y in zip(one, two, strict=False):
@@ -398,7 +399,7 @@ class _Bench:
 class _Sources:
     """What is differentiated by: floating inputs, and embeddings of integer inputs."""
 
-    def __init__(self, bench: _Bench) -> None:
+    def __init__(self, bench: _Variations) -> None:
         self._bench = bench
         self._found: dict[int, Tensor] = {}
 
@@ -409,7 +410,7 @@ class _Sources:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Inside, calls of the model mark their inputs."""
-        given = list(named_modules_of(self._bench.model).values())
+        given = list(self._bench.case.modules.values())
         handles: list[Any] = [
             module.register_forward_pre_hook(self._mark, with_kwargs=True)
             for module in dict.fromkeys(given)
@@ -446,12 +447,13 @@ class _Sources:
 
 class _Record(NamedTuple):
     name: str
+    kind: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
 
 @contextmanager
-def _recorded(model: Model) -> Iterator[list[_Record]]:
+def _recorded(case: Case) -> Iterator[list[_Record]]:
     """What every module reads and returns, in the order in which they end."""
     records: list[_Record] = []
     handles = []
@@ -461,14 +463,14 @@ def _recorded(model: Model) -> Iterator[list[_Record]]:
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            records.append(_Record(name, tensors((args, kwargs)), tensors(output)))
+            kind = type(module).__name__
+            records.append(_Record(name, kind, tensors((args, kwargs)), tensors(output)))
 
         return hook
 
-    for member, given in named_modules_of(model).items():
+    for member, given in case.modules.items():
         for name, module in given.named_modules():
-            place = name if is_one_module(model) else f"{member}.{name}".rstrip(".")
-            place = f"{place} ({type(module).__name__})" if place else type(module).__name__
+            place = name if case.is_one_module else f"{member}.{name}".rstrip(".")
             handles.append(module.register_forward_hook(hook_of(place), with_kwargs=True))
     try:
         yield records

@@ -6,7 +6,10 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ensembles import Subject, check_ensemble, split_batch
-from ensembles.checks.batch.measurement import assert_rows_independent, measure_batch_independence
+from ensembles.checks.batch.claim import BatchClaim
+from ensembles.checks.batch.judgement import assert_rows_independent, judge
+from ensembles.checks.batch.measurement import measure_batch_independence
+from ensembles.claims import ClaimError
 
 
 def classifier(*inner: nn.Module) -> nn.Module:
@@ -49,7 +52,7 @@ def test_members_whose_rows_are_independent_hold():
     measured = measure_batch_independence([classifier(), classifier()], torch.randn(5, 4))
     assert_rows_independent(measured)
     assert str(measured) == (
-        "2 members, 5 rows, 0 pairs of different rows reach each other in eval mode "
+        "2 members, 5 rows, no pairs of different rows reach each other in eval mode "
         "(values, gradients, places, one row alone compared)"
     )
 
@@ -158,7 +161,7 @@ def test_positions_along_the_batch_are_broken(golden):
 def test_an_output_that_depends_on_the_number_of_rows_is_broken(function):
     told = message(nn.Sequential(nn.Linear(4, 2), Call(function)), torch.randn(3, 4))
     assert "depends on the number of rows in eval mode" in told
-    assert "one row stands alone" in told
+    assert "another output when a row stands alone" in told
 
 
 @pytest.mark.parametrize(
@@ -178,7 +181,7 @@ def test_a_reduction_over_rows_is_broken(function):
     torch.manual_seed(0)
     told = message(nn.Sequential(nn.Linear(4, 5), Call(function)), torch.randn(4, 4))
     assert "reach each other in eval mode" in told
-    assert "first seen in 1 (Call)" in told
+    assert "they mix in 1 (Call)" in told
 
 
 def test_the_pairs_are_those_that_mix():
@@ -216,7 +219,22 @@ def test_integers_that_no_embedding_reads_are_seen_by_values():
 def test_a_large_batch_is_looked_at_in_eight_rows():
     measured = measure_batch_independence(Call(lambda y: y - y.mean(0)), torch.randn(40, 2))
     assert {reach.row for reach in measured.reaches} == set(range(40))
-    assert_rows_independent(measure_batch_independence(nn.Linear(2, 2), torch.randn(40, 2)))
+    healthy = measure_batch_independence(nn.Linear(2, 2), torch.randn(40, 2))
+    assert_rows_independent(healthy)
+    (looked_at,) = judge(healthy, BatchClaim()).looked_at
+    assert str(looked_at) == "8 of 40 rows"
+    with pytest.raises(AssertionError, match="looked at 8 of 40 rows"):
+        assert_rows_independent(measured)
+    of_eight = measure_batch_independence(nn.Linear(2, 2), torch.randn(8, 2))
+    assert judge(of_eight, BatchClaim()).looked_at == ()
+
+
+def test_what_was_found_is_data():
+    layers = nn.Sequential(nn.Linear(4, 2), nn.Softmax(0))
+    found = judge(measure_batch_independence(layers, torch.randn(3, 4)), BatchClaim())
+    assert found.kinds == ("rows mix",)
+    assert [item.members for item in found] == [("model",)] * 3
+    assert all(item.amount > 0 for item in found)
 
 
 def test_a_claim_of_rows_is_checked_for_a_subject():
@@ -227,11 +245,8 @@ def test_a_claim_of_rows_is_checked_for_a_subject():
     )
     (result,) = (r for r in check_ensemble(subject) if r.claim)
     assert result.status == "broken"
-    (result,) = (r for r in check_ensemble(subject.claiming(batch="samples")) if r.claim)
-    assert (result.status, result.found) == (
-        "error",
-        "batch cannot be claimed to be 'samples'. It is rows or rows in training.",
-    )
+    with pytest.raises(ClaimError, match=r"cannot be claimed to be 'samples'\. It can be: rows or"):
+        check_ensemble(subject.claiming(batch="samples"))
 
 
 def test_the_fixture_asserts_rows(batch_independence):
