@@ -75,10 +75,10 @@ def batch_independence() -> BatchFixture:
 
     Prints on failure::
 
-        rows of a batch are claimed independent, but reach each other in eval mode; they mix in
-        encoder.attention (MultiheadAttention)
+        rows of a batch are claimed independent, but reach each other in eval mode
 
-          member 0, input row 0   reaches output rows 1, 2, 3 by 0.51 of the largest
+          encoder.attention (MultiheadAttention)   is the first module that mixes them
+          member 0, input row 0                    reaches output rows 1, 2, 3 by 0.51 of the largest
           ...
     """
     return BatchFixture()

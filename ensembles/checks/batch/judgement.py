@@ -29,7 +29,8 @@ def assert_rows_independent(independence: BatchIndependence) -> None:
         >>> norm = nn.BatchNorm1d(4, track_running_stats=False)
         >>> assert_rows_independent(measure_batch_independence(norm, torch.randn(3, 4)))
         Traceback (most recent call last):
-        AssertionError: rows of a batch are claimed independent, but reach each other in eval mode...
+        AssertionError: rows of a batch are claimed independent, but reach each other in eval mode
+        ...
     """
     __tracebackhide__ = True
     assert_held(judge(independence, BatchClaim(independence.training)))
@@ -40,7 +41,7 @@ def judge(independence: BatchIndependence, claim: BatchClaim) -> Findings:
     items = tuple(_found(independence))
     return Findings(
         claim=f"rows of a batch are claimed independent, but {_how(independence)} in "
-        f"{'training' if independence.training else 'eval'} mode{_where(independence)}",
+        f"{'training' if independence.training else 'eval'} mode",
         items=items,
         affected=tuple(_affected(independence)) if items else (),
         looked_at=_looked_at(independence),
@@ -52,14 +53,6 @@ def _how(independence: BatchIndependence) -> str:
         return "reach each other"
     what = "place of its row" if independence.moved else "number of rows"
     return f"an output depends on the {what}"
-
-
-def _where(independence: BatchIndependence) -> str:
-    first = independence.first
-    if first is None:
-        return ""
-    module = f"{first.module} ({first.kind})" if first.module else first.kind
-    return f"; they mix {'in' if first.inside else 'before'} {module}"
 
 
 def _affected(independence: BatchIndependence) -> Iterator[Count]:
@@ -117,6 +110,18 @@ _SEQUENTIAL = ("Attention", "Transformer", "LSTM", "GRU", "RNN")
 
 def _found(independence: BatchIndependence) -> Iterator[Finding]:
     cause, remedy = _reason(independence)
+    first = independence.first
+    if first is not None and independence.reaches:
+        yield Finding(
+            kind="rows mix",
+            place=f"{first.module} ({first.kind})" if first.module else first.kind,
+            found="is the first module that mixes them"
+            if first.inside
+            else "is the first module that reads mixed rows",
+            meaning=_MIXED,
+            cause=cause,
+            remedy=remedy,
+        )
     for reach in independence.reaches:
         rows = "row" if len(reach.reached) == 1 else "rows"
         member = f"member {reach.member}, " if len(independence.members) > 1 else ""
