@@ -78,7 +78,7 @@ def batch_independence() -> BatchFixture:
         rows of a batch are claimed independent, but reach each other in eval mode
 
           encoder.attention (MultiheadAttention)   is the first module that mixes them
-          member 0, input row 0                    reaches output rows 1, 2, 3 by 0.51 of the largest
+          member 0, input row 0                    reaches output rows 1, 2, 3 by 0.51 of ...
           ...
     """
     return BatchFixture()
