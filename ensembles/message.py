@@ -21,9 +21,6 @@ SHOWN_ROWS = 8
 
 PROSE_WIDTH = 92
 
-SIDE_BY_SIDE = 100
-"""Characters of what was expected and what was found before one stands below the other."""
-
 
 def broken(
     claim: str, rows: Sequence[Sequence[str]], *, total: str, meaning: str, remedy: str
@@ -165,7 +162,7 @@ def _rows(items: Sequence[Finding], *, several: bool) -> list[tuple[str, ...]]:
 
     What is too wide to stand side by side stands one below the other.
     """
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             item.place,
             f"{item.kind}:" if several else "",
@@ -174,7 +171,7 @@ def _rows(items: Sequence[Finding], *, several: bool) -> list[tuple[str, ...]]:
         )
         for item in items
     ]
-    if sum(max(len(row[i]) for row in rows) for i in (2, 3)) > SIDE_BY_SIDE:
+    if sum(max(len(row[i]) for row in rows) for i in (2, 3)) > PROSE_WIDTH:
         rows = [line for row in rows for line in _stacked(*row)]
     kept = [i for i in range(4) if any(row[i] for row in rows)]
     return [tuple(row[i] for i in kept) for row in rows]

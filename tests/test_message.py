@@ -127,7 +127,7 @@ def test_names_are_capped_after_six(count, text):
     assert message.listed([str(i) for i in range(count)]) == text
 
 
-@pytest.mark.parametrize(("length", "stacked"), [(41, False), (42, True)])
+@pytest.mark.parametrize(("length", "stacked"), [(33, False), (34, True)])
 def test_what_is_too_wide_to_stand_side_by_side_is_stacked(monkeypatch, length, stacked):
     monkeypatch.delenv("PYTEST_CURRENT_TEST")
     wide = Finding(kind="differs", place="a", expected="x" * length, found="y" * 44)
@@ -136,5 +136,5 @@ def test_what_is_too_wide_to_stand_side_by_side_is_stacked(monkeypatch, length, 
     assert rows == (
         [f"  a   expected {wide.expected}", f"      found    {wide.found}", "  b   z"]
         if stacked
-        else [f"  a   expected {wide.expected}   found {wide.found}", f"  b{' ' * 56}z"]
+        else [f"  a   expected {wide.expected}   found {wide.found}", f"  b{' ' * 48}z"]
     )
