@@ -34,7 +34,7 @@ from ensembles.present_run import seed as present_seed
 from ensembles.subject import Model, Recipe, Subject
 from ensembles.user_calls import ERRORS, asked, raised
 
-__all__ = ["Case"]
+__all__ = ["Case", "Given"]
 
 _NOTHING: Any = object()
 
@@ -71,7 +71,7 @@ class Case:
     @classmethod
     def of(
         cls,
-        model: Case | Subject | Model | Callable[[], Model],
+        model: Given,
         batch: Any = None,
         **recipe: Unpack[Recipe],
     ) -> Case:
@@ -255,3 +255,7 @@ class Case:
         other = Case(replace(self.subject, make=lambda: model), seed=self.seed)
         other._model, other._batch = model, self._batch
         return other
+
+
+Given = Case | Subject | Model | Callable[[], Model]
+"""What a check takes: a module, the members, a function that builds them, a subject, or a case."""
