@@ -138,6 +138,23 @@ def test_looking_changes_nothing(small_resnet):
     assert torch.equal(model.head[2].weight.grad, torch.ones(10, 8))
 
 
+def test_a_batch_that_is_written_to_and_a_layer_that_nothing_lists_are_as_before():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.others = nn.Linear(3, 3), [nn.BatchNorm1d(3)]
+
+        def forward(self, x):
+            return self.layer(self.others[0](x.mul_(2)))
+
+    case = Case.of(Hidden(), torch.randn(4, 3))
+    assert case.batch is not None  # made
+    before = case.digest()
+    with outputs_with_graph(case, training=True):
+        pass
+    assert case.is_as(before)
+
+
 def test_no_grad_around_the_call_does_not_matter():
     model, batch = nn.Linear(3, 2), torch.ones(1, 3)
     for disabled in (torch.no_grad(), torch.inference_mode()):

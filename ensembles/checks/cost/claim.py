@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from ensembles.claims import ClaimError, options_of, unknown
 
@@ -35,9 +36,10 @@ BUDGETS = tuple(Budgets.__annotations__)
 
 @dataclass(frozen=True)
 class CostClaim:
-    """Budgets as in `Budgets`, None where there is none, and of what they are.
+    """What a call costs.
 
     Attributes:
+        budgets: Numbers, at least one where a cost is judged; what is None is left out.
         exact: Whether the cost is exactly this, or at most this.
         training: Whether it is that of a training step, or of a prediction.
 
@@ -45,28 +47,21 @@ class CostClaim:
         ClaimError: If a budget is no number of its kind.
     """
 
-    flops: int | None = None
-    forward: int | None = None
-    backward: int | None = None
-    parameters: int | None = None
-    buffers: int | None = None
-    kept_bytes: int | None = None
-    wasted: float | Fraction | None = None
+    budgets: Mapping[str, Any] = field(default_factory=dict)
     exact: bool = False
     training: bool = True
 
     def __post_init__(self) -> None:
-        for name, limit in self.budgets.items():
+        given = {name: limit for name, limit in self.budgets.items() if limit is not None}
+        object.__setattr__(self, "budgets", given)
+        for name, limit in given.items():
             share = name == "wasted"
             number = isinstance(limit, (int, float, Fraction) if share else int)
+            if name not in BUDGETS:
+                raise ClaimError(f"{name} is no budget: budgets are {', '.join(BUDGETS)}.")
             if isinstance(limit, bool) or not number or not 0 <= limit <= (1 if share else limit):
                 kind = "a share from 0 to 1" if share else "a whole number, 0 or more"
                 raise ClaimError(f"{name}={limit!r} is no budget: it is {kind}.")
-
-    @property
-    def budgets(self) -> dict[str, float | Fraction]:
-        """The budgets that were given, by name."""
-        return {name: n for name in BUDGETS if (n := getattr(self, name)) is not None}
 
 
 def parse(given: object) -> CostClaim:
@@ -86,10 +81,10 @@ def parse(given: object) -> CostClaim:
         Traceback (most recent call last):
         ensembles.claims.ClaimError: flops=1.5 is no budget: it is a whole number, 0 or more.
     """
-    options = options_of(given, [*BUDGETS, "exact", "training"])
-    modes = [options[mode] for mode in ("exact", "training") if mode in options] if options else []
-    if options and all(isinstance(mode, bool) for mode in modes):
-        claim = CostClaim(**options)
+    options = options_of(given, [*BUDGETS, "exact", "training"]) or {}
+    modes = {name: options.pop(name) for name in ("exact", "training") if name in options}
+    if options and all(isinstance(mode, bool) for mode in modes.values()):
+        claim = CostClaim(options, **modes)
         if claim.budgets:
             return claim
     known = [

@@ -100,6 +100,7 @@ def zeros_of(case: Case, actual: ActualPass, *, training: bool) -> tuple[dict[Op
         batch = fresh(case.batch)
     meter = Meter(case.modules, batch, zeros=True)
     with (
+        case.preserved(),
         _plain_calls(),
         meter.watching(),
         probing(case.model, batch, outputs=case.subject.outputs, training=training) as probe,

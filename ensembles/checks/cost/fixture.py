@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Unpack
 
-    from ensembles.case import Case
+    from ensembles.case import Given
     from ensembles.checks.cost.claim import Budgets
     from ensembles.checks.cost.measurement import ComputeCost
-    from ensembles.subject import Model, Recipe
+    from ensembles.subject import Recipe
 
     class BudgetsAndRecipe(Budgets, Recipe, total=False):
         """Budgets as `assert_cost_within` takes them, and the recipe."""
@@ -26,12 +25,7 @@ class CostFixture:
     """What `compute_cost` gives to a test."""
 
     def measure(
-        self,
-        model: Case | Model | Callable[[], Model],
-        batch: Any = None,
-        *,
-        training: bool = True,
-        **recipe: Unpack[Recipe],
+        self, model: Given, batch: Any = None, *, training: bool = True, **recipe: Unpack[Recipe]
     ) -> ComputeCost:
         """FLOPs, parameters, bytes kept and zeros, by layer: `measure_compute_cost`."""
         from ensembles.checks.cost.measurement import measure_compute_cost
@@ -40,7 +34,7 @@ class CostFixture:
 
     def assert_within(
         self,
-        model: Case | Model | Callable[[], Model],
+        model: Given,
         batch: Any = None,
         *,
         training: bool = True,
@@ -48,14 +42,11 @@ class CostFixture:
     ) -> None:
         """Checks that a call costs at most: flops, parameters, kept_bytes, wasted (a share), ..."""
         __tracebackhide__ = True
-        from ensembles.checks.cost.judgement import assert_cost_within
-
-        budgets, recipe = _apart(options)
-        assert_cost_within(self.measure(model, batch, training=training, **recipe), **budgets)
+        self._check(model, batch, training, options, exact=False)
 
     def assert_exactly(
         self,
-        model: Case | Model | Callable[[], Model],
+        model: Given,
         batch: Any = None,
         *,
         training: bool = True,
@@ -63,18 +54,16 @@ class CostFixture:
     ) -> None:
         """Checks that a call costs exactly this; budgets are those of `assert_within`."""
         __tracebackhide__ = True
-        from ensembles.checks.cost.judgement import assert_cost_equals
+        self._check(model, batch, training, options, exact=True)
 
-        budgets, recipe = _apart(options)
-        assert_cost_equals(self.measure(model, batch, training=training, **recipe), **budgets)
+    def _check(self, model: Any, batch: Any, training: bool, options: Any, *, exact: bool) -> None:
+        __tracebackhide__ = True
+        from ensembles.checks.cost.claim import BUDGETS, CostClaim
+        from ensembles.checks.cost.judgement import judge
+        from ensembles.message import assert_held
 
-
-def _apart(options: BudgetsAndRecipe) -> tuple[Budgets, Recipe]:
-    from ensembles.checks.cost.claim import BUDGETS
-
-    budgets: Any = {name: value for name, value in options.items() if name in BUDGETS}
-    recipe: Any = {name: value for name, value in options.items() if name not in BUDGETS}
-    return budgets, recipe
+        claim = CostClaim({n: options.pop(n) for n in BUDGETS if n in options}, exact=exact)
+        assert_held(judge(self.measure(model, batch, training=training, **options), claim))
 
 
 @pytest.fixture

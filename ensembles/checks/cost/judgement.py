@@ -34,7 +34,7 @@ def assert_cost_within(cost: ComputeCost, **budgets: Unpack[Budgets]) -> None:
         >>> assert_cost_within(cost, flops=100, parameters=16, wasted=0)
     """
     __tracebackhide__ = True
-    assert_held(judge(cost, CostClaim(**budgets)))
+    assert_held(judge(cost, CostClaim(budgets)))
 
 
 def assert_cost_equals(cost: ComputeCost, **budgets: Unpack[Budgets]) -> None:
@@ -54,7 +54,7 @@ def assert_cost_equals(cost: ComputeCost, **budgets: Unpack[Budgets]) -> None:
         >>> assert_cost_equals(cost, forward=48, parameters=16)
     """
     __tracebackhide__ = True
-    assert_held(judge(cost, CostClaim(**budgets, exact=True)))
+    assert_held(judge(cost, CostClaim(budgets, exact=True)))
 
 
 def judge(cost: ComputeCost, claim: CostClaim) -> Findings:
@@ -194,10 +194,9 @@ def _exceeded(
         amount=float(found),
         **explained,
     )
-    if name == "buffers":
-        return  # they are not counted by layer
     attribute = "wasted_flops" if name == "wasted" else name
-    for layer in sorted(cost.layers, key=lambda layer: -getattr(layer, attribute)):
+    layers = () if name == "buffers" else cost.layers  # those are not counted by layer
+    for layer in sorted(layers, key=lambda layer: -getattr(layer, attribute)):
         if part := getattr(layer, attribute):
             of_flops = f"{percent(layer.wasted)} of {layer.flops:,} FLOPs"
             yield Finding(

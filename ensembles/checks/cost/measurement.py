@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Unpack
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ensembles.case import Case
+from ensembles.case import Case, Given
 from ensembles.checks.cost.claim import CostClaim
 from ensembles.checks.cost.cost_passes import actual_pass, zeros_of
 from ensembles.checks.cost.meter import Kept, Meter, Operation
@@ -20,7 +20,7 @@ from ensembles.handling.numbers import checked_initialised
 from ensembles.handling.registered_tensors import Registered, registered
 from ensembles.instruments.storage import shared_memory
 from ensembles.message import SHOWN_ROWS, aligned, listed
-from ensembles.subject import Model, Recipe
+from ensembles.subject import Recipe
 
 __all__ = [
     "ComputeCost",
@@ -218,17 +218,12 @@ _HEAD = ("layer", "FLOPs forward", "FLOPs backward", "on zeros", "parameters", "
 
 
 def measure_compute_cost(
-    model: Case | Model | Callable[[], Model],
-    batch: Any = None,
-    *,
-    training: bool = True,
-    **recipe: Unpack[Recipe],
+    model: Given, batch: Any = None, *, training: bool = True, **recipe: Unpack[Recipe]
 ) -> ComputeCost:
     """Counts FLOPs, parameters, bytes kept for backward, and multiplications by zero.
 
     Args:
-        model: One module, the members as a list or dict of modules, each called on the batch, or
-            a function that builds it.
+        model: One module, or the members as a list or dict of modules, each called on the batch.
         batch: What the model is called with. On the meta device nothing is computed; then zeros
             are not looked for.
         training: Whether a training step is measured (training mode, forward and backward), or a
@@ -305,9 +300,7 @@ def _layers(
                 None if wasted is None else wasted.get(operation, 0),
             )
         )
-    elements: Counter[str] = Counter()
-    for name, count in parameters.items():
-        elements[name] += count
+    elements = Counter(parameters)
     bytes_of: Counter[str] = Counter()
     for piece in kept:
         bytes_of[piece.layer] += piece.bytes
@@ -354,9 +347,6 @@ def _distinct(tensor: Tensor) -> int:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         total *= size if stride or not size else 1
     return total
-
-
-# --- how it is told -----------------------------------------------------------------------------
 
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:

@@ -164,7 +164,8 @@ class CanonicalForm:
             if self._commutes(i):  # a constant may stand on either side
                 operands[:] = [edge for edge in operands if edge is not None]
             # How many operands without gradient there are at the end depends on the kernel.
-            _cut(operands)
+            while operands and operands[-1] is None:
+                operands.pop()
 
     def _find_members(self) -> None:
         """The members whose outputs a node reaches."""
@@ -228,19 +229,19 @@ class CanonicalForm:
             for number, end in enumerate(found):
                 if end is not None:
                     ends[end.node] += f"{bit}.{number}[{end.output}] "
-        colors = []
+        hashes = []
         for i, operation in enumerate(self._operations):
             leaf = self.leaves.get(i)
             own = f"{leaf.names}{tuple(leaf.tensor.shape)}" if leaf else ""
-            colors.append(_digest(operation, str(self.attributes[i]), own, ends[i]))
+            hashes.append(_digest(operation, str(self.attributes[i]), own, ends[i]))
         for _ in range(2):
             for i, operands in enumerate(self.operands):
-                below = [f"{colors[e.node]}[{e.output}]" if e else "-" for e in operands]
-                colors[i] = _digest(colors[i], *self._ordered(i, below))
-            for i in reversed(range(len(colors))):
-                above = sorted(f"{colors[user]}@{at}" for user, at in users[i])
-                colors[i] = _digest(colors[i], *above)
-        self._hashes = colors
+                below = [f"{hashes[e.node]}[{e.output}]" if e else "-" for e in operands]
+                hashes[i] = _digest(hashes[i], *self._ordered(i, below))
+            for i in reversed(range(len(hashes))):
+                above = sorted(f"{hashes[user]}@{at}" for user, at in users[i])
+                hashes[i] = _digest(hashes[i], *above)
+        self._hashes = hashes
 
     def _sort_operands(self) -> None:
         for i, operands in enumerate(self.operands):
@@ -306,12 +307,6 @@ class CanonicalForm:
 
     def _ordered(self, i: int, operands: list[str]) -> list[str]:
         return sorted(operands) if self._commutes(i) else operands
-
-
-def _cut(operands: list[Edge | None]) -> None:
-    """Leaves out the operands at the end that have no gradient."""
-    while operands and operands[-1] is None:
-        operands.pop()
 
 
 def _digest(*parts: str) -> str:

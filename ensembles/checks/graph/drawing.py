@@ -16,15 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
-from ensembles.case import Case
+from ensembles.case import Case, Given
 from ensembles.checks.graph.canonical import CanonicalForm, canonical_form
-from ensembles.subject import Model, Recipe
+from ensembles.subject import Recipe
 
 __all__ = ["draw_autograd_graph"]
 
 
 def draw_autograd_graph(
-    model: Case | Model | Callable[[], Model],
+    model: Given,
     batch: Any,
     path: str | os.PathLike[str],
     *,
@@ -38,12 +38,11 @@ def draw_autograd_graph(
     operations have the names of the canonical text. The same graph gives the same files.
 
     Args:
-        model: As for `measure_autograd_graph`.
+        model: As for `measure_autograd_graph`; so is the recipe.
         batch: What the model is called with; None where a case brings it.
         path: Where to write: path.pdf and path.svg. A suffix .pdf or .svg is left out.
         training: Whether the model is called in training mode.
         overwrite: Whether files that exist are replaced.
-        **recipe: `outputs` splits what one module returns into member outputs.
 
     Returns:
         The paths of the PDF and of the SVG.

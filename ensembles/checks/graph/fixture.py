@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Unpack
 
-    from ensembles.case import Case
+    from ensembles.case import Given
     from ensembles.checks.graph.measurement import AutogradGraph
-    from ensembles.subject import Model, Recipe
+    from ensembles.subject import Recipe
 
 __all__ = ["GraphFixture", "autograd_graph"]
 
@@ -25,12 +24,7 @@ class GraphFixture:
         self._request = request
 
     def measure(
-        self,
-        model: Case | Model | Callable[[], Model],
-        batch: Any = None,
-        *,
-        training: bool = False,
-        **recipe: Unpack[Recipe],
+        self, model: Given, batch: Any = None, *, training: bool = False, **recipe: Unpack[Recipe]
     ) -> AutogradGraph:
         """The graph in canonical form, whose `str` is the text: `measure_autograd_graph`."""
         from ensembles.checks.graph.measurement import measure_autograd_graph
@@ -39,7 +33,7 @@ class GraphFixture:
 
     def assert_equals(
         self,
-        model: Case | Model | Callable[[], Model],
+        model: Given,
         batch: Any,
         golden: str | Path,
         *,
@@ -55,7 +49,7 @@ class GraphFixture:
 
     def assert_recorded(
         self,
-        model: Case | Model | Callable[[], Model],
+        model: Given,
         batch: Any,
         path: str | Path | None = None,
         *,
@@ -102,7 +96,7 @@ class GraphFixture:
 
     def draw(
         self,
-        model: Case | Model | Callable[[], Model],
+        model: Given,
         batch: Any,
         path: str | Path,
         *,

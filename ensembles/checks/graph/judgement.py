@@ -47,20 +47,15 @@ def judge(graph: AutogradGraph, claim: GraphClaim) -> Findings:
         **{leaf.names[0]: leaf.members for leaf in graph.leaves},
         **{operation.name: operation.members for operation in graph.operations},
     }
-    items = [
-        replace(item, members=reaching.get(item.place, ()))
-        for item in _differences(expected[first:], found[first:])
-    ]
+    items = list(_differences(expected[first:], found[first:]))
+    for i, item in enumerate(items):
+        # The remedy is one for all kinds, and stands below the first.
+        remedy = f"{item.remedy} {_REMEDY}".strip() if item.kind == items[0].kind else item.remedy
+        items[i] = replace(item, members=reaching.get(item.place, ()), remedy=remedy)
     another = ", but it is another" if items else ""
     return Findings(
         claim=f"the autograd graph is claimed to be the recorded one{another}",
-        items=tuple(
-            # The remedy is one for all kinds, and stands below the first.
-            replace(item, remedy=f"{item.remedy} {_REMEDY}".strip())
-            if item.kind == items[0].kind
-            else item
-            for item in items
-        ),
+        items=tuple(items),
         affected=(Count(len(items), "line", of=len({line.place for line in (*expected, *found)})),),
     )
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Unpack
 
-from ensembles.case import Case
+from ensembles.case import Case, Given
 from ensembles.checks.graph.canonical import canonical_form
 from ensembles.checks.graph.claim import GraphClaim, title
 from ensembles.message import counted
-from ensembles.subject import Model, Recipe
+from ensembles.subject import Recipe
 
 __all__ = ["AutogradGraph", "Leaf", "Operation", "measure", "measure_autograd_graph"]
 
@@ -127,11 +126,7 @@ class AutogradGraph:
 
 
 def measure_autograd_graph(
-    model: Case | Model | Callable[[], Model],
-    batch: Any = None,
-    *,
-    training: bool = False,
-    **recipe: Unpack[Recipe],
+    model: Given, batch: Any = None, *, training: bool = False, **recipe: Unpack[Recipe]
 ) -> AutogradGraph:
     """Calls the model once and writes down its autograd graph in canonical form.
 
@@ -152,7 +147,7 @@ def measure_autograd_graph(
     the memory format of their input (channels_last) may have a graph of their own for each.
 
     Args:
-        model: One module, the members as a list or dict of modules, or a function that builds it.
+        model: One module, or the members as a list or dict of modules.
         batch: A tensor, a tuple of positional arguments, or a dict of keyword arguments. Small is
             enough: the graph does not depend on the number of samples.
         training: Whether the model is called in training mode.

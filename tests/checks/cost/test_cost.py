@@ -9,6 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from ensembles import check_ensemble
+from ensembles.case import Case
 from ensembles.checks.cost.claim import parse
 from ensembles.checks.cost.judgement import assert_cost_equals, assert_cost_within
 from ensembles.checks.cost.measurement import measure_compute_cost
@@ -452,6 +453,44 @@ def test_the_model_is_left_as_it_was():
     assert torch.equal(model[3].weight.grad, torch.ones(2, 4))
     assert not model[0]._forward_hooks
     assert measure_compute_cost(model, batch) == one
+
+
+class Hidden(nn.Module):
+    """A layer that nothing lists, and an operation on the batch in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.others = nn.Linear(3, 3), [nn.BatchNorm1d(3)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.others[0](x.mul_(2)))
+
+
+def test_a_batch_that_is_written_to_and_a_layer_that_nothing_lists_are_as_before():
+    case = Case.of(Hidden(), torch.randn(4, 3))
+    assert case.batch is not None  # made
+    before = case.digest()
+    measure_compute_cost(case)
+    assert case.is_as(before)
+
+
+def test_a_function_of_the_users_may_have_a_variable():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.variable = 2
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return ctx.variable * gradient
+
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Twice.apply(super().forward(x))
+
+    cost = cost_of(Doubled(7, 3), 5, 7)
+    assert (cost.forward, cost.backward) == (210, 210)
 
 
 def test_a_frozen_weight_has_no_gradient_to_pay_for():
