@@ -34,7 +34,7 @@ from ensembles.present_run import seed as present_seed
 from ensembles.subject import Model, Recipe, Subject
 from ensembles.user_calls import ERRORS, asked, raised
 
-__all__ = ["Case"]
+__all__ = ["Case", "Given"]
 
 _NOTHING: Any = object()
 
@@ -71,7 +71,7 @@ class Case:
     @classmethod
     def of(
         cls,
-        model: Case | Subject | Model | Callable[[], Model],
+        model: Given,
         batch: Any = None,
         **recipe: Unpack[Recipe],
     ) -> Case:
@@ -189,15 +189,17 @@ class Case:
 
     # --- calls and steps ------------------------------------------------------------------------
 
-    def call(self, model: Model | None = None) -> dict[str, tuple[Tensor, ...]]:
-        """What each member yields on a fresh copy of the batch, in the present mode.
+    def call(self, model: Model | None = None, batch: Any = None) -> dict[str, tuple[Tensor, ...]]:
+        """What each member yields, in the present mode.
 
         Args:
             model: What to call in place of the case's model: some of the members, or a copy.
+            batch: What to call it with, as it is; by default a fresh copy of the case's batch.
         """
         __tracebackhide__ = True
         called = self.model if model is None else model
-        return member_outputs(called, fresh(self.batch), outputs=self.subject.outputs)
+        given = fresh(self.batch) if batch is None else batch
+        return member_outputs(called, given, outputs=self.subject.outputs)
 
     def loss(self, outputs: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
         """The training loss of member outputs, a scalar.
@@ -253,3 +255,7 @@ class Case:
         other = Case(replace(self.subject, make=lambda: model), seed=self.seed)
         other._model, other._batch = model, self._batch
         return other
+
+
+Given = Case | Subject | Model | Callable[[], Model]
+"""What a check takes: a module, the members, a function that builds them, a subject, or a case."""

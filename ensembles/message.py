@@ -162,8 +162,11 @@ def _shown(findings: Findings) -> list[Finding]:
 
 
 def _rows(items: Sequence[Finding], *, several: bool) -> list[tuple[str, ...]]:
-    """Place, kind where there are several, expected, found; without columns that are empty."""
-    rows = [
+    """Place, kind where there are several, expected, found; without columns that are empty.
+
+    What is too wide to stand side by side stands one below the other.
+    """
+    rows: list[tuple[str, ...]] = [
         (
             item.place,
             f"{item.kind}:" if several else "",
@@ -172,8 +175,16 @@ def _rows(items: Sequence[Finding], *, several: bool) -> list[tuple[str, ...]]:
         )
         for item in items
     ]
+    if sum(max(len(row[i]) for row in rows) for i in (2, 3)) > PROSE_WIDTH:
+        rows = [line for row in rows for line in _stacked(*row)]
     kept = [i for i in range(4) if any(row[i] for row in rows)]
     return [tuple(row[i] for i in kept) for row in rows]
+
+
+def _stacked(place: str, kind: str, expected: str, found: str) -> Iterator[tuple[str, ...]]:
+    yield (place, kind, expected or found, "")
+    if expected and found:
+        yield ("", "", found.replace("found ", "found    ", 1), "")
 
 
 def _advice(item: Finding) -> str:

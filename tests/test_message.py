@@ -3,6 +3,7 @@ import re
 import pytest
 
 from ensembles import message, present_run
+from ensembles.findings import Finding, Findings
 
 PARTS = {"total": "9 of 9", "meaning": "It trains one network.", "remedy": "Build each anew."}
 
@@ -124,3 +125,16 @@ def test_rows_of_different_lengths_are_refused():
 )
 def test_names_are_capped_after_six(count, text):
     assert message.listed([str(i) for i in range(count)]) == text
+
+
+@pytest.mark.parametrize(("length", "stacked"), [(33, False), (34, True)])
+def test_what_is_too_wide_to_stand_side_by_side_is_stacked(monkeypatch, length, stacked):
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    wide = Finding(kind="differs", place="a", expected="x" * length, found="y" * 44)
+    new = Finding(kind="differs", place="b", found="z")
+    rows = message.rendered(Findings(claim="A claim.", items=(wide, new))).splitlines()[2:]
+    assert rows == (
+        [f"  a   expected {wide.expected}", f"      found    {wide.found}", "  b   z"]
+        if stacked
+        else [f"  a   expected {wide.expected}   found {wide.found}", f"  b{' ' * 48}z"]
+    )

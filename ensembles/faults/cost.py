@@ -26,7 +26,7 @@ def _as_cheap_as(
     from ensembles.checks.cost.measurement import measure_compute_cost
 
     healthy = separate(architecture, place, twin)
-    cost = measure_compute_cost(healthy.make(), architecture.batch())
+    cost = measure_compute_cost(healthy.make, architecture.batch)
     budgets = {"flops": cost.flops, "parameters": cost.parameters, "wasted": 0}
     subject = separate(architecture, place, planted)
     return replace(subject, claims={**subject.claims, "cost": budgets})
@@ -128,6 +128,6 @@ def kept_zeros(architecture: Architecture, place: Place, broken: bool) -> Subjec
 
         return separate(architecture, place, plant)
 
-    kept = measure_compute_cost(with_padding(0).make(), architecture.batch()).kept_bytes
+    kept = measure_compute_cost(with_padding(0).make, architecture.batch).kept_bytes
     subject = with_padding(3 * WIDTH if broken else 0)
     return replace(subject, claims={**subject.claims, "cost": {"kept_bytes": kept}})

@@ -124,8 +124,7 @@ class Fault:
 def _graph_of(subject: Subject) -> str:
     from ensembles.checks.graph.measurement import measure_autograd_graph
 
-    assert subject.batch is not None, "every subject of the catalogue has a batch"
-    return str(measure_autograd_graph(subject.make(), subject.batch(), outputs=subject.outputs))
+    return str(measure_autograd_graph(subject))
 
 
 def fault(

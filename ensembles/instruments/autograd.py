@@ -17,19 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ensembles.handling.members import member_outputs, named_modules_of
+from ensembles.case import Case
 from ensembles.handling.numbers import checked_numbers
-from ensembles.handling.state import parameters_kept, preserved
-from ensembles.subject import Model, Outputs
+from ensembles.handling.state import parameters_kept
 
 __all__ = [
     "Edge",
     "Nodes",
     "attributes_of",
-    "called",
     "leaves_of",
     "nodes_of",
     "operation_of",
+    "outputs_with_graph",
     "postorder",
     "signed",
 ]
@@ -39,15 +38,14 @@ __all__ = [
 
 
 @contextmanager
-def called(
-    model: Model, batch: Any, *, outputs: Outputs | None = None, training: bool = False
+def outputs_with_graph(
+    case: Case, batch: Any = None, *, training: bool = False
 ) -> Iterator[dict[str, tuple[Tensor, ...]]]:
-    """The member outputs with their graph; the model is as it was on exit.
+    """The member outputs of one call, with their graph; the model is as before on exit.
 
     Args:
-        model: One module, or the members as a list or dict of modules.
-        batch: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        outputs: Splits what one module returns into member outputs.
+        case: What is called.
+        batch: What it is called with; by default a copy of the case's batch.
         training: Whether the model is called in training mode.
 
     Yields:
@@ -58,29 +56,29 @@ def called(
             or the call fails or changes parameters.
 
     Example:
-        >>> with called(nn.Linear(3, 2), torch.ones(1, 3)) as outputs:
+        >>> with outputs_with_graph(Case.of(nn.Linear(3, 2), torch.ones(1, 3))) as outputs:
         ...     print(outputs["model"][0].grad_fn.name())
         AddmmBackward0
     """
-    checked_numbers(model)
-    with preserved(model):
-        for module in named_modules_of(model).values():
+    checked_numbers(case.model)
+    with case.preserved():
+        for module in case.modules.values():
             module.train(training)
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             _plain_kernels(),
-            parameters_kept(model),
+            parameters_kept(case.model),
         ):
-            results = member_outputs(model, batch, outputs=outputs)
-        for member, tensors in results.items():
+            outputs = case.call(batch=batch)
+        for member, tensors in outputs.items():
             if not any(tensor.requires_grad for tensor in tensors):
                 raise ValueError(
                     f"the output of member {member} has no autograd graph. Usual causes: "
                     "torch.no_grad or .detach() inside forward, or every parameter frozen "
                     "(requires_grad=False)."
                 )
-        yield results
+        yield outputs
 
 
 @contextmanager
@@ -157,12 +155,7 @@ def nodes_of(outputs: Mapping[str, Sequence[Tensor]]) -> Nodes:
             ]
             for function in functions
         ],
-        # AccumulateGrad, and not whatever has an attribute `variable`: users name theirs so too.
-        leaves={
-            i: function.variable
-            for i, function in enumerate(functions)
-            if function.name().endswith("AccumulateGrad")
-        },
+        leaves={i: node.variable for i, node in enumerate(functions) if _is_leaf(node)},
         ends={
             member: [Edge(index[end[0]], end[1]) if end else None for end in found]
             for member, found in ends.items()
@@ -214,9 +207,13 @@ def leaves_of(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
         elif tensor.requires_grad:
             yield tensor
     for node in postorder(roots, lambda node: [n for n, _ in node.next_functions if n is not None]):
-        # AccumulateGrad, and not whatever has an attribute `variable`: users name theirs so too.
-        if node.name().endswith("AccumulateGrad"):
+        if _is_leaf(node):
             yield node.variable
+
+
+def _is_leaf(node: Any) -> bool:
+    # Not whatever has an attribute `variable`: users name theirs so too.
+    return bool(node.name().endswith("AccumulateGrad"))
 
 
 def _operands(function: Any) -> list[tuple[Any, int]]:

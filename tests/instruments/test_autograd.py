@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from ensembles.instruments.autograd import attributes_of, called, nodes_of, operation_of
+from ensembles.case import Case
+from ensembles.instruments.autograd import (
+    attributes_of,
+    nodes_of,
+    operation_of,
+    outputs_with_graph,
+)
 
 # --- nodes --------------------------------------------------------------------------------------
 
@@ -102,7 +108,7 @@ def test_fused_layers_are_written_out():
             y, _ = self.rnn(x)
             return self.attention(y, y, y, need_weights=False)[0]
 
-    with called(Fused(), torch.randn(3, 2, 4)) as outputs:
+    with outputs_with_graph(Case.of(Fused(), torch.randn(3, 2, 4))) as outputs:
         operations = {operation_of(function) for function in nodes_of(outputs).functions}
     assert {"Sigmoid", "Tanh", "Bmm"} <= operations
     assert not [name for name in operations if "Attention" in name or "Rnn" in name]
@@ -117,7 +123,9 @@ def test_looking_changes_nothing(small_resnet):
     kernels = (torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled)
     batch = torch.randn(2, 3, 8, 8)
     state = torch.get_rng_state()
-    with called(nn.Sequential(model, nn.Dropout()), batch, training=True) as outputs:
+    with outputs_with_graph(
+        Case.of(nn.Sequential(model, nn.Dropout()), batch), training=True
+    ) as outputs:
         assert model.stem.training
         assert operation_of(outputs["model"][0].grad_fn) == "Mul"  # of dropout
     assert torch.equal(torch.get_rng_state(), state)
@@ -130,10 +138,27 @@ def test_looking_changes_nothing(small_resnet):
     assert torch.equal(model.head[2].weight.grad, torch.ones(10, 8))
 
 
+def test_a_batch_that_is_written_to_and_a_layer_that_nothing_lists_are_as_before():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.others = nn.Linear(3, 3), [nn.BatchNorm1d(3)]
+
+        def forward(self, x):
+            return self.layer(self.others[0](x.mul_(2)))
+
+    case = Case.of(Hidden(), torch.randn(4, 3))
+    assert case.batch is not None  # made
+    before = case.digest()
+    with outputs_with_graph(case, training=True):
+        pass
+    assert case.is_as(before)
+
+
 def test_no_grad_around_the_call_does_not_matter():
     model, batch = nn.Linear(3, 2), torch.ones(1, 3)
     for disabled in (torch.no_grad(), torch.inference_mode()):
-        with disabled, called(model, batch) as outputs:
+        with disabled, outputs_with_graph(Case.of(model, batch)) as outputs:
             assert not torch.is_grad_enabled()
             assert outputs["model"][0].requires_grad
 
@@ -146,7 +171,7 @@ class Detached(nn.Linear):
 def test_an_output_without_a_graph_is_an_error():
     with (
         pytest.raises(ValueError, match=r"output of member 1 has no autograd graph.*detach"),
-        called(Detached(3, 2), torch.ones(1, 3)),
+        outputs_with_graph(Case.of(Detached(3, 2), torch.ones(1, 3))),
     ):
         pass
 
@@ -154,7 +179,7 @@ def test_an_output_without_a_graph_is_an_error():
 def test_a_model_that_is_frozen_is_an_error():
     with (
         pytest.raises(ValueError, match=r"output of member model has no autograd graph.*frozen"),
-        called(nn.Linear(3, 2).requires_grad_(False), torch.ones(1, 3)),
+        outputs_with_graph(Case.of(nn.Linear(3, 2).requires_grad_(False), torch.ones(1, 3))),
     ):
         pass
 
@@ -170,5 +195,8 @@ def test_a_model_that_is_frozen_is_an_error():
     ids=["meta", "lazy", "no_members", "call_fails"],
 )
 def test_a_model_that_cannot_be_called_is_an_error(model, said):
-    with pytest.raises(ValueError, match=said), called(model, torch.ones(1, 3)):
+    with (
+        pytest.raises(ValueError, match=said),
+        outputs_with_graph(Case.of(model, torch.ones(1, 3))),
+    ):
         pass

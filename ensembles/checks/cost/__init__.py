@@ -1,7 +1,8 @@
-"""Promise: a call of the model costs what is claimed: FLOPs, parameters, bytes kept, zeros.
+"""A call costs what is claimed: FLOPs, parameters, bytes kept for backward, and
+multiplications by structural zeros.
 
-Catches a masked subnet that costs as much as its parent, a tied model that is two, a mask that is
-applied anew in every step and kept for the backward pass, and weights that nobody asked for.
+Catches a masked subnet that costs as much as its parent, a tied layer that is stored twice, a mask
+that is applied anew in every step and kept for the backward pass, and weights that nobody claimed.
 
 Everything is a whole number, the same on every machine of one kind and in every run:
 
@@ -23,4 +24,4 @@ Limits: other operations (normalisation, activations) are not counted. Where the
 the one with generic values run different kernels (attention), waste is told of the plain kernels,
 and never exceeds the FLOPs of its layer. A model that predicts under no_grad is refused, because
 generic values are followed by autograd; on the meta device its cost can be measured.
-"""
+"""  # noqa: D205 (the promise takes two lines)

@@ -5,94 +5,82 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ensembles.case import Case
 from ensembles.checks.cost.meter import Counts, Kept, Meter, Operation
-from ensembles.handling.members import member_outputs, named_modules_of
-from ensembles.handling.state import parameters_kept, preserved
-from ensembles.instruments.autograd import postorder
+from ensembles.handling.state import parameters_kept
+from ensembles.handling.training import fresh
+from ensembles.instruments.autograd import leaves_of
 from ensembles.instruments.influence import probing
-from ensembles.subject import Model, Outputs
 
-__all__ = ["actual_pass", "zeros_of"]
+__all__ = ["ActualPass", "actual_pass", "zeros_of"]
 
 
-def actual_pass(
-    model: Model,
-    batch: Any,
-    outputs: Outputs | None,
-    training: bool,
-    meter: Meter,
-    *,
-    check: bool,
-) -> tuple[list[Kept], list[Tensor]]:
+@dataclass(frozen=True)
+class ActualPass:
+    """A model that was run as it is.
+
+    Attributes:
+        meter: What was counted.
+        kept: What is kept for the backward pass.
+        trained: The leaves that are trained.
+    """
+
+    meter: Meter
+    kept: list[Kept]
+    trained: list[Tensor]
+
+
+def actual_pass(case: Case, *, training: bool, check: bool) -> ActualPass:
     """Runs the model as it is, forward and (in training) backward from all outputs.
 
     Args:
-        model: One module, or the members as a list or dict of modules.
-        batch: What the model is called with.
-        outputs: Splits what one module returns into member outputs.
+        case: What is run.
         training: Whether it is a training step, or a prediction without gradients.
-        meter: Counts; it is full afterwards.
         check: Whether to refuse a call that changes parameters; not possible on meta.
-
-    Returns:
-        What is kept for the backward pass, and the leaves that are trained.
 
     Raises:
         ValueError: If the call or the backward pass fails.
 
     Example:
-        >>> layer, batch = nn.Linear(3, 2), torch.ones(4, 3)
-        >>> meter = Meter({"model": layer}, batch)
-        >>> kept, trained = actual_pass(layer, batch, None, True, meter, check=True)
-        >>> [piece.bytes for piece in kept], len(trained)
+        >>> case = Case.of(nn.Linear(3, 2), torch.ones(4, 3))
+        >>> actual = actual_pass(case, training=True, check=True)
+        >>> [piece.bytes for piece in actual.kept], len(actual.trained)
         ([48], 2)
     """
     __tracebackhide__ = True
     with ExitStack() as stack:
-        stack.enter_context(preserved(model))
+        stack.enter_context(case.preserved())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(training))
         stack.enter_context(_plain_calls())
-        for module in named_modules_of(model).values():
+        for module in case.modules.values():
             module.train(training)
+        batch = fresh(case.batch)
+        meter = Meter(case.modules, batch)
         stack.enter_context(meter.watching())
-        with ExitStack() as call:
-            if check:
-                call.enter_context(parameters_kept(model))
-            found = member_outputs(model, batch, outputs=outputs)
+        with parameters_kept(case.model) if check else nullcontext():
+            found = case.call(batch=batch)
         kept = meter.kept()
-        trained = _trained(found)
+        trained = list(dict.fromkeys(leaves_of(y for tensors in found.values() for y in tensors)))
         if trained:
             meter.backward = True
             _backward(found, trained)
-    return kept, trained
+    return ActualPass(meter, kept, trained)
 
 
-def zeros_of(
-    model: Model,
-    batch: Any,
-    outputs: Outputs | None,
-    training: bool,
-    real: Meter,
-    kept: list[Kept],
-    trained: list[Tensor],
-) -> tuple[dict[Operation, int], int]:
+def zeros_of(case: Case, actual: ActualPass, *, training: bool) -> tuple[dict[Operation, int], int]:
     """Runs the model with generic values, transparently: what is zero then is zero by structure.
 
     Args:
-        model: As for `actual_pass`, like the next three.
-        batch: What the model is called with.
-        outputs: Splits what one module returns into member outputs.
-        training: Whether there is a backward pass.
-        real: The meter of the actual pass.
-        kept: What that pass keeps.
-        trained: The leaves that it trains.
+        case: As for `actual_pass`.
+        actual: What that returned.
+        training: As for `actual_pass`.
 
     Returns:
         FLOPs of each operation that multiply by zeros, and bytes kept that are zeros.
@@ -101,26 +89,28 @@ def zeros_of(
         ValueError: As `ensembles.instruments.influence.probing`.
 
     Example:
-        >>> layer, batch = nn.Sequential(nn.ZeroPad1d(1), nn.Linear(4, 2)), torch.ones(1, 2)
-        >>> meter = Meter({"model": layer}, batch)
-        >>> kept, trained = actual_pass(layer, batch, None, True, meter, check=True)
-        >>> wasted, zeros = zeros_of(layer, batch, None, True, meter, kept, trained)
+        >>> case = Case.of(nn.Sequential(nn.ZeroPad1d(1), nn.Linear(4, 2)), torch.ones(1, 2))
+        >>> actual = actual_pass(case, training=True, check=True)
+        >>> wasted, zeros = zeros_of(case, actual, training=True)
         >>> list(wasted.values()), zeros  # 2 of 4 inputs, forward and backward; 2 floats
         ([16], 8)
     """
     __tracebackhide__ = True
-    meter = Meter(named_modules_of(model), batch, zeros=True)
+    with torch.inference_mode(False):
+        batch = fresh(case.batch)
+    meter = Meter(case.modules, batch, zeros=True)
     with (
+        case.preserved(),
         _plain_calls(),
         meter.watching(),
-        probing(model, batch, outputs=outputs, training=training) as probe,
+        probing(case.model, batch, outputs=case.subject.outputs, training=training) as probe,
     ):
         found = meter.kept() if training else []
         # Gradients are on in the probe, and a prediction has no backward pass.
-        if training and trained:
+        if training and actual.trained:
             meter.backward = True
-            _backward(probe.outputs, trained)
-    budget = Counter(piece.like for piece in kept)
+            _backward(probe.outputs, actual.trained)
+    budget = Counter(piece.like for piece in actual.kept)
     zero_bytes = 0
     for piece in found:
         if budget[piece.like]:
@@ -128,7 +118,7 @@ def zeros_of(
             zero_bytes += piece.zeros
     wasted: dict[Operation, int] = {}
     for operation, counts in meter.counts.items():
-        _add(wasted, real.counts, operation, counts.wasted)
+        _add(wasted, actual.meter.counts, operation, counts.wasted)
     return wasted, zero_bytes
 
 
@@ -162,13 +152,6 @@ def _plain_calls() -> Iterator[None]:
         )
         torch.backends.mha.set_fastpath_enabled(False)
         yield
-
-
-def _trained(outputs: Mapping[str, tuple[Tensor, ...]]) -> list[Tensor]:
-    """The leaves that a backward pass from all outputs reaches."""
-    roots = [y.grad_fn for tensors in outputs.values() for y in tensors if y.grad_fn is not None]
-    nodes = postorder(roots, lambda node: [n for n, _ in node.next_functions if n is not None])
-    return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
 def _backward(outputs: Mapping[str, tuple[Tensor, ...]], trained: list[Tensor]) -> None:

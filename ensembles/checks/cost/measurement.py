@@ -1,37 +1,69 @@
-"""The measurement of `cost`, and its assertions."""
+"""What a call costs: FLOPs, parameters, bytes kept and zeros, in all and by layer."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ensembles.case import Case
+from ensembles.case import Case, Given
 from ensembles.checks.cost.claim import CostClaim
 from ensembles.checks.cost.cost_passes import actual_pass, zeros_of
 from ensembles.checks.cost.meter import Kept, Meter, Operation
-from ensembles.handling.members import named_modules_of
 from ensembles.handling.numbers import checked_initialised, checked_numbers
 from ensembles.handling.registered_tensors import Registered, registered
 from ensembles.instruments.storage import shared_memory
-from ensembles.message import SHOWN_ROWS, aligned, broken, listed
-from ensembles.subject import Model, Outputs
+from ensembles.message import SHOWN_ROWS, aligned, listed
+from ensembles.subject import Recipe
 
 __all__ = [
     "ComputeCost",
     "LayerCost",
     "OperationCost",
-    "assert_cost_equals",
-    "assert_cost_within",
     "measure",
     "measure_compute_cost",
+    "percent",
 ]
+
+
+class _Total:
+    """FLOPs of something that consists of parts."""
+
+    @property
+    def parts(self) -> Sequence[OperationCost | LayerCost]:
+        """What is added up."""
+        raise NotImplementedError
+
+    @property
+    def forward(self) -> int:
+        """FLOPs of the forward pass."""
+        return sum(part.forward for part in self.parts)
+
+    @property
+    def backward(self) -> int:
+        """FLOPs of the backward pass; 0 in evaluation."""
+        return sum(part.backward for part in self.parts)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of both passes."""
+        return self.forward + self.backward
+
+    @property
+    def wasted_flops(self) -> int | None:
+        """FLOPs that multiply by a structural zero; None on the meta device."""
+        return _sum(part.wasted_flops for part in self.parts)
+
+    @property
+    def wasted(self) -> Fraction | None:
+        """The share of FLOPs that multiply by a structural zero; None on the meta device."""
+        return _share(self.wasted_flops, self.flops)
 
 
 @dataclass(frozen=True)
@@ -58,7 +90,7 @@ class OperationCost:
 
 
 @dataclass(frozen=True)
-class LayerCost:
+class LayerCost(_Total):
     """What one module costs by itself, without the modules inside it.
 
     Attributes:
@@ -75,28 +107,13 @@ class LayerCost:
     kept_bytes: int
 
     @property
-    def forward(self) -> int:
-        """FLOPs of the forward pass."""
-        return sum(operation.forward for operation in self.operations)
-
-    @property
-    def backward(self) -> int:
-        """FLOPs of the backward pass."""
-        return sum(operation.backward for operation in self.operations)
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of both passes."""
-        return self.forward + self.backward
-
-    @property
-    def wasted_flops(self) -> int | None:
-        """FLOPs that multiply by a structural zero; None where nobody looked."""
-        return _sum(operation.wasted_flops for operation in self.operations)
+    def parts(self) -> tuple[OperationCost, ...]:
+        """What is added up: the operations."""
+        return self.operations
 
 
 @dataclass(frozen=True)
-class ComputeCost:
+class ComputeCost(_Total):
     """What a call of a model costs, in whole numbers; in all, and by layer.
 
     Attributes:
@@ -121,29 +138,9 @@ class ComputeCost:
     uncounted: tuple[str, ...] = ()
 
     @property
-    def forward(self) -> int:
-        """FLOPs of the forward pass."""
-        return sum(layer.forward for layer in self.layers)
-
-    @property
-    def backward(self) -> int:
-        """FLOPs of the backward pass; 0 in evaluation."""
-        return sum(layer.backward for layer in self.layers)
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of both passes."""
-        return self.forward + self.backward
-
-    @property
-    def wasted_flops(self) -> int | None:
-        """FLOPs that multiply by a structural zero; None on the meta device."""
-        return _sum(layer.wasted_flops for layer in self.layers)
-
-    @property
-    def wasted(self) -> Fraction | None:
-        """The share of FLOPs that multiply by a structural zero; None on the meta device."""
-        return _share(self.wasted_flops, self.flops)
+    def parts(self) -> tuple[LayerCost, ...]:
+        """What is added up: the layers."""
+        return self.layers
 
     @property
     def wasted_kept(self) -> Fraction | None:
@@ -175,7 +172,7 @@ class ComputeCost:
                 layer.name or "(model)",
                 f"{layer.forward:,}",
                 f"{layer.backward:,}",
-                _percent(_share(layer.wasted_flops, layer.flops)),
+                percent(layer.wasted),
                 f"{layer.parameters:,}",
                 f"{layer.kept_bytes:,}",
             )
@@ -186,7 +183,7 @@ class ComputeCost:
             "in all",
             f"{self.forward:,}",
             f"{self.backward:,}",
-            _percent(self.wasted),
+            percent(self.wasted),
             f"{self.parameters:,}",
             f"{self.kept_bytes:,}",
         )
@@ -198,7 +195,7 @@ class ComputeCost:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        of_zeros = self.wasted is not None and f", {_percent(self.wasted)} of them on zeros"
+        of_zeros = self.wasted is not None and f", {percent(self.wasted)} of them on zeros"
         passes = "forward and backward" if self.training else "forward, in evaluation"
         head = f"{self.flops:,} FLOPs {passes}{of_zeros or ''}; {self.parameters:,} parameters"
         lines = [f"{head}; {self.kept_bytes:,} bytes kept" if self.training else head]
@@ -208,7 +205,7 @@ class ComputeCost:
         if self.kept_weight_bytes:
             lines.append(f"  kept copies of weights: {self.kept_weight_bytes:,} bytes")
         if self.kept_zero_bytes:
-            told = f"{self.kept_zero_bytes:,} bytes, {_percent(self.wasted_kept)}"
+            told = f"{self.kept_zero_bytes:,} bytes, {percent(self.wasted_kept)}"
             lines.append(f"  kept zeros: {told}")
         if self.wasted is None:
             lines.append("  zeros were not looked for: there are no numbers on the meta device")
@@ -221,7 +218,7 @@ _HEAD = ("layer", "FLOPs forward", "FLOPs backward", "on zeros", "parameters", "
 
 
 def measure_compute_cost(
-    model: Model, batch: Any, *, outputs: Outputs | None = None, training: bool = True
+    model: Given, batch: Any = None, *, training: bool = True, **recipe: Unpack[Recipe]
 ) -> ComputeCost:
     """Counts FLOPs, parameters, bytes kept for backward, and multiplications by zero.
 
@@ -229,10 +226,10 @@ def measure_compute_cost(
         model: One module, or the members as a list or dict of modules, each called on the batch.
         batch: What the model is called with. On the meta device nothing is computed; then zeros
             are not looked for.
-        outputs: Splits what one module returns into member outputs; the backward pass begins at
-            all of them.
         training: Whether a training step is measured (training mode, forward and backward), or a
             prediction (evaluation mode, forward without gradients).
+        **recipe: `outputs` splits what one module returns into member outputs; the backward pass
+            begins at all of them.
 
     Returns:
         The cost, exactly. It takes two passes, one as the model is and one with generic values.
@@ -247,25 +244,31 @@ def measure_compute_cost(
         (True, True)
     """
     __tracebackhide__ = True
-    modules = named_modules_of(model)
-    entries = registered(modules)
+    return measure(Case.of(model, batch, **recipe), CostClaim(training=training))
+
+
+def measure(case: Case, claim: CostClaim | None = None) -> ComputeCost:
+    """What a training step of a case costs, or a prediction where the claim is about one."""
+    __tracebackhide__ = True
+    training = claim is None or claim.training
+    entries = registered(case.modules)
     for entry in entries:
         checked_initialised(entry.tensor, f"{entry.kind} {entry.names[0]}")
-    given = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
+    given = [x for x in pytree.tree_leaves(case.batch) if isinstance(x, Tensor)]
     on_meta = any(x.is_meta for x in [*given, *(entry.tensor for entry in entries)])
     if not on_meta:
-        checked_numbers(model)
-    meter = Meter(modules, batch)
-    kept, trained = actual_pass(model, batch, outputs, training, meter, check=not on_meta)
+        checked_numbers(case.model)
+    actual = actual_pass(case, training=training, check=not on_meta)
+    meter, kept = actual.meter, actual.kept
     wasted: Mapping[Operation, int] | None = None
     zero_bytes = None
     if not on_meta and (meter.counts or entries):
-        wasted, zero_bytes = zeros_of(model, batch, outputs, training, meter, kept, trained)
-    parameters = _elements(model, entries, "parameter")
+        wasted, zero_bytes = zeros_of(case, actual, training=training)
+    parameters = _elements(case.modules, entries, "parameter")
     cost = ComputeCost(
         layers=_layers(meter, kept, wasted, parameters),
         parameters=sum(parameters.values()),
-        buffers=sum(_elements(model, entries, "buffer").values()),
+        buffers=sum(_elements(case.modules, entries, "buffer").values()),
         kept_bytes=sum(piece.bytes for piece in kept),
         kept_weight_bytes=sum(piece.bytes for piece in kept if piece.of_weights),
         kept_zero_bytes=zero_bytes,
@@ -278,94 +281,6 @@ def measure_compute_cost(
             "pass: there is no cost to measure."
         )
     return cost
-
-
-def assert_cost_within(
-    cost: ComputeCost,
-    *,
-    flops: int | None = None,
-    parameters: int | None = None,
-    kept_bytes: int | None = None,
-    wasted: float | Fraction | None = None,
-) -> None:
-    """Checks that a call costs no more than its budgets.
-
-    Args:
-        cost: From `measure_compute_cost`.
-        flops: FLOPs of both passes, at most.
-        parameters: Elements of all parameters, at most.
-        kept_bytes: Bytes that are kept for the backward pass, at most.
-        wasted: The share of FLOPs that multiply by structural zeros, 0 to 1, at most.
-
-    Raises:
-        ValueError: If there is no budget, if it is none, or if it is about something that was not
-            looked at.
-        AssertionError: If the cost exceeds a budget.
-
-    Example:
-        >>> cost = measure_compute_cost(nn.Linear(3, 4), torch.randn(2, 3))
-        >>> assert_cost_within(cost, flops=100, parameters=16, wasted=0)
-    """
-    __tracebackhide__ = True
-    asked = {
-        "FLOPs": flops,
-        "parameters": parameters,
-        "bytes kept": kept_bytes,
-        "share of zeros": wasted,
-    }
-    budgets = _budgets(cost, asked)
-    found = _found(cost)
-    exceeded = {name: limit for name, limit in budgets.items() if found[name] > limit}
-    if exceeded:
-        _fail(cost, exceeded, "at most ")
-
-
-def assert_cost_equals(
-    cost: ComputeCost,
-    *,
-    flops: int | None = None,
-    forward: int | None = None,
-    backward: int | None = None,
-    parameters: int | None = None,
-    buffers: int | None = None,
-    kept_bytes: int | None = None,
-    wasted: float | Fraction | None = None,
-) -> None:
-    """Checks that a call costs exactly what is claimed.
-
-    Args:
-        cost: From `measure_compute_cost`.
-        flops: FLOPs of both passes.
-        forward: FLOPs of the forward pass.
-        backward: FLOPs of the backward pass.
-        parameters: Elements of all parameters.
-        buffers: Elements of all buffers.
-        kept_bytes: Bytes that are kept for the backward pass.
-        wasted: The share of FLOPs that multiply by structural zeros; a `Fraction` is exact.
-
-    Raises:
-        ValueError: If nothing is claimed, or something that was not looked at.
-        AssertionError: If the cost is another.
-
-    Example:
-        >>> cost = measure_compute_cost(nn.Linear(3, 4), torch.randn(2, 3))
-        >>> assert_cost_equals(cost, forward=48, parameters=16)
-    """
-    __tracebackhide__ = True
-    asked = {
-        "FLOPs": flops,
-        "FLOPs forward": forward,
-        "FLOPs backward": backward,
-        "parameters": parameters,
-        "buffers": buffers,
-        "bytes kept": kept_bytes,
-        "share of zeros": wasted,
-    }
-    budgets = _budgets(cost, asked)
-    found = _found(cost)
-    other = {name: claim for name, claim in budgets.items() if found[name] != claim}
-    if other:
-        _fail(cost, other, "")
 
 
 # --- how it is measured -------------------------------------------------------------------------
@@ -387,9 +302,7 @@ def _layers(
                 None if wasted is None else wasted.get(operation, 0),
             )
         )
-    elements: Counter[str] = Counter()
-    for name, count in parameters.items():
-        elements[name] += count
+    elements = Counter(parameters)
     bytes_of: Counter[str] = Counter()
     for piece in kept:
         bytes_of[piece.layer] += piece.bytes
@@ -400,10 +313,11 @@ def _layers(
     )
 
 
-def _elements(model: Model, entries: list[Registered], kind: str) -> dict[str, int]:
+def _elements(
+    modules: Mapping[str, nn.Module], entries: list[Registered], kind: str
+) -> dict[str, int]:
     """Layer to the elements of the tensors that it registers, all memory once."""
-    named = named_modules_of(model)
-    alone = list(named) == ["model"]
+    alone = list(modules) == ["model"]
 
     def layer(name: str) -> str:
         path = name.rpartition(".")[0]
@@ -415,7 +329,7 @@ def _elements(model: Model, entries: list[Registered], kind: str) -> dict[str, i
         homes.update(dict.fromkeys(entry.names, entry))
         if entry.kind == kind:
             counts[layer(entry.names[0])] += _distinct(entry.tensor)
-    for memory in shared_memory(named_modules_of(model))[1]:
+    for memory in shared_memory(modules)[1]:
         holders = {
             id(homes[name].tensor): homes[name]
             for name in (str(place) for place in memory.places if place.kind == kind)
@@ -435,163 +349,6 @@ def _distinct(tensor: Tensor) -> int:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         total *= size if stride or not size else 1
     return total
-
-
-# --- how it is told -----------------------------------------------------------------------------
-
-
-def _budgets(cost: ComputeCost, asked: Mapping[str, Any]) -> dict[str, Any]:
-    __tracebackhide__ = True
-    budgets = {name: limit for name, limit in asked.items() if limit is not None}
-    if not budgets:
-        raise ValueError(
-            "no budget was given: there is nothing to compare. Give one or more of "
-            f"{', '.join(_ARGUMENTS[name] for name in asked)}."
-        )
-    for name, limit in budgets.items():
-        argument = _ARGUMENTS[name]
-        number = isinstance(limit, (int, float, Fraction)) and not isinstance(limit, bool)
-        share = name == "share of zeros"
-        if not number or not limit >= 0 or (share and limit > 1):
-            raise ValueError(
-                f"{argument}={limit!r} is no budget: it is "
-                + ("a share from 0 to 1." if share else "a whole number, 0 or more.")
-            )
-        if not share and not isinstance(limit, int):
-            raise ValueError(f"{argument}={limit!r} is no budget: it is a whole number, 0 or more.")
-    if "share of zeros" in budgets and cost.wasted is None:
-        raise ValueError(
-            "zeros were not looked for, because there are no numbers on the meta device. Measure "
-            "the model on a real device, or leave out wasted=..."
-        )
-    if "bytes kept" in budgets and not cost.training:
-        raise ValueError(
-            "a prediction keeps nothing for a backward pass: measure the cost with training=True, "
-            "or leave out kept_bytes=..."
-        )
-    if cost.uncounted and budgets.keys() & {"FLOPs", "FLOPs forward", "FLOPs backward"}:
-        raise ValueError(
-            f"there is no formula for the FLOPs of {listed(cost.uncounted)}, which the model "
-            "calls, so that a budget would say nothing."
-        )
-    return budgets
-
-
-_ARGUMENTS = {
-    "FLOPs": "flops",
-    "FLOPs forward": "forward",
-    "FLOPs backward": "backward",
-    "parameters": "parameters",
-    "buffers": "buffers",
-    "bytes kept": "kept_bytes",
-    "share of zeros": "wasted",
-}
-
-
-def _found(cost: ComputeCost) -> dict[str, Any]:
-    return {
-        "FLOPs": cost.flops,
-        "FLOPs forward": cost.forward,
-        "FLOPs backward": cost.backward,
-        "parameters": cost.parameters,
-        "buffers": cost.buffers,
-        "bytes kept": cost.kept_bytes,
-        "share of zeros": cost.wasted or 0,
-    }
-
-
-def _fail(cost: ComputeCost, claims: Mapping[str, Any], at_most: str) -> None:
-    __tracebackhide__ = True
-    found = _found(cost)
-    main = next(iter(claims))
-    rows = [
-        ("in all", f"expected {at_most}{_told(name, limit)}", f"found {_told(name, found[name])}")
-        for name, limit in claims.items()
-    ]
-    rows += [(layer.name or "(model)", "", told) for layer, told in _places(cost, main)]
-    meaning, remedy = _EXPLANATIONS[main.removesuffix(" forward").removesuffix(" backward")]
-    call = "a training step" if cost.training else "a prediction"
-    raise AssertionError(
-        broken(
-            f"{call} is claimed to take {at_most}"
-            f"{' and '.join(_told(name, limit) for name, limit in claims.items())}, and "
-            f"{'takes more' if at_most else 'does not'}",
-            rows,
-            total=_how_much(main, found[main], claims[main]),
-            meaning=meaning if found[main] > claims[main] else "It costs less than is claimed.",
-            remedy=remedy if found[main] > claims[main] else _CHEAPER,
-        )
-    )
-
-
-def _places(cost: ComputeCost, name: str) -> list[tuple[LayerCost, str]]:
-    """The layers that cost most of what a claim is about, with what they cost."""
-    measures: dict[str, Any] = {
-        "FLOPs": lambda layer: layer.flops,
-        "FLOPs forward": lambda layer: layer.forward,
-        "FLOPs backward": lambda layer: layer.backward,
-        "parameters": lambda layer: layer.parameters,
-        "buffers": lambda layer: 0,
-        "bytes kept": lambda layer: layer.kept_bytes,
-        "share of zeros": lambda layer: layer.wasted_flops or 0,
-    }
-    costly = sorted(cost.layers, key=lambda layer: -measures[name](layer))
-
-    def told(layer: LayerCost) -> str:
-        if name == "share of zeros":
-            share = _percent(_share(layer.wasted_flops, layer.flops))
-            return f"{share} of {layer.flops:,} FLOPs"
-        return _told(name, measures[name](layer))
-
-    return [(layer, told(layer)) for layer in costly if measures[name](layer)]
-
-
-def _told(name: str, number: Any) -> str:
-    return (
-        f"{_percent(number)} of FLOPs on zeros"
-        if name == "share of zeros"
-        else f"{number:,} {name}"
-    )
-
-
-def _how_much(name: str, found: Any, claim: Any) -> str:
-    if name == "share of zeros":
-        return f"{_percent(found)} of all FLOPs"
-    return f"{found / claim:.4g} times the {name} claimed" if claim else f"{found:,} {name}"
-
-
-_CHEAPER = (
-    "Usual cause: a layer that forward no longer calls, a batch or a width that is another, or "
-    "work that was saved. Claim the new cost if it is meant."
-)
-_EXPLANATIONS = {
-    "FLOPs": (
-        "Every step takes as much longer.",
-        "Usual cause: a masked layer at full width, a network that is called once too often, a "
-        "batch or a width that is another. Compare the table of `print(cost)` with an older one.",
-    ),
-    "parameters": (
-        "There are weights to train, store and send that are not claimed.",
-        "Usual cause: a layer that was to be tied and is a copy (assign the Parameter itself: "
-        "b.weight = a.weight), or one that nothing uses.",
-    ),
-    "buffers": (
-        "There are buffers to store and send that are not claimed.",
-        "Usual cause: masks or statistics that every member registers for itself.",
-    ),
-    "bytes kept": (
-        "A step needs as much more memory, and fits smaller batches.",
-        "Usual cause: masked copies of weights, activations at full width that are mostly zero, or "
-        "a forward pass that runs twice. Compute with blocks of the weight, or use activation "
-        "checkpointing.",
-    ),
-    "share of zeros": (
-        "Such products take time and change nothing.",
-        "Usual cause: a subnet that is its parent under a mask (compute with the block of the "
-        "weight that is not zero, on the channels that are not zero), or outputs that nobody "
-        "reads, whose gradients are zero.",
-    ),
-}
 
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:
@@ -615,16 +372,16 @@ def _share(part: int | None, whole: int) -> Fraction | None:
     return None if part is None else Fraction(part, whole) if whole else Fraction(0)
 
 
-def _percent(share: Fraction | float | None) -> str:
+def percent(share: Fraction | float | None) -> str:
+    """A share in words; what is not quite none or all does not look like it.
+
+    Example:
+        >>> percent(Fraction(3, 4)), percent(0), percent(1e-9), percent(None)
+        ('75.0 %', '0 %', '<0.1 %', '?')
+    """
     if share is None:
         return "?"
     if share in (0, 1):
         return f"{100 * int(share)} %"
     shown = f"{100 * float(share):.1f}"
     return {"0.0": "<0.1", "100.0": ">99.9"}.get(shown, shown) + " %"
-
-
-def measure(case: Case, claim: CostClaim) -> ComputeCost:
-    """What `cost` looks at, for this claim."""
-    __tracebackhide__ = True
-    return measure_compute_cost(case.model, case.batch, outputs=case.subject.outputs)

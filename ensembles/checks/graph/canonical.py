@@ -11,51 +11,52 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ensembles.case import Case
 from ensembles.handling.registered_tensors import registered
+from ensembles.handling.training import fresh
 from ensembles.instruments.autograd import (
     Edge,
     Nodes,
     attributes_of,
-    called,
     nodes_of,
     operation_of,
+    outputs_with_graph,
     postorder,
 )
-from ensembles.subject import Model, Outputs
 
-__all__ = ["CanonicalForm", "Place", "canonical_form"]
+__all__ = ["CanonicalForm", "NamedLeaf", "canonical_form"]
 
 _COMMUTATIVE = frozenset({"Add", "Mul", "Maximum", "Minimum"})
 _WEIGHT_VIEWS = frozenset({"Permute", "Select", "Slice", "T", "Transpose", "Unsqueeze", "View"})
 
 
-def canonical_form(
-    model: Model, batch: Any, *, outputs: Outputs | None = None, training: bool = False
-) -> CanonicalForm:
+def canonical_form(case: Case, *, training: bool = False) -> CanonicalForm:
     """Calls the model once and puts the graph of its outputs in canonical form.
 
     Args:
-        model: As for `called`.
-        batch: As for `called`.
-        outputs: As for `called`.
-        training: As for `called`.
+        case: What is called.
+        training: Whether the model is called in training mode.
 
     Raises:
-        ValueError: As `called`.
+        ValueError: As `outputs_with_graph`.
 
     Example:
-        >>> form = canonical_form(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.ones(1, 3))
+        >>> case = Case.of(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.ones(1, 3))
+        >>> form = canonical_form(case)
         >>> [form.names[i] for i in form.operations]
         ['0:T', '0:Addmm', '0:Relu']
     """
-    with called(model, batch, outputs=outputs, training=training) as results:
-        return CanonicalForm(model, batch, results)
+    with torch.inference_mode(False):
+        batch = fresh(case.batch)
+    with outputs_with_graph(case, batch, training=training) as outputs:
+        return CanonicalForm(case, batch, outputs)
 
 
-class Place(NamedTuple):
+class NamedLeaf(NamedTuple):
     """What a leaf is to the model.
 
     Attributes:
@@ -71,13 +72,13 @@ class Place(NamedTuple):
     rank: int
 
 
-class _Layer(NamedTuple):
-    """Which leaf is nearest; the least is the one that a node is named after."""
+class _NearestLeaf(NamedTuple):
+    """The leaf that a node is named after: the least of those that it is computed from."""
 
     distance: int
     last_registered_first: int
-    name: str
-    reach: int
+    layer: str
+    members: int
 
 
 class CanonicalForm:
@@ -100,29 +101,29 @@ class CanonicalForm:
             precede what uses them.
     """
 
-    def __init__(self, model: Model, batch: Any, results: Mapping[str, tuple[Tensor, ...]]) -> None:
-        nodes = nodes_of(results)
-        self.tensors = results
-        self.members = tuple(results)
-        self.registered = registered(model)
+    def __init__(self, case: Case, batch: Any, outputs: Mapping[str, tuple[Tensor, ...]]) -> None:
+        nodes = nodes_of(outputs)
+        self.tensors = outputs
+        self.members = tuple(outputs)
+        self.registered = registered(case.model)
         self.functions, self.operands, self.ends = nodes.functions, nodes.operands, nodes.ends
-        self.leaves = self._placed(nodes, batch)
+        self.leaves = self._named_leaves(nodes, batch)
         # Every step fills lists, and uses those of the steps before it.
-        self._label()
-        self._reach()
-        self._own()
-        self._look_near()
-        self._color()
+        self._find_operations()
+        self._find_members()
+        self._find_layers()
+        self._hash_within_layers()
+        self._hash_surroundings()
         self._sort_operands()
         self._name()
 
     def layer_of(self, node: int) -> str:
         """The layer that a node is named after."""
-        return self._layers[node].name
+        return self._nearest[node].layer
 
     def members_of(self, node: int) -> tuple[str, ...]:
         """The members whose outputs a node reaches."""
-        return tuple(m for bit, m in enumerate(self.members) if self._reached[node] >> bit & 1)
+        return tuple(m for bit, m in enumerate(self.members) if self._member_bits[node] >> bit & 1)
 
     def name_of(self, edge: Edge | None) -> str:
         """The name of an operand or output; "-" where there is no graph."""
@@ -130,7 +131,7 @@ class CanonicalForm:
             return "-"
         return self.names[edge.node] + (f"[{edge.output}]" if edge.output else "")
 
-    def _placed(self, nodes: Nodes, batch: Any) -> dict[int, Place]:
+    def _named_leaves(self, nodes: Nodes, batch: Any) -> dict[int, NamedLeaf]:
         known: dict[int, tuple[tuple[str, ...], str, int]] = {
             id(tensor): (names, kind, rank)
             for rank, (tensor, names, kind) in enumerate(self.registered)
@@ -140,10 +141,11 @@ class CanonicalForm:
             known.setdefault(id(value), ((f"batch{pytree.keystr(path)}",), "batch", -2))
         unregistered = (("unregistered",), "unregistered", -1)
         return {
-            i: Place(leaf, *known.get(id(leaf), unregistered)) for i, leaf in nodes.leaves.items()
+            i: NamedLeaf(leaf, *known.get(id(leaf), unregistered))
+            for i, leaf in nodes.leaves.items()
         }
 
-    def _label(self) -> None:
+    def _find_operations(self) -> None:
         """What a node computes, regardless of where it stands."""
         self._operations: list[str] = []
         self.attributes: list[tuple[tuple[str, str], ...]] = []
@@ -162,36 +164,37 @@ class CanonicalForm:
             if self._commutes(i):  # a constant may stand on either side
                 operands[:] = [edge for edge in operands if edge is not None]
             # How many operands without gradient there are at the end depends on the kernel.
-            _cut(operands)
+            while operands and operands[-1] is None:
+                operands.pop()
 
-    def _reach(self) -> None:
+    def _find_members(self) -> None:
         """The members whose outputs a node reaches."""
-        self._reached = [0] * len(self.functions)
+        self._member_bits = [0] * len(self.functions)
         for bit, ends in enumerate(self.ends.values()):
             for end in filter(None, ends):
-                self._reached[end.node] |= 1 << bit
+                self._member_bits[end.node] |= 1 << bit
         for i in reversed(range(len(self.functions))):
             for edge in filter(None, self.operands[i]):
-                self._reached[edge.node] |= self._reached[i]
+                self._member_bits[edge.node] |= self._member_bits[i]
 
-    def _own(self) -> None:
+    def _find_layers(self) -> None:
         """The layer that a node is named after: that of the nearest leaf."""
-        self._layers: list[_Layer] = []
+        self._nearest: list[_NearestLeaf] = []
         for i, operands in enumerate(self.operands):
             if leaf := self.leaves.get(i):
                 name = leaf.names[0]
                 layer = name.rpartition(".")[0] or name
-                self._layers.append(_Layer(0, -leaf.rank, layer, self._reached[i]))
+                self._nearest.append(_NearestLeaf(0, -leaf.rank, layer, self._member_bits[i]))
                 continue
             near = min(
-                (self._layers[edge.node] for edge in filter(None, operands)),
-                default=_Layer(len(self.functions), 0, "model", self._reached[i]),
+                (self._nearest[edge.node] for edge in filter(None, operands)),
+                default=_NearestLeaf(len(self.functions), 0, "model", self._member_bits[i]),
             )
-            self._layers.append(near._replace(distance=near.distance + 1))
+            self._nearest.append(near._replace(distance=near.distance + 1))
 
-    def _look_near(self) -> None:
+    def _hash_within_layers(self) -> None:
         """A hash of what a node is computed from within its layer."""
-        self._near: list[str] = []
+        self._local: list[str] = []
 
         def seen(edge: Edge | None, layer: str) -> str:
             if edge is None:
@@ -200,16 +203,16 @@ class CanonicalForm:
             if edge.node in self.leaves:
                 what = self.leaves[edge.node].names[0]
             elif other == layer:
-                what = self._near[edge.node]
+                what = self._local[edge.node]
             else:
                 what = f"{other}:{self._operations[edge.node]}"
             return f"{what}[{edge.output}]"
 
         for i, operands in enumerate(self.operands):
             found = self._ordered(i, [seen(edge, self.layer_of(i)) for edge in operands])
-            self._near.append(_digest(self._operations[i], str(self.attributes[i]), *found))
+            self._local.append(_digest(self._operations[i], str(self.attributes[i]), *found))
 
-    def _color(self) -> None:
+    def _hash_surroundings(self) -> None:
         """A hash of all that a node is computed from and used for.
 
         Two rounds up and down the graph tell nodes apart that differ only in what the operands of
@@ -226,19 +229,19 @@ class CanonicalForm:
             for number, end in enumerate(found):
                 if end is not None:
                     ends[end.node] += f"{bit}.{number}[{end.output}] "
-        colors = []
+        hashes = []
         for i, operation in enumerate(self._operations):
             leaf = self.leaves.get(i)
             own = f"{leaf.names}{tuple(leaf.tensor.shape)}" if leaf else ""
-            colors.append(_digest(operation, str(self.attributes[i]), own, ends[i]))
+            hashes.append(_digest(operation, str(self.attributes[i]), own, ends[i]))
         for _ in range(2):
             for i, operands in enumerate(self.operands):
-                below = [f"{colors[e.node]}[{e.output}]" if e else "-" for e in operands]
-                colors[i] = _digest(colors[i], *self._ordered(i, below))
-            for i in reversed(range(len(colors))):
-                above = sorted(f"{colors[user]}@{at}" for user, at in users[i])
-                colors[i] = _digest(colors[i], *above)
-        self._colors = colors
+                below = [f"{hashes[e.node]}[{e.output}]" if e else "-" for e in operands]
+                hashes[i] = _digest(hashes[i], *self._ordered(i, below))
+            for i in reversed(range(len(hashes))):
+                above = sorted(f"{hashes[user]}@{at}" for user, at in users[i])
+                hashes[i] = _digest(hashes[i], *above)
+        self._hashes = hashes
 
     def _sort_operands(self) -> None:
         for i, operands in enumerate(self.operands):
@@ -250,15 +253,15 @@ class CanonicalForm:
         if edge is None:
             return (1,)
         i = edge.node
-        layer = self._layers[i]
+        near = self._nearest[i]
         return (
             0,
-            -layer.last_registered_first,
-            layer.distance,
+            -near.last_registered_first,
+            near.distance,
             self._operations[i],
-            self._near[i],
+            self._local[i],
             edge.output,
-            self._colors[i],
+            self._hashes[i],
             self.functions[i]._sequence_nr(),
         )
 
@@ -269,11 +272,11 @@ class CanonicalForm:
             lambda i: [edge.node for edge in self.operands[i] if edge is not None],
         )
         groups = {
-            reach: n for n, reach in enumerate(dict.fromkeys(self._reached[i] for i in order))
+            reach: n for n, reach in enumerate(dict.fromkeys(self._member_bits[i] for i in order))
         }
         self.operations = sorted(
             (i for i in order if i not in self.leaves),
-            key=lambda i: (-self._reached[i].bit_count(), groups[self._reached[i]]),
+            key=lambda i: (-self._member_bits[i].bit_count(), groups[self._member_bits[i]]),
         )
         self.names = [""] * len(self.functions)
         seen: Counter[str] = Counter()
@@ -291,9 +294,9 @@ class CanonicalForm:
         }
 
     def _operation_name(self, i: int) -> str:
-        layer = self._layers[i]
-        name = f"{layer.name}:{self._operations[i]}"
-        if layer.reach.bit_count() == 1:
+        near = self._nearest[i]
+        name = f"{near.layer}:{self._operations[i]}"
+        if near.members.bit_count() == 1:
             return name
         mine = self.members_of(i)
         return f"{'*' if mine == self.members else '+'.join(mine)}/{name}"
@@ -304,12 +307,6 @@ class CanonicalForm:
 
     def _ordered(self, i: int, operands: list[str]) -> list[str]:
         return sorted(operands) if self._commutes(i) else operands
-
-
-def _cut(operands: list[Edge | None]) -> None:
-    """Leaves out the operands at the end that have no gradient."""
-    while operands and operands[-1] is None:
-        operands.pop()
 
 
 def _digest(*parts: str) -> str:

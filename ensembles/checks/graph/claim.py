@@ -7,8 +7,7 @@ from pathlib import Path
 
 from ensembles.claims import ClaimError, unknown
 
-__all__ = ["GraphClaim", "parse"]
-
+__all__ = ["TITLE", "GraphClaim", "parse", "title"]
 
 TITLE = "autograd graph"
 """How the text of a graph begins."""
@@ -19,15 +18,22 @@ class GraphClaim:
     """The recorded graph.
 
     Attributes:
-        text: As it was recorded.
+        text: As it was recorded; "" where nothing is compared.
+        training: Whether the model is called in training mode, as it was for the record.
     """
 
-    text: str
+    text: str = ""
+    training: bool = False
 
-    @property
-    def training(self) -> bool:
-        """Whether the model was called in training mode."""
-        return self.text.lstrip().startswith(f"{TITLE} in training")
+
+def title(*, training: bool) -> str:
+    """The first words of the text of a graph.
+
+    Example:
+        >>> title(training=True)
+        'autograd graph in training'
+    """
+    return f"{TITLE} {'in training' if training else 'at inference'}"
 
 
 def parse(given: object) -> GraphClaim:
@@ -40,10 +46,13 @@ def parse(given: object) -> GraphClaim:
         ClaimError: If it is neither, the file is missing, or the text is no recorded graph.
 
     Example:
+        >>> parse("autograd graph in training: 1 member, ...").training
+        True
         >>> parse("ReLU")
         Traceback (most recent call last):
         ensembles.claims.ClaimError: the claimed graph is no recorded graph: it starts with ...
     """
+    __tracebackhide__ = True
     if not isinstance(given, (str, Path)):
         known = ["the text of a recorded graph", "the pathlib.Path of its file"]
         raise unknown("graph", given, known)
@@ -63,4 +72,4 @@ def parse(given: object) -> GraphClaim:
             "str(measure_autograd_graph(model, batch)) of a model that is right, or the "
             "pathlib.Path of a file that holds it."
         )
-    return GraphClaim(text)
+    return GraphClaim(text, training=text.lstrip().startswith(title(training=True)))

@@ -1,6 +1,6 @@
 """Draws autograd graphs with torchviz and Graphviz, under the names that goldens have.
 
-A drawing is for people: it is compared with nothing, and so is no promise.
+A drawing is for people: no check compares it with anything.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from ensembles.case import Case, Given
 from ensembles.checks.graph.canonical import CanonicalForm, canonical_form
-from ensembles.subject import Model, Outputs
+from ensembles.subject import Recipe
 
 __all__ = ["draw_autograd_graph"]
 
 
 def draw_autograd_graph(
-    model: Model,
+    model: Given,
     batch: Any,
     path: str | os.PathLike[str],
     *,
-    outputs: Outputs | None = None,
     training: bool = False,
     overwrite: bool = False,
+    **recipe: Unpack[Recipe],
 ) -> tuple[Path, Path]:
     """Draws the graph that `measure_autograd_graph` writes down, as PDF and as SVG.
 
@@ -37,10 +38,9 @@ def draw_autograd_graph(
     operations have the names of the canonical text. The same graph gives the same files.
 
     Args:
-        model: One module, or the members as a list or dict of modules.
-        batch: What the model is called with.
+        model: As for `measure_autograd_graph`; so is the recipe.
+        batch: What the model is called with; None where a case brings it.
         path: Where to write: path.pdf and path.svg. A suffix .pdf or .svg is left out.
-        outputs: Splits what one module returns into member outputs.
         training: Whether the model is called in training mode.
         overwrite: Whether files that exist are replaced.
 
@@ -70,7 +70,7 @@ def draw_autograd_graph(
     for file in files:
         if file.exists() and not overwrite:
             raise FileExistsError(f"{file} exists: give another path, or overwrite=True.")
-    form = canonical_form(model, batch, outputs=outputs, training=training)
+    form = canonical_form(Case.of(model, batch, **recipe), training=training)
     source = _source(form, make_dot)
     # Both are drawn before one is written: a failure leaves no half of a pair.
     drawings = [_rendered(program, source, file.suffix[1:]) for file in files]
@@ -144,9 +144,8 @@ def _deep_recursion(nodes: int) -> Iterator[None]:
 def _with_names(line: str, ids: dict[str, str], labels: dict[str, str]) -> str:
     """A statement of DOT with names in place of addresses, and with labels for operations.
 
-    Addresses that are not known belong to what the canonical graph has not: tensors that a custom
-    function has saved, bases of views, and slices that are left out. They are numbered as they
-    occur.
+    Addresses that are not known belong to what the canonical graph leaves out: tensors that a
+    custom function has saved, bases of views, and whole slices. They are numbered in their order.
     """
     head, bracket, rest = line.partition(" [")
 

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
+    from ensembles.case import Given
     from ensembles.checks.graph.measurement import AutogradGraph
-    from ensembles.subject import Model, Outputs
+    from ensembles.subject import Recipe
 
 __all__ = ["GraphFixture", "autograd_graph"]
 
@@ -21,37 +24,37 @@ class GraphFixture:
         self._request = request
 
     def measure(
-        self, model: Model, batch: Any, *, outputs: Outputs | None = None, training: bool = False
+        self, model: Given, batch: Any = None, *, training: bool = False, **recipe: Unpack[Recipe]
     ) -> AutogradGraph:
         """The graph in canonical form, whose `str` is the text: `measure_autograd_graph`."""
         from ensembles.checks.graph.measurement import measure_autograd_graph
 
-        return measure_autograd_graph(model, batch, outputs=outputs, training=training)
+        return measure_autograd_graph(model, batch, training=training, **recipe)
 
     def assert_equals(
         self,
-        model: Model,
+        model: Given,
         batch: Any,
         golden: str | Path,
         *,
-        outputs: Outputs | None = None,
         training: bool = False,
+        **recipe: Unpack[Recipe],
     ) -> None:
         """Checks that the graph is the golden: its text, or the path of a file that holds it."""
         __tracebackhide__ = True
-        from ensembles.checks.graph.measurement import assert_graph_equal
+        from ensembles.checks.graph.judgement import assert_graph_equal
 
-        graph = self.measure(model, batch, outputs=outputs, training=training)
+        graph = self.measure(model, batch, training=training, **recipe)
         assert_graph_equal(graph, golden)
 
     def assert_recorded(
         self,
-        model: Model,
+        model: Given,
         batch: Any,
         path: str | Path | None = None,
         *,
-        outputs: Outputs | None = None,
         training: bool = False,
+        **recipe: Unpack[Recipe],
     ) -> None:
         """Checks that the graph is the one in the test's golden file.
 
@@ -59,7 +62,7 @@ class GraphFixture:
         pytest-regressions puts it, <test file>/<test name>.txt, or at `path`.
         """
         __tracebackhide__ = True
-        from ensembles.checks.graph.measurement import assert_graph_equal
+        from ensembles.checks.graph.judgement import assert_graph_equal
 
         try:
             file_regression = self._request.getfixturevalue("file_regression")
@@ -69,7 +72,7 @@ class GraphFixture:
                 'is not installed: pip install "pytest-ensembles[goldens]". Or give the golden to '
                 "autograd_graph.assert_equals."
             ) from error
-        graph = self.measure(model, batch, outputs=outputs, training=training)
+        graph = self.measure(model, batch, training=training, **recipe)
 
         def compare(obtained: Path, expected: Path) -> None:
             __tracebackhide__ = True
@@ -93,25 +96,25 @@ class GraphFixture:
 
     def draw(
         self,
-        model: Model,
+        model: Given,
         batch: Any,
         path: str | Path,
         *,
-        outputs: Outputs | None = None,
         training: bool = False,
         overwrite: bool = False,
+        **recipe: Unpack[Recipe],
     ) -> tuple[Path, Path]:
         """Draws the graph as path.pdf and path.svg: `draw_autograd_graph`."""
         from ensembles.checks.graph.drawing import draw_autograd_graph
 
         return draw_autograd_graph(
-            model, batch, path, outputs=outputs, training=training, overwrite=overwrite
+            model, batch, path, training=training, overwrite=overwrite, **recipe
         )
 
 
 @pytest.fixture
 def autograd_graph(request: pytest.FixtureRequest) -> GraphFixture:
-    """Promises that the autograd graph of the model is the recorded one.
+    """The autograd graph is the recorded one.
 
     Catches a layer that is skipped, an activation that was lost, streams that run through one
     network, a subnet that does not read its parent's weight, a branch that was detached. The text
@@ -124,12 +127,13 @@ def autograd_graph(request: pytest.FixtureRequest) -> GraphFixture:
 
     Prints on failure::
 
-        the autograd graph is claimed to be the recorded one, and is another
+        the autograd graph is claimed to be the recorded one, but it is another
 
-          - layer2.1.bn1:Relu(:BatchNorm)
-          - layer2.1.conv2:Convolution(layer2.1.bn1:Relu, .weight) padding=1
-          + layer2.1.conv2:Convolution(layer2.1.bn1:BatchNorm, .weight) padding=1
-          (- recorded: 2 of 136 lines; + found: 1 of 135)
+          layer2.1.bn1:Relu            expected (:BatchNorm)
+                                       found    nothing
+          layer2.1.conv2:Convolution   expected (layer2.1.bn1:Relu, .weight) padding=1
+                                       found    (layer2.1.bn1:BatchNorm, .weight) padding=1
+          (2 of 133 lines)
           ...
     """
     return GraphFixture(request)

@@ -1,29 +1,17 @@
-"""The measurement of `graph`, and its assertions."""
+"""The autograd graph in canonical form, and its text."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from ensembles.case import Case
+from ensembles.case import Case, Given
 from ensembles.checks.graph.canonical import canonical_form
-from ensembles.checks.graph.claim import GraphClaim
-from ensembles.message import broken, counted
-from ensembles.subject import Model, Outputs
+from ensembles.checks.graph.claim import GraphClaim, title
+from ensembles.message import counted
+from ensembles.subject import Recipe
 
-__all__ = [
-    "AutogradGraph",
-    "Leaf",
-    "Operation",
-    "RecordedGraph",
-    "assert_graph_equal",
-    "measure",
-    "measure_autograd_graph",
-]
+__all__ = ["AutogradGraph", "Leaf", "Operation", "measure", "measure_autograd_graph"]
 
 
 @dataclass(frozen=True)
@@ -111,83 +99,34 @@ class AutogradGraph:
     def __str__(self) -> str:
         used = sum(leaf.kind == "parameter" for leaf in self.leaves)
         lines = [
-            f"{_title(training=self.training)}: {counted(self.members, 'member')}, "
+            f"{title(training=self.training)}: {counted(self.members, 'member')}, "
             f"{used} of {self.registered} parameters, {counted(self.operations, 'operation')}",
             "",
             "leaves",
         ]
         for leaf in self.leaves:
             note = {"parameter": "", "batch": ""}.get(leaf.kind, ", not in parameters()")
-            reach = "" if len(self.members) == 1 else f", used by {self._called(leaf.members)}"
+            reach = "" if len(self.members) == 1 else f", used by {self._told(leaf.members)}"
             lines.append(f"  {leaf.names[0]} {leaf.shape}{note}{reach}")
             lines += [f"    = {name}" for name in leaf.names[1:]]
         group: tuple[str, ...] | None = None
         for operation in self.operations:
             if operation.members != group:
                 group = operation.members
-                of = "" if len(self.members) == 1 else f" of {self._called(group)}"
+                of = "" if len(self.members) == 1 else f" of {self._told(group)}"
                 lines += ["", f"operations{of}"]
             lines.append(f"  {operation}")
         lines += ["", "outputs", *(f"  {m} = {', '.join(names)}" for m, names in self.outputs)]
         return "\n".join(lines)
 
-    def _called(self, members: tuple[str, ...]) -> str:
+    def _told(self, members: tuple[str, ...]) -> str:
         if members == self.members:
             return "every member"
         return f"member{'s' if len(members) > 1 else ''} {', '.join(members)}"
 
 
-@dataclass(frozen=True)
-class RecordedGraph:
-    """A golden: the text of a graph as it was recorded.
-
-    Attributes:
-        text: `str` of an `AutogradGraph`.
-    """
-
-    text: str
-
-    @property
-    def training(self) -> bool:
-        """Whether the model was called in training mode."""
-        return self.text.lstrip().startswith(_title(training=True))
-
-    @classmethod
-    def of(cls, golden: str | Path) -> RecordedGraph:
-        """Reads and checks a golden.
-
-        Args:
-            golden: The text, or the path of a file that holds it.
-
-        Raises:
-            ValueError: If the file is missing, or the text is no recorded graph.
-
-        Example:
-            >>> RecordedGraph.of("ReLU")
-            Traceback (most recent call last):
-            ValueError: the golden is no recorded graph: it starts with 'ReLU', ...
-        """
-        text, name = golden, "the golden"
-        if isinstance(golden, Path):
-            if not golden.is_file():
-                raise ValueError(
-                    f"there is no recorded graph at {golden}. Record it once, from a model that is "
-                    "right: pathlib.Path(...).write_text(str(measure_autograd_graph(model, "
-                    "batch))), or run a test with autograd_graph.assert_recorded."
-                )
-            text, name = golden.read_text(encoding="utf-8"), str(golden)
-        if not isinstance(text, str) or not text.lstrip().startswith(_TITLE):
-            shown = repr(text[:40]) if isinstance(text, str) else type(text).__name__
-            raise ValueError(
-                f"{name} is no recorded graph: it starts with {shown}, not with {_TITLE!r}. Give "
-                "str(measure_autograd_graph(model, batch)) of a model that is right, or the "
-                "pathlib.Path of a file that holds it."
-            )
-        return cls(text)
-
-
 def measure_autograd_graph(
-    model: Model, batch: Any, *, outputs: Outputs | None = None, training: bool = False
+    model: Given, batch: Any = None, *, training: bool = False, **recipe: Unpack[Recipe]
 ) -> AutogradGraph:
     """Calls the model once and writes down its autograd graph in canonical form.
 
@@ -211,8 +150,8 @@ def measure_autograd_graph(
         model: One module, or the members as a list or dict of modules.
         batch: A tensor, a tuple of positional arguments, or a dict of keyword arguments. Small is
             enough: the graph does not depend on the number of samples.
-        outputs: Splits what one module returns into member outputs.
         training: Whether the model is called in training mode.
+        **recipe: `outputs` splits what one module returns into member outputs.
 
     Returns:
         The graph. Cost: one forward pass, and time linear in the size of the graph.
@@ -237,7 +176,14 @@ def measure_autograd_graph(
         outputs
           model = 0:Relu
     """
-    form = canonical_form(model, batch, outputs=outputs, training=training)
+    return measure(Case.of(model, batch, **recipe), GraphClaim(training=training))
+
+
+def measure(case: Case, claim: GraphClaim | None = None) -> AutogradGraph:
+    """The graph of a case, in the mode that the recorded graph was recorded in."""
+    __tracebackhide__ = True
+    training = claim is not None and claim.training
+    form = canonical_form(case, training=training)
     return AutogradGraph(
         training=training,
         registered=sum(entry.kind == "parameter" for entry in form.registered),
@@ -259,95 +205,4 @@ def measure_autograd_graph(
             (member, tuple(form.name_of(edge) for edge in ends))
             for member, ends in form.ends.items()
         ),
-    )
-
-
-def assert_graph_equal(graph: AutogradGraph, expected_text: str | Path) -> None:
-    """Checks that a graph is the recorded one.
-
-    Args:
-        graph: From `measure_autograd_graph`.
-        expected_text: Its `str`, as it was recorded, or the path of a file that holds it. The
-            kind of line ends does not matter.
-
-    Raises:
-        ValueError: If the file is missing, or the text is no recorded graph.
-        AssertionError: If the graph is another one, with the lines that differ.
-
-    Example:
-        >>> recorded = str(measure_autograd_graph(nn.Linear(3, 2), torch.ones(1, 3)))
-        >>> assert_graph_equal(measure_autograd_graph(nn.Linear(3, 2), torch.ones(5, 3)), recorded)
-    """
-    __tracebackhide__ = True
-    recorded = RecordedGraph.of(expected_text)
-    expected = [line.rstrip() for line in recorded.text.splitlines() if line.strip()]
-    found = [line for line in str(graph).splitlines() if line]
-    if found == expected:
-        return
-    # The first line counts operations, and so differs whenever anything does.
-    same_mode = recorded.training == graph.training
-    skipped = 1 if same_mode and found[1:] != expected[1:] else 0
-    changes = list(_changes(expected[skipped:], found[skipped:]))
-    gone, new = (sum(sign == one for one, _ in changes) for sign in "-+")
-    users = any(" used by " in line for _, line in changes)
-    raise AssertionError(
-        broken(
-            "the autograd graph is claimed to be the recorded one, and is another",
-            [(f"{sign} {line.strip()}",) for sign, line in changes],
-            total=f"- recorded: {gone} of {len(expected)} lines; + found: {new} of {len(found)}",
-            meaning="One graph is in training mode and the other at inference."
-            if not same_mode
-            else "Parameters are used by other members than when the graph was recorded."
-            if users
-            else "The outputs are computed in another way than when the graph was recorded.",
-            remedy="If that was meant, record the graph anew (pytest --force-regen, or write "
-            "str(measure_autograd_graph(...)) to the golden file) and review the golden's diff. "
-            "If not, begin with the first line above: later lines often only follow from it.",
-        )
-    )
-
-
-_TITLE = "autograd graph"
-
-
-def _title(*, training: bool) -> str:
-    return f"{_TITLE} {'in training' if training else 'at inference'}"
-
-
-def _changes(expected: Sequence[str], found: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Lines that were recorded ("-") or found ("+") only; what has one name stands together."""
-    before, after = _entries(expected), _entries(found)
-    for _, i, j, m, n in difflib.SequenceMatcher(None, before, after).get_opcodes():
-        gone, new = before[i:j], after[m:n]
-        if gone == new:
-            continue
-        for entry in gone:
-            partner = next((other for other in new if _named(other) == _named(entry)), ())
-            if partner:
-                new.remove(partner)
-            yield from (("-", line) for line in entry if line not in partner)
-            yield from (("+", line) for line in partner if line not in entry)
-        yield from (("+", line) for entry in new for line in entry)
-
-
-def _entries(lines: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every line with the other names that follow a parameter."""
-    entries: list[tuple[str, ...]] = []
-    for line in lines:
-        if entries and line.startswith("    = "):
-            entries[-1] += (line,)
-        else:
-            entries.append((line,))
-    return entries
-
-
-def _named(entry: tuple[str, ...]) -> str:
-    return re.split(r"[ (]", entry[0].strip(), maxsplit=1)[0]
-
-
-def measure(case: Case, claim: GraphClaim) -> AutogradGraph:
-    """What `graph` looks at, for this claim."""
-    __tracebackhide__ = True
-    return measure_autograd_graph(
-        case.model, case.batch, outputs=case.subject.outputs, training=claim.training
     )

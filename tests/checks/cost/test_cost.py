@@ -9,11 +9,11 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from ensembles import check_ensemble
-from ensembles.checks.cost.measurement import (
-    assert_cost_equals,
-    assert_cost_within,
-    measure_compute_cost,
-)
+from ensembles.case import Case
+from ensembles.checks.cost.claim import parse
+from ensembles.checks.cost.judgement import assert_cost_equals, assert_cost_within
+from ensembles.checks.cost.measurement import measure_compute_cost
+from ensembles.claims import ClaimError
 from ensembles.models import resnet18, subnet_resnet18
 from ensembles.subject import Subject
 
@@ -94,6 +94,40 @@ def test_costing_less_than_claimed_is_not_equal(golden):
     with pytest.raises(AssertionError) as broken:
         assert_cost_equals(cost_of(nn.Linear(7, 3), 5, 7), forward=420, buffers=0)
     golden(str(broken.value), "messages/cost_less.txt")
+
+
+# --- findings are data --------------------------------------------------------------------------
+
+
+def test_every_budget_that_is_exceeded_is_found_with_its_layers():
+    model = nn.Sequential(nn.Linear(7, 3), nn.ReLU(), nn.Linear(3, 2))
+    with pytest.raises(AssertionError) as broken:
+        assert_cost_within(cost_of(model, 5, 7), flops=500, parameters=40, kept_bytes=0, wasted=0)
+    found = broken.value.findings
+    assert found.kinds == ("more FLOPs", "more bytes kept")
+    # 5 samples, 7 * 3 and 3 * 2 products forward; backward the batch needs no gradient.
+    assert [(item.place, item.amount) for item in found.of_kind("more FLOPs")] == [
+        ("in all", 2 * 5 * (2 * 21 + 3 * 6)),
+        ("0", 420),
+        ("2", 180),
+    ]
+    assert found.of_kind("more FLOPs")[0].expected == "at most 500 FLOPs"
+    # The batch, and what the activation yields: it is kept once.
+    assert [item.amount for item in found.of_kind("more bytes kept")] == [200, 140, 60]
+    assert [str(count) for count in found.affected] == ["2 of 3 layers"]
+
+
+def test_zeros_that_could_not_be_looked_for_are_told():
+    class Pair(nn.Bilinear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x, x)
+
+    subject = Subject(
+        make=lambda: nn.Sequential(nn.Linear(2, 2), Pair(2, 2, 3)),
+        batch=lambda: torch.randn(1, 2),
+        claims={"cost": {"wasted": 0}},
+    )
+    assert "(looked at 1 of 2 kinds of product)" in check_ensemble(subject)["cost"].found
 
 
 # --- each by hand -------------------------------------------------------------------------------
@@ -421,6 +455,44 @@ def test_the_model_is_left_as_it_was():
     assert measure_compute_cost(model, batch) == one
 
 
+class Hidden(nn.Module):
+    """A layer that nothing lists, and an operation on the batch in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.others = nn.Linear(3, 3), [nn.BatchNorm1d(3)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.others[0](x.mul_(2)))
+
+
+def test_a_batch_that_is_written_to_and_a_layer_that_nothing_lists_are_as_before():
+    case = Case.of(Hidden(), torch.randn(4, 3))
+    assert case.batch is not None  # made
+    before = case.digest()
+    measure_compute_cost(case)
+    assert case.is_as(before)
+
+
+def test_a_function_of_the_users_may_have_a_variable():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.variable = 2
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return ctx.variable * gradient
+
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Twice.apply(super().forward(x))
+
+    cost = cost_of(Doubled(7, 3), 5, 7)
+    assert (cost.forward, cost.backward) == (210, 210)
+
+
 def test_a_frozen_weight_has_no_gradient_to_pay_for():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     model[0].requires_grad_(False)
@@ -524,9 +596,30 @@ def test_budgets_can_be_claimed():
 
 @pytest.mark.parametrize("claim", [{"flop": 1}, {}, "cheap"])
 def test_a_claim_that_is_no_dict_of_budgets_is_an_error(claim):
-    subject = claiming().claiming(cost=claim)
-    (result,) = [r for r in check_ensemble(subject) if r.status == "error"]
-    assert "cost cannot be claimed to be" in result.message
+    with pytest.raises(ClaimError, match=r"cost cannot be claimed to be .* a dict of budgets"):
+        check_ensemble(claiming().claiming(cost=claim))
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        ({"flops": 1.5}, r"flops=1\.5 is no budget: it is a whole number"),
+        ({"wasted": 75}, r"wasted=75 is no budget: it is a share from 0 to 1"),
+        ({"kept_bytes": True}, "kept_bytes=True is no budget"),
+        ({"flops": 1, "exact": 3}, "cost cannot be claimed to be"),
+        ({"training": False}, "cost cannot be claimed to be"),
+    ],
+)
+def test_a_budget_that_is_no_number_is_told_before_a_model_is_made(claim, said):
+    with pytest.raises(ClaimError, match=said):
+        parse(claim)
+    assert parse({"wasted": 1, "flops": 0}).budgets == {"wasted": 1, "flops": 0}
+
+
+def test_exact_costs_and_those_of_a_prediction_can_be_claimed():
+    assert check_ensemble(claiming(flops=210, training=False)).held
+    assert check_ensemble(claiming(flops=420, backward=210, exact=True)).held
+    assert not check_ensemble(claiming(flops=421, exact=True)).held
 
 
 def test_the_fixture_measures_and_asserts(compute_cost):
@@ -534,7 +627,7 @@ def test_the_fixture_measures_and_asserts(compute_cost):
     assert compute_cost.measure(model, batch).flops == 420
     compute_cost.assert_within(model, batch, flops=420)
     compute_cost.assert_exactly(model, batch, training=False, flops=210)
-    with pytest.raises(AssertionError, match="claimed to take at most 419 FLOPs, and takes more"):
+    with pytest.raises(AssertionError, match="claimed to take at most 419 FLOPs, but takes 420"):
         compute_cost.assert_within(model, batch, flops=419)
-    with pytest.raises(AssertionError, match="claimed to take 421 FLOPs, and does not"):
+    with pytest.raises(AssertionError, match="claimed to take 421 FLOPs, but takes 420"):
         compute_cost.assert_exactly(model, batch, flops=421)

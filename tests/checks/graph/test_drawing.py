@@ -13,7 +13,7 @@ from ensembles.checks.graph.drawing import draw_autograd_graph
 from ensembles.checks.graph.measurement import measure_autograd_graph
 from ensembles.models import Ensemble, NStreams, resnet18
 
-MATS = Path(__file__).parent / "test_mats"
+MATS = Path(__file__).parents[2] / "test_mats"
 needs_dot = pytest.mark.skipif(
     shutil.which("dot") is None, reason="Graphviz's program `dot` is not installed"
 )

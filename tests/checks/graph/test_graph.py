@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from ensembles.checks.graph.measurement import assert_graph_equal, measure_autograd_graph
+from ensembles.checks.graph.claim import parse
+from ensembles.checks.graph.judgement import assert_graph_equal
+from ensembles.checks.graph.measurement import measure_autograd_graph
+from ensembles.claims import ClaimError
 from ensembles.gate.conformance import check_ensemble
 from ensembles.models import Ensemble, NStreams, resnet18
 from ensembles.models.resnet import ResidualBlock
 from ensembles.subject import Subject
 
-MATS = Path(__file__).parent.parent / "test_mats"
+MATS = Path(__file__).parents[2] / "test_mats"
 
 
 def images() -> torch.Tensor:
@@ -139,8 +142,65 @@ def test_line_ends_do_not_matter(tmp_path):
 )
 def test_a_change_changes_the_text(changed):
     recorded = measure_autograd_graph(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), images())
-    with pytest.raises(AssertionError, match="claimed to be the recorded one, and is another"):
+    with pytest.raises(AssertionError, match="claimed to be the recorded one, but it is another"):
         assert_graph_equal(measure_autograd_graph(changed, images()), str(recorded))
+
+
+# --- findings are data --------------------------------------------------------------------------
+
+
+def found_between(recorded, graph):
+    with pytest.raises(AssertionError) as broken:
+        assert_graph_equal(graph, recorded)
+    return broken.value.findings
+
+
+def test_every_line_that_differs_is_a_finding():
+    def graph(*layers):
+        return measure_autograd_graph(nn.Sequential(nn.Linear(3, 2), *layers), torch.ones(1, 3))
+
+    found = found_between(str(graph(nn.ReLU(), nn.Tanh())), graph(nn.Tanh()))
+    assert [(item.place, item.expected, item.found) for item in found] == [
+        ("0:Relu", "(:Addmm)", "nothing"),
+        ("0:Tanh", "(:Relu)", "(:Addmm)"),
+    ]
+    assert found.kinds == ("operation",)
+    assert [item.members for item in found] == [(), ("model",)]
+    assert [str(count) for count in found.affected] == ["2 of 8 lines"]
+
+
+def test_a_parameter_that_is_shared_now_and_one_that_is_resized_are_told_apart():
+    one, two = nn.Linear(3, 3), nn.Linear(3, 3)
+    recorded = str(measure_autograd_graph([one, nn.Sequential(two)], torch.ones(1, 3)))
+    shared = measure_autograd_graph([one, nn.Sequential(one)], torch.ones(1, 3))
+    (weight, bias) = found_between(recorded, shared).of_kind("other members")
+    assert (weight.place, bias.place) == ("0.weight", "0.bias")
+    assert weight.found == "(3, 3), used by every member, also named 1.0.weight"
+    wider = measure_autograd_graph([nn.Linear(3, 4), nn.Sequential(two)], torch.ones(1, 3))
+    assert found_between(recorded, wider).kinds == ("parameter",)
+
+
+def test_parameters_that_are_frozen_without_a_trace_are_a_finding():
+    """Only the title counts what is registered."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    recorded = str(measure_autograd_graph(model, torch.ones(1, 3)))
+    model.unused = nn.Parameter(torch.ones(2), requires_grad=False)
+    (item,) = found_between(recorded, measure_autograd_graph(model, torch.ones(1, 3)))
+    assert (item.kind, item.place) == ("parameter", "autograd graph")
+
+
+def test_members_in_another_order_are_found():
+    members = {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)}
+    recorded = str(measure_autograd_graph(members, torch.ones(1, 3)))
+    turned = measure_autograd_graph(dict(reversed(members.items())), torch.ones(1, 3))
+    assert any(item.found.endswith("in another order") for item in found_between(recorded, turned))
+
+
+def test_what_a_merge_left_in_the_text_is_found():
+    graph = measure_autograd_graph(nn.Linear(3, 2), torch.ones(1, 3))
+    for left in ("<<<<<<< HEAD", "=======", ">>>>>>> branch"):
+        (item,) = found_between(f"{graph}\n{left}\n", graph)
+        assert item.found == "nothing"
 
 
 # --- every process writes the same text ---------------------------------------------------------
@@ -177,11 +237,20 @@ def test_every_process_writes_the_same_text():
 # --- wrong use ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "graphs/resnet18.txt", 3], ids=["empty", "name", "number"])
-def test_a_text_that_is_no_graph_is_an_error(text):
-    graph = measure_autograd_graph(nn.Linear(3, 2), torch.ones(1, 3))
-    with pytest.raises(ValueError, match="the golden is no recorded graph"):
-        assert_graph_equal(graph, text)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("", "the claimed graph is no recorded graph"),
+        ("graphs/resnet18.txt", "the claimed graph is no recorded graph"),
+        (Path(__file__), r"test_graph\.py is no recorded graph"),
+        (Path("nowhere.txt"), r"there is no recorded graph at nowhere\.txt\. Record it once"),
+        (3, "graph cannot be claimed to be 3. It can be: the text of a recorded graph or the"),
+    ],
+    ids=["empty", "name", "file", "missing", "number"],
+)
+def test_what_is_no_recorded_graph_cannot_be_claimed(given, said):
+    with pytest.raises(ClaimError, match=said):
+        parse(given)
 
 
 # --- the fixture and the gate -------------------------------------------------------------------
@@ -193,7 +262,7 @@ def test_the_fixture_compares_with_a_file(autograd_graph, tmp_path):
         autograd_graph.assert_equals(nn.Linear(3, 2), torch.ones(1, 3), path)
     path.write_text(str(autograd_graph.measure(nn.Linear(3, 2), torch.ones(1, 3))))
     autograd_graph.assert_equals(nn.Linear(3, 2), torch.ones(5, 3), path)
-    with pytest.raises(AssertionError, match=r"- weight \(2, 3\)"):
+    with pytest.raises(AssertionError, match=r"weight +expected \(2, 3\) +found \(4, 3\)"):
         autograd_graph.assert_equals(nn.Linear(3, 4), torch.ones(1, 3), path)
 
 
@@ -220,9 +289,9 @@ def test_the_fixture_records_and_prints_its_own_message(pytester):
     changed.assert_outcomes(failed=1)
     changed.stdout.fnmatch_lines(
         [
-            "*the autograd graph is claimed to be the recorded one, and is another",
-            "*- 0:Relu(:Addmm)",
-            "*+ 0:Tanh(:Addmm)",
+            "*the autograd graph is claimed to be the recorded one, but it is another",
+            "*0:Relu   expected (:Addmm)   found nothing",
+            "*0:Tanh   expected nothing    found (:Addmm)",
             "*replay: pytest test_recorded.py::test_graph *",
         ]
     )
@@ -230,7 +299,7 @@ def test_the_fixture_records_and_prints_its_own_message(pytester):
     outcome("nn.Tanh()").assert_outcomes(passed=1)
     (golden,) = pytester.path.glob("test_recorded/*.txt")
     golden.write_text("what a failed merge left")
-    outcome("nn.Tanh()").stdout.fnmatch_lines(["*ValueError: *is no recorded graph*"])
+    outcome("nn.Tanh()").stdout.fnmatch_lines(["*ClaimError: *is no recorded graph*"])
     outcome("nn.Tanh()", "--force-regen").assert_outcomes(failed=1)
     outcome("nn.Tanh()").assert_outcomes(passed=1)
 
@@ -255,10 +324,5 @@ def test_the_gate_compares_with_the_golden():
         assert status(str(graph)) == ("held", "")
     broken, message = status(str(graph).replace("Addmm", "Mm"))
     assert (broken, message[:18]) == ("broken", "the autograd graph")
-    for claim, said in (
-        (Path("nowhere.txt"), "there is no recorded graph at nowhere.txt"),
-        (True, "graph cannot be claimed to be True"),
-        ("nowhere.txt", "the golden is no recorded graph"),
-    ):
-        assert status(claim)[0] == "error"
-        assert said in status(claim)[1]
+    with pytest.raises(ClaimError, match=r"subject 'model': there is no recorded graph at nowhere"):
+        status(Path("nowhere.txt"))
