@@ -49,6 +49,7 @@ HANDLING = ["memory", "members", "numbers", "registered_tensors", "state", "trai
 """The files that handle a model, each above what it may import."""
 
 INSTRUMENTS = [
+    "processes",
     "autograd",
     "storage",
     "tensor_locations",

@@ -16,10 +16,11 @@ import torch
 
 from ensembles.checks.determinism.seeding import seeded
 from ensembles.handling.state import seed_generators
+from ensembles.instruments.processes import answer_of
 from ensembles.instruments.recording import Entry, Run, recorded_anew
 from ensembles.subject import Subject
 
-__all__ = ["answer_of", "run_of_factory", "runs_in_processes"]
+__all__ = ["run_of_factory", "runs_in_processes"]
 
 TIMEOUT = 600
 """Seconds for one process, which imports torch and the factory anew."""
@@ -121,32 +122,3 @@ def _entries(process: subprocess.Popen[str], file: Path, factory: str) -> tuple[
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"{factory} took more than {TIMEOUT} s in its own process.") from error
     return tuple(Entry(*plain) for plain in answer_of(process, errors, file, factory))
-
-
-def answer_of(process: subprocess.Popen[str], errors: str, file: Path, factory: str) -> Any:
-    """What a process left in its file.
-
-    Args:
-        process: It has ended.
-        errors: What it wrote to stderr.
-        file: JSON, which it writes last.
-        factory: What it ran.
-
-    Raises:
-        ValueError: If it failed; with the last line of its error. Also if it ended without an
-            answer, since the factory may call sys.exit(0).
-
-    Example:
-        >>> process = subprocess.Popen([sys.executable, "-c", ""], text=True)
-        >>> process.wait()
-        0
-        >>> answer_of(process, "", Path("nowhere.json"), "models:build")
-        Traceback (most recent call last):
-        ValueError: models:build failed in a process of its own: exit status 0, and no answer
-    """
-    if not process.returncode and not file.exists():
-        raise ValueError(f"{factory} failed in a process of its own: exit status 0, and no answer")
-    if process.returncode:
-        lines = errors.strip().splitlines() or [f"exit status {process.returncode}"]
-        raise ValueError(f"{factory} failed in a process of its own: {lines[-1]}")
-    return json.loads(file.read_text())

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ensembles.checks.determinism.processes import answer_of
 from ensembles.checks.round_trips.conversion_outcomes import Trip, owners_of, trip
 from ensembles.checks.round_trips.conversions import (
     OTHER_CODE,
@@ -28,6 +27,7 @@ from ensembles.checks.round_trips.conversions import (
     NotLookedAt,
     Source,
 )
+from ensembles.instruments.processes import answer_of
 from ensembles.subject import Subject
 
 __all__ = ["DISTRIBUTED", "trip_in_rank", "trips_in_processes"]
