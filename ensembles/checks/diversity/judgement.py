@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import combinations
 
@@ -14,6 +14,8 @@ from ensembles.findings import Count, Finding, Findings
 from ensembles.message import Explanation, assert_held, in_common, listed
 
 __all__ = ["assert_members_distinct", "assert_members_diverse", "judge"]
+
+_Networks = dict[frozenset[str], str]
 
 
 def assert_members_diverse(
@@ -52,7 +54,7 @@ def assert_members_distinct(diversity: MemberDiversity) -> None:
     be seen, because members were given as objects or construction seeds, a parameter that is the
     same in several may come from a file, and members are one network where every parameter is
     alike, or their outputs are. Seeds of their own, one tensor that members share, copies with
-    noise, and members that hold nothing but zeros, ones and other constants are no finding.
+    noise, and members that hold only constants such as zeros are no finding.
 
     Args:
         diversity: From `measure_member_diversity`.
@@ -84,11 +86,8 @@ def judge(diversity: MemberDiversity, claim: DiversityClaim) -> Findings:
     if not (claim.distinct and diversity.only_constants):
         _refuse(diversity, claim)
         networks = _networks(diversity)
-        found = [x for x in diversity.alike if _is_against(claim, x, diversity, networks)]
-        items = [
-            *(_of_weights(likeness, diversity, networks) for likeness in found),
-            *(_of_outputs(group, diversity, networks) for group in diversity.twins),
-        ]
+        found = _against(claim, diversity, networks)
+        items = list(_likenesses(diversity, found, networks))
     sentence = f"members {listed(diversity.members)} are claimed to "
     if claim.distinct:
         sentence += "be distinct, but start alike"
@@ -97,7 +96,7 @@ def judge(diversity: MemberDiversity, claim: DiversityClaim) -> Findings:
     else:
         sentence += "draw their weights from the global generators, but do not"
     if not claim.distinct and not claim.seeded:
-        items += _of_construction(diversity, advised=any(i.cause == _SEEDS for i in items))
+        items += _construction(diversity, advised=any(item.cause == _SEEDS for item in items))
     return Findings(
         claim=sentence,
         items=tuple(sorted(items, key=lambda item: item.kind not in _WHOLE)),
@@ -122,36 +121,38 @@ def _refuse(diversity: MemberDiversity, claim: DiversityClaim) -> None:
         )
 
 
-def _is_against(
-    claim: DiversityClaim,
-    likeness: Likeness,
-    diversity: MemberDiversity,
-    networks: Mapping[frozenset[str], str],
-) -> bool:
+def _against(
+    claim: DiversityClaim, diversity: MemberDiversity, networks: _Networks
+) -> list[Likeness]:
     if not claim.distinct:
-        return not any(fnmatchcase(likeness.name, pattern) for pattern in claim.alike)
-    if any(network & {*likeness.members} for network in networks):
-        return True
+        return [
+            likeness
+            for likeness in diversity.alike
+            if not any(fnmatchcase(likeness.name, pattern) for pattern in claim.alike)
+        ]
     seen = diversity.constructed and not diversity.reset
-    return seen and likeness.how not in (Alike.ONE_TENSOR, Alike.CORRELATED, Alike.SUMMED)
+    by_design = (Alike.ONE_TENSOR, Alike.CORRELATED, Alike.SUMMED)
+    return [
+        likeness
+        for likeness in diversity.alike
+        if any(network & {*likeness.members} for network in networks)
+        or (seen and likeness.how not in by_design)
+    ]
 
 
-def _networks(diversity: MemberDiversity) -> dict[frozenset[str], str]:
-    """Groups of members with the same numbers in all that is drawn, in any order; to their kind.
-
-    The kind is "" where the members compute with these numbers in ways of their own.
-    """
+def _networks(diversity: MemberDiversity) -> _Networks:
+    """Groups of members with the same numbers in all that is drawn, and how they are alike."""
     names: dict[frozenset[str], set[str]] = {}
     for likeness in diversity.alike:
         if likeness.how in (Alike.ONE_TENSOR, Alike.EQUAL, Alike.REORDERED):
             for pair in combinations(likeness.members, 2):
                 names.setdefault(frozenset(pair), set()).add(likeness.name)
     groups: list[frozenset[str]] = []
-    for pair_of, alike in names.items():
+    for members, alike in names.items():
         if alike >= set(diversity.drawn):
-            touched = [group for group in groups if group & pair_of]
+            touched = [group for group in groups if group & members]
             groups = [group for group in groups if group not in touched]
-            groups.append(pair_of.union(*touched))
+            groups.append(members.union(*touched))
     return {group: _network_kind(group, diversity) for group in groups}
 
 
@@ -159,10 +160,11 @@ def _network_kind(network: frozenset[str], diversity: MemberDiversity) -> str:
     hows = {x.how for x in diversity.alike if network >= {*x.members}}
     twins = any(network <= {*group} for group in diversity.twins)
     if hows == {Alike.ONE_TENSOR}:
-        return "one network" if twins or diversity.outputs != "compared" else ""
+        # Members that compute with one memory in ways of their own are no one network.
+        return "one network" if twins or diversity.outputs != "compared" else "one tensor"
     if Alike.REORDERED not in hows:
         return "copied"
-    return "permuted" if twins else ""
+    return "permuted" if twins else "reordered"
 
 
 def _affected(diversity: MemberDiversity, found: Sequence[Likeness]) -> Iterator[Count]:
@@ -176,45 +178,68 @@ def _affected(diversity: MemberDiversity, found: Sequence[Likeness]) -> Iterator
 
 # --- findings -----------------------------------------------------------------------------------
 
-_FOUND = {
-    Alike.ONE_TENSOR: "one tensor",
-    Alike.EQUAL: "equal",
-    Alike.EQUAL_IN_PART: "{:.0%} of the elements equal",
-    Alike.REORDERED: "equal but for the order",
-    Alike.SHIFTED: "{:.0%} of the elements equal, at other places,",
-    Alike.CORRELATED: "correlated by {:.2f}",
-    Alike.SUMMED: "weighted sums of each other",
-}
 
-_KINDS = {
-    Alike.ONE_TENSOR: "one tensor",
-    Alike.EQUAL: "equal",
-    Alike.EQUAL_IN_PART: "equal",
-    Alike.REORDERED: "reordered",
-    Alike.SHIFTED: "one stream",
-    Alike.CORRELATED: "changed copy",
-    Alike.SUMMED: "sum of others",
-}
-"""The kind of finding, where not all that is drawn is alike."""
+def _likenesses(
+    diversity: MemberDiversity, found: Sequence[Likeness], networks: _Networks
+) -> Iterator[Finding]:
+    rows = [(x.name, x.members, x.amount, *_HOW[x.how]) for x in found]
+    rows += [("outputs", m, None, "same function", "equal to rounding") for m in diversity.twins]
+    for place, members, amount, kind, told in rows:
+        kind = next((of for network, of in networks.items() if network >= {*members}), kind)
+        yield Finding(
+            kind=kind,
+            place=place,
+            members=members,
+            found=f"{told.format(amount)} in members {listed(members)}",
+            amount=amount,
+            **_explained(kind, members, diversity),
+        )
 
-_COPIES = "deepcopy of one initialised network, one state dict loaded into several"
-_SEEDS = "torch.manual_seed(...) inside a constructor"
-_ANEW = "Build each member anew, without seeding in between."
-_FORK = "Seed once, outside; in a constructor use torch.random.fork_rng()."
+
+def _construction(diversity: MemberDiversity, *, advised: bool) -> Iterator[Finding]:
+    """That every construction gives the same; without advice where another finding gives it."""
+    text = _TEXTS["construction"]
+    text = _text(text["meaning"], "", "") if advised else text
+    rows = [
+        (f"generator {name}", "in one state after construction, whatever it was before")
+        for name in diversity.reset
+    ]
+    if diversity.repeated:
+        rows.append(("initial weights", "the same in two constructions in a row"))
+    for place, found in rows:
+        yield Finding(kind="construction", place=place, found=found, **text)
+
+
+_HOW = {
+    Alike.ONE_TENSOR: ("one tensor", "one tensor"),
+    Alike.EQUAL: ("equal", "equal"),
+    Alike.EQUAL_IN_PART: ("equal", "{:.0%} of the elements equal"),
+    Alike.REORDERED: ("reordered", "equal but for the order"),
+    Alike.SHIFTED: ("one stream", "{:.0%} of the elements equal, at other places,"),
+    Alike.CORRELATED: ("changed copy", "correlated by {:.2f}"),
+    Alike.SUMMED: ("sum of others", "weighted sums of each other"),
+}
+"""The kind of finding where not all that is drawn is alike, and what was found."""
+
+_WHOLE = ("one network", "copied", "permuted")
+"""Kinds that concern all that is drawn, and are told first."""
 
 
 def _text(meaning: str, cause: str, remedy: str) -> Explanation:
     return Explanation(meaning=meaning, cause=cause, remedy=remedy)
 
 
-_WHOLE = ("one network", "copied", "permuted")
-"""The kinds that say most, told first: members are alike in all that is drawn."""
+_COPIES = "deepcopy of one initialised network, one state dict loaded into several"
+_SEEDS = "torch.manual_seed(...) inside a constructor"
+_COPIED = f"{_COPIES}, or the same seed before each"
+_ANEW = "Build each member anew, without seeding in between."
+_FORK = "Seed once, outside; in a constructor use torch.random.fork_rng()."
 
 _TEXTS = {
     "copied": _text(
         "They start as copies: on equal data they stay equal bit by bit, and the ensemble is one "
         "network at the price of several.",
-        f"{_COPIES}, or one seed for each",
+        _COPIED,
         _ANEW,
     ),
     "permuted": _text(
@@ -232,18 +257,18 @@ _TEXTS = {
     ),
     "reordered": _text(
         "These tensors hold the same numbers in another order: they were not drawn anew.",
-        f"{_COPIES}, or one seed for each",
+        _COPIED,
         _ANEW,
     ),
     "one stream": _text(
         "Members draw from one stream of random numbers, but each begins at another place in it: "
         "what one draws first, another draws later.",
-        "one seed for each, and another number of draws before the first weight",
+        "the same seed before each, and another number of draws before the first weight",
         "Seed once, outside.",
     ),
     "changed copy": _text(
         "These tensors were scaled, negated or moved a little, but not drawn anew.",
-        f"{_COPIES}, or one seed for each",
+        _COPIED,
         _ANEW,
     ),
     "sum of others": _text(
@@ -264,7 +289,7 @@ _TEXTS = {
         f"{_FORK} Members with a seed each by design are claimed as seeded.",
     ),
 }
-"""What each kind of finding means, why it comes about and what to do."""
+"""What each kind of finding means, its usual cause and what to do."""
 
 
 def _explained(kind: str, members: Sequence[str], diversity: MemberDiversity) -> Explanation:
@@ -274,64 +299,8 @@ def _explained(kind: str, members: Sequence[str], diversity: MemberDiversity) ->
     if kind in ("copied", "equal") and diversity.reset:
         return _text(text["meaning"], _SEEDS, _FORK)
     if kind == "copied" and not diversity.constructed:
-        cause = (
-            f"{_COPIES}, {_SEEDS}, or one seed for each: which, a function that builds the members "
-            "would show"
-        )
-        return _text(text["meaning"], cause, text["remedy"])
+        unseen = "which, a function that builds the members would show"
+        return _text(text["meaning"], f"{_COPIES}, {_SEEDS}, or one seed: {unseen}", _ANEW)
     if kind == "same function" and not diversity.drawn:
         return _text("They are one network, however it was loaded.", "", text["remedy"])
     return text
-
-
-def _kind(members: Collection[str], networks: Mapping[frozenset[str], str]) -> str:
-    """In what way members are one network; "" where they are none."""
-    return next((kind for network, kind in networks.items() if network >= {*members}), "")
-
-
-def _of_weights(
-    likeness: Likeness, diversity: MemberDiversity, networks: Mapping[frozenset[str], str]
-) -> Finding:
-    kind = _kind(likeness.members, networks) or _KINDS[likeness.how]
-    told = _FOUND[likeness.how].format(likeness.amount)
-    return Finding(
-        kind=kind,
-        place=likeness.name,
-        members=likeness.members,
-        found=f"{told} in members {listed(likeness.members)}",
-        amount=likeness.amount,
-        **_explained(kind, likeness.members, diversity),
-    )
-
-
-def _of_outputs(
-    group: Sequence[str], diversity: MemberDiversity, networks: Mapping[frozenset[str], str]
-) -> Finding:
-    kind = _kind(group, networks) or "same function"
-    return Finding(
-        kind=kind,
-        place="outputs",
-        members=tuple(group),
-        found=f"equal to rounding in members {listed(group)}",
-        **_explained(kind, group, diversity),
-    )
-
-
-def _of_construction(diversity: MemberDiversity, *, advised: bool) -> Iterator[Finding]:
-    """That every construction gives the same.
-
-    Args:
-        diversity: The measurement.
-        advised: Whether another finding says already how that comes about.
-    """
-    text = _TEXTS["construction"]
-    if advised:
-        text = _text(text["meaning"], "", "")
-    rows = [
-        (f"generator {name}", "in one state after construction, whatever it was before")
-        for name in diversity.reset
-    ]
-    if diversity.repeated:
-        rows.append(("initial weights", "the same in two constructions in a row"))
-    for place, found in rows:
-        yield Finding(kind="construction", place=place, found=found, **text)

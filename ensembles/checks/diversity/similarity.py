@@ -204,20 +204,15 @@ def _bits(*tensors: Tensor) -> float:
 
 
 class _Held(NamedTuple):
-    """A drawn tensor of one member.
-
-    Attributes:
-        tensor: Its numbers.
-        elements: Which of them are drawn.
-        differing: What two constructions draw differently, of the first elements; None where that
-            is not known.
-        identity: The same for members that register one tensor.
-    """
+    """A drawn tensor of one member."""
 
     tensor: Tensor
     elements: Tensor
+    """Which of them are drawn."""
     differing: Tensor | None
+    """What two constructions draw differently, of the first ones; None where that is not known."""
     identity: int
+    """The same for members that register one tensor."""
 
 
 def compared_modules(
@@ -264,7 +259,7 @@ def compared_modules(
             holders[name, parameter.shape, parameter.dtype][member] = held
     several = [(name, held) for (name, *_), held in holders.items() if len(held) > 1]
     drawn = dict.fromkeys(name for name, _ in several)
-    sizes = [_first(held).tensor.numel() for _, held in several]
+    sizes = [next(iter(held.values())).tensor.numel() for _, held in several]
     return Similarity(
         drawn=tuple(drawn),
         left_out=tuple(
@@ -280,10 +275,6 @@ def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter.numel():
             yield name, parameter
-
-
-def _first(held: Mapping[str, _Held]) -> _Held:
-    return next(iter(held.values()))
 
 
 def _in_common(name: str, held: Mapping[str, _Held]) -> Iterator[Likeness]:
