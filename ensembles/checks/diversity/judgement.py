@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from itertools import combinations
 
 from ensembles.checks.diversity.claim import DiversityClaim
-from ensembles.checks.diversity.measurement import MemberDiversity, pairs_in
+from ensembles.checks.diversity.measurement import MemberDiversity
 from ensembles.checks.diversity.similarity import Alike, Likeness
 from ensembles.findings import Count, Finding, Findings
 from ensembles.message import Explanation, assert_held, in_common, listed
@@ -173,7 +173,7 @@ def _affected(diversity: MemberDiversity, found: Sequence[Likeness]) -> Iterator
         yield Count(len(names), "drawn parameter", of=len(diversity.drawn))
     if diversity.twins:
         pairs = math.comb(len(diversity.members), 2)
-        yield Count(pairs_in(diversity.twins), "pair of outputs", of=pairs)
+        yield Count(diversity.twin_pairs, "pair of outputs", of=pairs)
 
 
 # --- findings -----------------------------------------------------------------------------------

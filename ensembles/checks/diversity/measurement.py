@@ -27,7 +27,7 @@ from ensembles.handling.numbers import checked_numbers
 from ensembles.message import aligned, counted, listed
 from ensembles.subject import Model, Recipe
 
-__all__ = ["MemberDiversity", "measure", "measure_member_diversity", "pairs_in"]
+__all__ = ["MemberDiversity", "measure", "measure_member_diversity"]
 
 _Outputs = Literal["compared", "not given", "constant", "of different shapes"]
 
@@ -72,9 +72,14 @@ class MemberDiversity:
     repeated: bool
     looked_at: tuple[Count, ...]
 
+    @property
+    def twin_pairs(self) -> int:
+        """How many pairs of members have the same outputs."""
+        return sum(math.comb(len(group), 2) for group in self.twins)
+
     def __str__(self) -> str:
         alike = {likeness.name for likeness in self.alike}
-        same = counted(range(pairs_in(self.twins)), "pair")
+        same = counted(range(self.twin_pairs), "pair")
         head = (
             f"{counted(self.members, 'member')}, {len(alike)} of "
             f"{counted(self.drawn, 'drawn parameter')} alike, "
@@ -82,16 +87,11 @@ class MemberDiversity:
             + (f", {len(self.given)} given and in common" if self.given else "")
             + ("" if self.constructed else ", construction not seen")
         )
-        lines = aligned(
-            [
-                (
-                    found.name,
-                    found.how if found.amount is None else f"{found.how} ({found.amount:.2f})",
-                    f"members {listed(found.members)}",
-                )
-                for found in self.alike
-            ]
-        )
+        rows = [
+            (x.name, x.how, "" if x.amount is None else f"{x.amount:.2f}", listed(x.members))
+            for x in self.alike
+        ]
+        lines = aligned(rows)
         lines += [f"one function: members {listed(group)}" for group in self.twins]
         if self.reset:
             lines.append(f"construction leaves generators in one state: {listed(self.reset)}")
@@ -197,13 +197,3 @@ def _compared_how(found: Mapping[str, Any], varied: Mapping[str, Sequence[Tensor
         return "constant"
     shapes = {tuple(y.shape for y in ys) for ys in varied.values()}
     return "of different shapes" if len(shapes) == len(varied) > 1 else "compared"
-
-
-def pairs_in(groups: Sequence[Sequence[str]]) -> int:
-    """How many pairs there are in groups.
-
-    Example:
-        >>> pairs_in([("a", "b", "c"), ("d", "e")])
-        4
-    """
-    return sum(math.comb(len(group), 2) for group in groups)

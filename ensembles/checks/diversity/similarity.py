@@ -386,13 +386,8 @@ def compared_slices(
 ) -> Similarity:
     """Compares members in slices of one module's tensors, along an axis that divides by them.
 
-    What several constructions have in common is not told apart by member.
-
-    Args:
-        module: The module.
-        members: The members, in the order of their slices.
-        again: A second construction, where there was one.
-        seeded: Whether construction seeds, so that a second one shows nothing of what is drawn.
+    `again` and `seeded` are as in `compared_modules`; what several constructions have in common is
+    not told apart by member.
 
     Example:
         >>> layer = nn.Linear(2, 8)
