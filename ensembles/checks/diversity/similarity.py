@@ -233,7 +233,7 @@ def compared_modules(
         >>> [str(found.how) for found in compared_modules({"a": layer, "b": layer}).alike]
         ['one tensor', 'one tensor']
     """
-    few: dict[str, None] = {}
+    seen: dict[str, None] = {}
     loaded: defaultdict[Any, list[str]] = defaultdict(list)
     holders: defaultdict[Any, dict[str, _Held]] = defaultdict(dict)
     for member, module in modules.items():
@@ -249,8 +249,8 @@ def compared_modules(
             told = [parameter]
             if other is not None and other.shape == parameter.shape:
                 told += [] if torch.equal(parameter, other) else [other]
+            seen[name] = None
             if _bits(*told) < ENOUGH_BITS:
-                few[name] = None
                 continue
             # What is the same in all constructions, such as an identity to which noise is added,
             # is in no difference.
@@ -262,9 +262,7 @@ def compared_modules(
     sizes = [next(iter(held.values())).tensor.numel() for _, held in several]
     return Similarity(
         drawn=tuple(drawn),
-        left_out=tuple(
-            n for n in dict.fromkeys([*few, *(k[0] for k in holders)]) if n not in drawn
-        ),
+        left_out=tuple(name for name in seen if name not in drawn),
         given=tuple(dict.fromkeys(name for (name, _), among in loaded.items() if len(among) > 1)),
         alike=tuple(found for name, held in several for found in _in_common(name, held)),
         correlated=(sum(min(size, LOOKED_AT) for size in sizes), sum(sizes)),
@@ -290,18 +288,17 @@ def _in_common(name: str, held: Mapping[str, _Held]) -> Iterator[Likeness]:
     near = {m: _neighbours(held[m].tensor) for m in firsts if any(many.values())}
     told: set[str] = set()
     for one, two in combinations(firsts, 2):
-        if many[one]:
-            how, amount = _relation(held[one], held[two], near[one], near[two])
-            if how is not None:
-                told |= {one, two}
-                yield Likeness(name, (one, two), how, amount)
+        relation = _relation(held[one], held[two], near[one], near[two]) if many[one] else None
+        if relation is not None:
+            told |= {one, two}
+            yield Likeness(name, (one, two), *relation)
     if summed := _summed({m: held[m] for m in firsts if m not in told}):
         yield Likeness(name, summed, Alike.SUMMED)
 
 
 def _relation(
     one: _Held, two: _Held, near: Tensor, also_near: Tensor
-) -> tuple[Alike | None, float | None]:
+) -> tuple[Alike, float | None] | None:
     """How two tensors that are not equal are alike, and how much."""
     equal = one.tensor == two.tensor
     if bool(equal.any()):  # of two that were drawn, no element is
@@ -315,7 +312,7 @@ def _relation(
         return Alike.SHIFTED, share
     if abs(by := _correlation(one.differing, two.differing)) > CORRELATED:
         return Alike.CORRELATED, by
-    return None, None
+    return None
 
 
 def _correlation(x: Tensor | None, y: Tensor | None) -> float:
