@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -121,10 +123,24 @@ class Case:
                 self._after_make = generator_states()
         return self._model  # type: ignore[no-any-return]
 
-    def built(self) -> Model:
-        """A new model under the seed; the generators stay as `make` left them."""
+    @property
+    def after_make(self) -> Mapping[str, Any] | None:
+        """The states in which `make` left the generators; None where the model was given."""
+        _ = self.model
+        return self._after_make  # type: ignore[no-any-return]
+
+    def built(self, generators: Mapping[str, Any] | None = None) -> Model:
+        """A new model; the generators stay as `make` left them.
+
+        Args:
+            generators: The states that it is drawn from, such as `after_make`, for a model that is
+                drawn after the first; by default those of the seed.
+        """
         __tracebackhide__ = True
-        seed_generators(self.seed)
+        if generators is None:
+            seed_generators(self.seed)
+        else:
+            restore_generators(generators)
         try:
             model = self.subject.make()
         except ERRORS as error:
@@ -186,6 +202,29 @@ class Case:
     def members(self) -> dict[str, nn.Module]:
         """The member modules by name; the one module where no others are known."""
         return named_members(self.model, self.subject.members)
+
+    @property
+    def data(self) -> dict[int | str, Callable[[], Any]]:
+        """By member, a function that asks the subject anew for what the member is trained on.
+
+        The keys are what the subject's `data` is called with: numbers, or the names of a dict.
+
+        Raises:
+            ValueError: If the subject has no data.
+        """
+        data = self.subject.data
+        if data is None:
+            raise ValueError(
+                f"subject {self.subject.name!r} has no data: give Subject(data=...), a function of "
+                "the member to its sample indices or its loader."
+            )
+        if self.members_known:
+            names = list(self.members)
+        else:
+            with self.preserved(), torch.no_grad():
+                names = list(self.call())
+        numbered = names == [str(i) for i in range(len(names))]
+        return {key: partial(data, key) for key in (range(len(names)) if numbered else names)}
 
     # --- calls and steps ------------------------------------------------------------------------
 

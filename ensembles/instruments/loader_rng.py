@@ -13,7 +13,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from ensembles.instruments.recording import digest
 __all__ = [
     "DRAWS",
     "INDICES",
+    "RepeatedStream",
     "Streams",
     "can_be_asked",
     "digest_of_batch",
@@ -39,6 +40,24 @@ DRAWS = 6
 """How often each: two workers with coins of their own agree 24 times in 2 of 10^7 cases."""
 
 SAMPLE = "the augmented samples"
+DATASET = "dataset"
+
+
+class RepeatedStream(NamedTuple):
+    """One stream of random numbers that is drawn from in several places.
+
+    Attributes:
+        what: `SAMPLE`, or a generator: the path to it from the data set, or a global one.
+        places: Epochs, and workers where there are any.
+    """
+
+    what: str
+    places: tuple[str, ...]
+
+    @property
+    def held(self) -> bool:
+        """Whether it is a generator that the data set holds."""
+        return self.what.startswith(DATASET)
 
 
 @dataclass(frozen=True)
@@ -46,13 +65,12 @@ class Streams:
     """What draws random numbers while samples are loaded.
 
     Attributes:
-        random: "the augmented samples", and generators by name; empty where nothing draws.
-        repeated: (what, places): one stream that several workers, or a worker in several epochs,
-            have in common.
+        random: `SAMPLE`, and generators by name; empty where nothing draws.
+        repeated: What several workers, or a worker in several epochs, have in common.
     """
 
     random: tuple[str, ...] = ()
-    repeated: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    repeated: tuple[RepeatedStream, ...] = ()
 
 
 def can_be_asked(loader: object) -> TypeIs[DataLoader[Any]]:
@@ -78,8 +96,8 @@ def streams_of(loader: DataLoader[Any], epochs: int = 2) -> Streams:
     """
     found = _asked(loader, epochs)
     used = [what for what, streams in found.items() if _is_random(what, streams)]
-    repeated = [(what, places) for what in used for places in _alike(found[what])]
-    return Streams(tuple(used), tuple(pair for pair in repeated if len(pair[1]) > 1))
+    streams = [RepeatedStream(what, places) for what in used for places in _alike(found[what])]
+    return Streams(tuple(used), tuple(one for one in streams if len(one.places) > 1))
 
 
 def orders_of(loader: DataLoader[Any], epochs: int = 2) -> tuple[tuple[Any, ...], ...]:
@@ -163,7 +181,7 @@ class _Watch:
                 _numbers(sys.modules["numpy"].random.get_state())
             )
         if info is not None:
-            for name, generator in _generators("dataset", info.dataset):
+            for name, generator in _generators(DATASET, info.dataset):
                 found[name] = _state(generator)
         return found
 

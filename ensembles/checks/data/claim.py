@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from ensembles.claims import unknown
 
-__all__ = ["DataClaim", "parse"]
-
+__all__ = ["RELATIONS", "DataClaim", "parse"]
 
 RELATIONS = ("bagged", "paired", "shuffled")
+"""A bootstrap for each member; the same samples in the same order; the same in other orders."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,7 @@ class DataClaim:
     """Which samples members see.
 
     Attributes:
-        relation: "bagged", "paired" (same samples, same order) or "shuffled" (same samples, orders
-            of their own).
+        relation: One of `RELATIONS`.
     """
 
     relation: str

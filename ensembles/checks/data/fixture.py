@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from ensembles.case import Case
     from ensembles.checks.data.measurement import MemberData
 
 __all__ = ["DataFixture", "member_data"]
@@ -22,7 +23,7 @@ class DataFixture:
 
     def measure(
         self,
-        data: Callable[[Any], Iterable[Any]],
+        data: Case | Callable[[Any], Iterable[Any]],
         members: int | Sequence[str] = 2,
         *,
         size: int | None = None,
@@ -34,39 +35,39 @@ class DataFixture:
 
     def assert_bagged(
         self,
-        data: Callable[[Any], Iterable[Any]],
+        data: Case | Callable[[Any], Iterable[Any]],
         members: int | Sequence[str] = 2,
         *,
         size: int | None = None,
     ) -> None:
         """Checks that every member sees a bootstrap of its own, drawn with replacement."""
         __tracebackhide__ = True
-        from ensembles.checks.data.measurement import assert_members_bagged
+        from ensembles.checks.data.judgement import assert_members_bagged
 
         assert_members_bagged(self.measure(data, members, size=size))
 
     def assert_paired(
-        self, data: Callable[[Any], Iterable[Any]], members: int | Sequence[str] = 2
+        self, data: Case | Callable[[Any], Iterable[Any]], members: int | Sequence[str] = 2
     ) -> None:
         """Checks that all members see the same samples in the same order."""
         __tracebackhide__ = True
-        from ensembles.checks.data.measurement import assert_members_paired
+        from ensembles.checks.data.judgement import assert_members_paired
 
         assert_members_paired(self.measure(data, members))
 
     def assert_shuffled(
-        self, data: Callable[[Any], Iterable[Any]], members: int | Sequence[str] = 2
+        self, data: Case | Callable[[Any], Iterable[Any]], members: int | Sequence[str] = 2
     ) -> None:
         """Checks that members see the same samples, and no two of them in the same order."""
         __tracebackhide__ = True
-        from ensembles.checks.data.measurement import assert_members_shuffled
+        from ensembles.checks.data.judgement import assert_members_shuffled
 
         assert_members_shuffled(self.measure(data, members))
 
 
 @pytest.fixture
 def member_data() -> DataFixture:
-    """Promises that members see the samples that they are claimed to see.
+    """Members see the samples that they claim to see, in the claimed order.
 
     Catches bagged members that all get the same indices, bootstraps without replacement or drawn
     anew in every epoch, paired members whose loaders shuffle by themselves, and shuffled members
@@ -79,9 +80,9 @@ def member_data() -> DataFixture:
 
     Prints on failure::
 
-        members 0, 1, 2, 3 are claimed bagged, and see the same samples
+        members 0, 1, 2, 3 are claimed bagged, but see the same samples
 
-          members 0, 1   the same 50000 samples   in the same order
+          members 0, 1   the same 50000 samples in the same order
           ...
     """
     return DataFixture()

@@ -19,38 +19,43 @@ MOST = 10_000_000
 """Samples, after which an iterable is taken to have no end."""
 
 
-def samples_of(data: Callable[[Any], Iterable[Any]], member: Any) -> tuple[list[int | str], ...]:
+def samples_of(ask: Callable[[], Iterable[Any]], member: int | str) -> tuple[list[int | str], ...]:
     """Every sample that a member reads in an epoch: its index, or the digest of its content.
 
     Where samples come repeatedly, as in a bootstrap, the next epoch is read too, unless what was
     given can be read once only.
 
     Args:
-        data: A function of the member to indices, a sampler, or a loader of batches.
-        member: Its number or name.
+        ask: Returns indices, a sampler, or a loader of batches, as the functions in `Case.data` do.
+        member: The number or name of the member, for errors.
 
     Returns:
         The samples of one epoch, or of two.
 
     Raises:
-        ValueError: If `data` fails, gives neither indices nor tensors, nothing, or no end.
+        ValueError: If `ask` fails, gives neither indices nor tensors, nothing, or no end.
 
     Example:
-        >>> samples_of(lambda member: [[2, 0], torch.tensor([1])], 0)
+        >>> samples_of(lambda: [[2, 0], torch.tensor([1])], 0)
         ([2, 0, 1],)
-        >>> samples_of(lambda member: [1, 0, 1], 0)
+        >>> samples_of(lambda: [1, 0, 1], 0)
         ([1, 0, 1], [1, 0, 1])
     """
-    found = _of(data, member)
-    keys = _epoch(found, str(member))
+    then = "It takes a member and returns its sample indices, or its loader."
+    try:
+        found = ask()
+        iter(found)
+    except ERRORS as error:
+        raise ValueError(raised(f"data({member!r})", error, then, of=ask)) from error
+    keys = _epoch(found, member)
     if not keys:
         raise ValueError(f"member {member} sees no samples: there is nothing to compare.")
     if len(set(keys)) == len(keys) or iter(found) is found:
         return (keys,)
-    return keys, _epoch(found, str(member))
+    return keys, _epoch(found, member)
 
 
-def _epoch(found: Iterable[Any], member: str) -> list[int | str]:
+def _epoch(found: Iterable[Any], member: int | str) -> list[int | str]:
     keys: list[int | str] = []
     for key in _keys(found, member):
         keys.append(key)
@@ -62,17 +67,7 @@ def _epoch(found: Iterable[Any], member: str) -> list[int | str]:
     return keys
 
 
-def _of(data: Callable[[Any], Iterable[Any]], member: Any) -> Iterable[Any]:
-    then = "It takes a member and returns its sample indices, or its loader."
-    try:
-        found = data(member)
-        iter(found)
-    except ERRORS as error:
-        raise ValueError(raised(f"data({member!r})", error, then, of=data)) from error
-    return found
-
-
-def _keys(found: Iterable[Any], member: str) -> Iterator[int | str]:
+def _keys(found: Iterable[Any], member: int | str) -> Iterator[int | str]:
     loads = isinstance(found, DataLoader)
     for value in found:
         if isinstance(value, int):
@@ -100,7 +95,7 @@ def _is_scalar(entry: Any) -> bool:
     return getattr(entry, "ndim", None) == 0 and "int" in str(entry.dtype)
 
 
-def _contents(value: Any, member: str) -> Iterator[str]:
+def _contents(value: Any, member: int | str) -> Iterator[str]:
     """A digest for each row of a batch."""
     leaves = [torch.as_tensor(x) if hasattr(x, "dtype") else x for x in pytree.tree_leaves(value)]
     tensors = [x for x in leaves if isinstance(x, Tensor) and x.ndim]

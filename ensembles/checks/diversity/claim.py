@@ -11,12 +11,12 @@ __all__ = ["DiversityClaim", "parse"]
 
 @dataclass(frozen=True)
 class DiversityClaim:
-    """Members start different.
+    """How different members start.
 
     Attributes:
         distinct: Whether it is claimed only that no two members are one network.
         seeded: Whether every member has a seed of its own by design.
-        alike: Patterns of the parameters that members have in common by design.
+        alike: Patterns (`fnmatch`) of the names that members have in common by design.
     """
 
     distinct: bool = False
@@ -29,7 +29,7 @@ def parse(given: object) -> DiversityClaim:
 
     Args:
         given: "independent"; "distinct" (no two members are one network); "seeded" (each has a seed
-            by design); or a list of patterns of names that are alike by design.
+            by design); or a list of patterns of the names that are alike by design.
 
     Raises:
         ClaimError: If it is none of these.

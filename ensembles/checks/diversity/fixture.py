@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
+    from ensembles.case import Case
     from ensembles.checks.diversity.measurement import MemberDiversity
-    from ensembles.subject import Members, Model, Outputs
+    from ensembles.subject import Model, Recipe
 
 __all__ = ["DiversityFixture", "member_diversity"]
 
@@ -17,32 +20,28 @@ __all__ = ["DiversityFixture", "member_diversity"]
 class DiversityFixture:
     """What `member_diversity` gives to a test.
 
-    The model is a function that builds it, which is called twice; or the model itself, of which
-    construction is not looked at.
+    The model is a function that builds it; or the model itself, of which construction is not seen.
     """
 
     def measure(
         self,
-        model: Model | Callable[[], Model],
+        model: Case | Model | Callable[[], Model],
         batch: Any = None,
-        *,
-        outputs: Outputs | None = None,
-        members: Members | None = None,
+        **recipe: Unpack[Recipe],
     ) -> MemberDiversity:
         """What members have in common at the start: `measure_member_diversity`."""
         from ensembles.checks.diversity.measurement import measure_member_diversity
 
-        return measure_member_diversity(model, batch, outputs=outputs, members=members)
+        return measure_member_diversity(model, batch, **recipe)
 
     def assert_independent(
         self,
-        model: Model | Callable[[], Model],
+        model: Case | Model | Callable[[], Model],
         batch: Any = None,
         *,
-        outputs: Outputs | None = None,
-        members: Members | None = None,
         alike: Sequence[str] = (),
         seeded: bool = False,
+        **recipe: Unpack[Recipe],
     ) -> None:
         """Checks that members differ in every drawn parameter and in their outputs.
 
@@ -50,19 +49,18 @@ class DiversityFixture:
         a seed each, so that every construction gives the same ensemble.
         """
         __tracebackhide__ = True
-        from ensembles.checks.diversity.measurement import assert_members_diverse
+        from ensembles.checks.diversity.judgement import assert_members_diverse
 
-        measured = self.measure(model, batch, outputs=outputs, members=members)
-        assert_members_diverse(measured, alike, seeded=seeded)
+        assert_members_diverse(self.measure(model, batch, **recipe), alike, seeded=seeded)
 
 
 @pytest.fixture
 def member_diversity() -> DiversityFixture:
-    """Promises that members start different, in every drawn parameter and in their outputs.
+    """Members start different in every parameter that is drawn, and in their outputs.
 
-    Catches copies of one initialised network, copies whose reset does not reach every layer, a
-    constructor that seeds, one state dict loaded into several members, and permuted twins. Zeros,
-    ones and pretrained weights may be in common.
+    Catches copies of one initialised network, a reset that misses a layer, a constructor that
+    seeds, one state dict loaded into several members, and permuted twins. Zeros, ones and
+    pretrained weights may be in common.
 
     Example::
 
@@ -72,7 +70,7 @@ def member_diversity() -> DiversityFixture:
 
     Prints on failure::
 
-        members 0, 1 are claimed to start different, and are alike
+        members 0, 1, 2, 3 are claimed to start different, but are alike
 
           blocks.0.conv1.weight   equal in members 0, 1
           ...

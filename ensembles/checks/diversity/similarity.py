@@ -1,38 +1,35 @@
-"""What members have in common at the start: drawn parameters, and outputs."""
+"""Which drawn parameters members have in common, and how: by their numbers, not by their names."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ensembles.handling.members import member_outputs, named_modules_of, new_model
+from ensembles.case import Case
+from ensembles.handling.members import named_modules_of
 from ensembles.handling.memory import numbers_in, told_type
-from ensembles.handling.state import generators_kept, preserved, seed_generators
-from ensembles.handling.training import fresh, hidden_modules
+from ensembles.handling.state import generators_kept, restore_generators, seed_generators
 from ensembles.instruments.recording import digest, generator_entries
-from ensembles.message import listed
-from ensembles.present_run import seed as present_seed
-from ensembles.subject import Model, Outputs
+from ensembles.subject import Model
 
 __all__ = [
-    "Built",
+    "Alike",
+    "Construction",
     "Likeness",
-    "Packed",
-    "Separate",
-    "built_from",
-    "double_outputs",
+    "Similarity",
+    "compared_modules",
+    "compared_slices",
+    "construction_of",
     "holds_constants_only",
-    "same_outputs",
-    "vary",
+    "is_constant",
 ]
 
 ENOUGH_BITS = 20
@@ -51,21 +48,27 @@ ENOUGH_TO_CORRELATE = 32
 ENOUGH_EACH = 8
 """Elements for each tensor in a weighted sum: of draws, more of them come nearer by chance."""
 
-EXACT = 1e-9
-"""Relative difference of outputs in float64, below which two functions are one."""
-
-ROUNDING = 64
-"""The same in units in the last place, where the model stays in its own precision."""
-
-
-WOKEN = 0.5
-"""What a trainable matrix of zeros is set to, to see what it will multiply: any number would do."""
+ONE_SUM = 1e-9
+"""Added to a correlation of 1, so that tensors of which one is an exact sum have an inverse too."""
 
 HASH = 6364136223846793005
 """Odd, so that no bit is lost; Knuth's multiplier of the linear congruential generator MMIX."""
 
 LOOKED_AT = 4096
-"""Elements of a tensor that are counted: enough to tell numbers from a few values."""
+"""Elements of a tensor that are counted, shifted and correlated: enough to tell them from a few
+values, and from draws."""
+
+
+class Alike(StrEnum):
+    """How the tensors of one name are alike in several members."""
+
+    ONE_TENSOR = "one tensor"
+    EQUAL = "equal"
+    EQUAL_IN_PART = "equal in part"
+    REORDERED = "equal in another order"
+    SHIFTED = "equal at other places"
+    CORRELATED = "correlated"
+    SUMMED = "weighted sums"
 
 
 @dataclass(frozen=True)
@@ -75,103 +78,110 @@ class Likeness:
     Attributes:
         name: The parameter's name in the members, or in the model.
         members: The members that are alike.
-        how: "one tensor", "equal", "equal in 50%" of its elements, "equal but for the order",
-            "equal in 90% at other places", "correlated by 0.99", or "weighted sums of each
-            other".
+        how: How they are.
+        amount: The share of elements that are equal in part or at other places, or the
+            correlation; None for the other kinds.
     """
 
     name: str
     members: tuple[str, ...]
-    how: str
+    how: Alike
+    amount: float | None = None
 
-    def __str__(self) -> str:
-        return f"{self.how} in members {listed(self.members)}"
+
+@dataclass(frozen=True)
+class Similarity:
+    """What was found in the trainable parameters of members.
+
+    Attributes:
+        drawn: Names of the parameters that are drawn and were compared.
+        left_out: Names of those that are drawn and were not compared: they hold few random bits, no
+            other member has one of that name and shape, or, of packed members, no axis divides.
+        given: Names of those that are the same in several members, in every construction.
+        alike: Whatever members have in common.
+        correlated: How many elements were looked at for shifts and correlations, and of how many.
+    """
+
+    drawn: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
+    alike: tuple[Likeness, ...] = ()
+    correlated: tuple[int, int] = (0, 0)
 
 
 # --- construction -------------------------------------------------------------------------------
 
 
-class Built(NamedTuple):
-    """A model, and what was seen of its construction.
+class Construction(NamedTuple):
+    """What a second construction shows.
 
     Attributes:
-        model: The model.
-        again: A second one, built right after it; None where a model was given, or a function
-            that returns one which was built before.
-        constant: Generators that both constructions leave in one state.
+        again: A second model, built right after the first; None where a model was given, or a
+            function that returns one which was built before.
+        reset: Generators that both constructions leave in one state.
+        repeated: Whether both gave the same weights.
     """
 
-    model: Model
-    again: Model | None
-    constant: tuple[str, ...]
-
-    @property
-    def repeated(self) -> bool:
-        """Whether construction seeds, and gave the same weights twice in a row."""
-        if self.again is None or not self.constant:
-            return False
-        one, two = (
-            [p for module in named_modules_of(m).values() for p in module.parameters()]
-            for m in (self.model, self.again)
-        )
-        pairs = [(p, q) for p, q in zip(one, two, strict=False) if not _is_constant(p)]
-        same = (numbers_in(p).equal(numbers_in(q)) for p, q in pairs if p.shape == q.shape)
-        return bool(pairs) and all(same)
+    again: Model | None = None
+    reset: tuple[str, ...] = ()
+    repeated: bool = False
 
 
-def built_from(model: Model | Callable[[], Model]) -> Built:
-    """The model as given, or built twice in a row where a function was given.
+def construction_of(case: Case) -> Construction:
+    """Builds one more model, from the state in which the first one left the generators.
 
     Raises:
-        ValueError: If it is neither, or the function builds some of the parameters anew only.
+        ValueError: If `make` fails, or builds some of the parameters anew only.
 
     Example:
-        >>> built_from(lambda: nn.Linear(2, 2)).repeated
+        >>> construction_of(Case.of(lambda: nn.Linear(2, 2))).repeated
         False
     """
-    if isinstance(model, (nn.Module, Sequence, Mapping)):
-        return Built(model, None, ())
-    return _built_twice(model)
-
-
-def _built_twice(make: Callable[[], Model]) -> Built:
-    """Two constructions in a row, and the generators that both of them leave in one state."""
-    if not callable(make):
-        raise ValueError(
-            f"the model is an object of type {type(make).__name__}: give a module, a list or dict "
-            "of modules, or a function that builds one."
-        )
-    states = []
+    one, left = case.model, case.after_make
+    if left is None:
+        return Construction()
     with generators_kept():
-        seed_generators(present_seed.get())
-        models = []
-        states.append(_generators())
-        for _ in range(2):
-            models.append(new_model(make))
-            states.append(_generators())
-    one, two = models
-    ours = {id(p) for module in named_modules_of(one).values() for p in module.parameters()}
-    theirs = {id(p) for module in named_modules_of(two).values() for p in module.parameters()}
-    if ours and ours == theirs:  # built before: it is given, and its construction cannot be seen
-        return Built(one, None, ())
-    if ours & theirs:
+        seed_generators(case.seed)
+        before = _generators()
+        restore_generators(left)
+        after = _generators()
+        two = case.built(left)
+        later = _generators()
+    ours, theirs = _all_parameters(one), _all_parameters(two)
+    kept = {id(p) for p in ours} & {id(p) for p in theirs}
+    if kept and len(kept) == len({id(p) for p in (*ours, *theirs)}):
+        return Construction()  # built before: it is given, and its construction cannot be seen
+    if kept:
         raise ValueError(
             "the function returned some of the same parameters at both calls, so that construction "
             "cannot be looked at. Build the model inside it: lambda: [Net() for _ in range(4)]."
         )
-    before, after, later = states
-    constant = [name for name, state in after.items() if before[name] != state == later[name]]
-    return Built(one, two, tuple(constant))
+    reset = tuple(
+        name for name, state in before.items() if state != after.get(name) == later.get(name)
+    )
+    pairs = [(p, q) for p, q in zip(ours, theirs, strict=False) if not is_constant(p)]
+    same = all(numbers_in(p).equal(numbers_in(q)) for p, q in pairs if p.shape == q.shape)
+    return Construction(two, reset, bool(reset and pairs) and same)
 
 
 def _generators() -> dict[str, str]:
     return {entry.name: entry.digest for entry in generator_entries()}
 
 
+def _all_parameters(model: Model) -> list[nn.Parameter]:
+    return [p for module in named_modules_of(model).values() for p in module.parameters()]
+
+
 # --- parameters ---------------------------------------------------------------------------------
 
 
-def _is_constant(tensor: Tensor) -> bool:
+def is_constant(tensor: Tensor) -> bool:
+    """Whether all elements are one number.
+
+    Example:
+        >>> is_constant(torch.zeros(3)), is_constant(torch.eye(2))
+        (True, False)
+    """
     values = numbers_in(tensor).flatten()
     return bool((values == values[0]).all()) if values.numel() else True
 
@@ -179,7 +189,7 @@ def _is_constant(tensor: Tensor) -> bool:
 def _drawn_elements(tensor: Tensor, again: Tensor | None, seeded: bool) -> Tensor | None:
     """Which elements are drawn; None where none is."""
     if again is None or again.shape != tensor.shape or seeded:
-        drawn = torch.full(tensor.shape, not _is_constant(tensor))
+        drawn = torch.full(tensor.shape, not is_constant(tensor))
     else:
         drawn = (tensor.detach() != again.detach()).cpu()
     return drawn if bool(drawn.any()) else None
@@ -194,123 +204,141 @@ def _bits(*tensors: Tensor) -> float:
     )
 
 
-class Separate:
-    """Members that are modules of their own.
+class _Held(NamedTuple):
+    """A drawn tensor of one member."""
 
-    Attributes:
-        drawn: Names of the parameters that are drawn in at least two members.
-        given: Names of those that are the same in several members, in every construction.
+    tensor: Tensor
+    elements: Tensor
+    """Which of them are drawn."""
+    differing: Tensor | None
+    """What two constructions draw differently, of the first ones; None where that is not known."""
+    identity: int
+    """The same for members that register one tensor."""
+
+
+def compared_modules(
+    modules: Mapping[str, nn.Module],
+    again: Mapping[str, nn.Module] | None = None,
+    *,
+    seeded: bool = False,
+) -> Similarity:
+    """Compares members that are modules of their own.
+
+    Args:
+        modules: The members.
+        again: Those of a second construction, where there was one.
+        seeded: Whether construction seeds, so that a second one shows nothing of what is drawn.
 
     Example:
         >>> layer = nn.Linear(2, 2)
-        >>> pair = Separate({"a": layer, "b": layer}, None, False)
-        >>> [str(likeness) for likeness in pair.found(["a", "b"])]
-        ['one tensor in members a, b', 'one tensor in members a, b']
+        >>> [str(found.how) for found in compared_modules({"a": layer, "b": layer}).alike]
+        ['one tensor', 'one tensor']
     """
+    seen: dict[str, None] = {}
+    loaded: defaultdict[Any, list[str]] = defaultdict(list)
+    holders: defaultdict[Any, dict[str, _Held]] = defaultdict(dict)
+    for member, module in modules.items():
+        others = {} if again is None else dict(again[member].named_parameters())
+        for name, parameter in _trainable(module):
+            values = numbers_in(parameter, name)
+            other = numbers_in(others[name], name) if name in others else None
+            elements = _drawn_elements(values, other, seeded)
+            if elements is None:
+                if not is_constant(values):
+                    loaded[name, digest(values)].append(member)
+                continue
+            # Without a second construction the tensor itself says how many values it takes.
+            told = [values]
+            if other is not None and other.shape == values.shape:
+                told += [] if torch.equal(values, other) else [other]
+            seen[name] = None
+            if _bits(*told) < ENOUGH_BITS:
+                continue
+            # What is the same in all constructions, such as an identity to which noise is added,
+            # is in no difference.
+            differing = _difference(*told) if len(told) > 1 and not seeded else None
+            held = _Held(values.cpu(), elements, differing, id(parameter))
+            holders[name, values.shape, values.dtype][member] = held
+    several = [(name, held) for (name, *_), held in holders.items() if len(held) > 1]
+    drawn = dict.fromkeys(name for name, _ in several)
+    sizes = [next(iter(held.values())).tensor.numel() for _, held in several]
+    return Similarity(
+        drawn=tuple(drawn),
+        left_out=tuple(name for name in seen if name not in drawn),
+        given=tuple(dict.fromkeys(name for (name, _), among in loaded.items() if len(among) > 1)),
+        alike=tuple(found for name, held in several for found in _in_common(name, held)),
+        correlated=(sum(min(size, LOOKED_AT) for size in sizes), sum(sizes)),
+    )
 
-    def __init__(
-        self,
-        modules: Mapping[str, nn.Module],
-        again: Mapping[str, nn.Module] | None,
-        seeded: bool,
-    ) -> None:
-        self.drawn: dict[str, None] = {}
-        self._holders: dict[Any, dict[str, tuple[Tensor, Tensor]]] = {}
-        self._tensors: dict[tuple[str, str], int] = {}
-        self._draws: dict[tuple[str, str], Tensor] = {}
-        loaded: defaultdict[Any, list[str]] = defaultdict(list)
-        holders: Any = defaultdict(dict)
-        for member, module in modules.items():
-            others = {} if again is None else dict(_parameters(again[member]))
-            for name, parameter in _parameters(module):
-                if not parameter.requires_grad or not parameter.numel():
-                    continue
-                values = numbers_in(parameter, name)
-                other = numbers_in(others[name], name) if name in others else None
-                elements = _drawn_elements(values, other, seeded)
-                if elements is None:
-                    if not _is_constant(values):
-                        loaded[name, digest(values)].append(member)
-                    continue
-                # Without a second construction the tensor itself says how many values it takes.
-                told = [values]
-                if other is not None and other.shape == values.shape:
-                    told += [] if torch.equal(values, other) else [other]
-                if _bits(*told) >= ENOUGH_BITS:
-                    kind = (name, values.shape, values.dtype)
-                    holders[kind][member] = (values.cpu(), elements)
-                    self._tensors[name, member] = id(parameter)
-                    if len(told) > 1 and not seeded:
-                        # What is the same in all constructions, such as an identity to which noise
-                        # is added, is in neither.
-                        self._draws[name, member] = _difference(*told)
-        for kind, held in holders.items():
-            if len(held) > 1:
-                self.drawn[kind[0]] = None
-                self._holders[kind] = held
-        self.given = tuple(
-            dict.fromkeys(name for (name, _), among in loaded.items() if len(among) > 1)
-        )
 
-    def found(self, names: Sequence[str]) -> Iterator[Likeness]:
-        """Whatever members have in common."""
-        for (name, *_), held in self._holders.items():
-            groups = _groups({m: digest(tensor) for m, (tensor, _) in held.items()})
-            for group in groups:
-                if len(group) > 1:
-                    one_tensor = len({self._tensors[name, member] for member in group}) == 1
-                    yield Likeness(name, group, "one tensor" if one_tensor else "equal")
-            firsts = [group[0] for group in groups]
-            # Once for each, and not for each pair. Few values agree by chance, and in any order.
-            many = {m: _bits(held[m][0]) == math.inf for m in firsts[:-1]}
-            near = {m: _neighbours(held[m][0]) for m in firsts if any(many.values())}
-            pairs: list[Likeness] = []
-            for one, two in combinations(firsts, 2):
-                (x, drawn), (y, also) = held[one], held[two]
-                if not many[one]:
-                    continue
-                equal, share = x == y, 0.0
-                if bool(equal.any()):  # of two that were drawn, no element is
-                    elements = drawn & also
-                    share = int((equal & elements).sum()) / max(int(elements.sum()), 1)
-                if share > SOME:
-                    how = f"equal in {share:.0%}"
-                elif x.numel() > 1 and _reordered(x, y):
-                    how = "equal but for the order"
-                elif (share := _shifted(near[one], near[two])) > SOME:
-                    how = f"equal in {share:.0%} at other places"
-                elif abs(by := self._correlation(name, one, two)) > CORRELATED:
-                    how = f"correlated by {by:.2f}"
-                else:
-                    continue
-                pairs.append(Likeness(name, (one, two), how))
-            yield from pairs
-            told = {member for pair in pairs for member in pair.members}
-            if summed := self._summed(name, [member for member in firsts if member not in told]):
-                yield Likeness(name, summed, "weighted sums of each other")
+def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.numel():
+            yield name, parameter
 
-    def _correlation(self, name: str, one: str, two: str) -> float:
-        """Of what two constructions draw differently; 0.0 where that is not known."""
-        x, y = self._draws.get((name, one)), self._draws.get((name, two))
-        if x is None or y is None or x.numel() < ENOUGH_TO_CORRELATE:
-            return 0.0
-        return float(torch.corrcoef(torch.stack([x, y]))[0, 1].nan_to_num(0.0))
 
-    def _summed(self, name: str, members: Sequence[str]) -> tuple[str, ...]:
-        """Those whose tensor is a weighted sum of others, as a mean of members is, to a little."""
-        drawn = {m: x for m in members if (x := self._draws.get((name, m))) is not None}
-        if len(drawn) < 3:
-            return ()
-        stacked = torch.stack(list(drawn.values()))
-        if stacked.shape[1] < max(ENOUGH_TO_CORRELATE, ENOUGH_EACH * len(drawn)):
-            return ()
-        correlations = torch.corrcoef(stacked).nan_to_num(0.0)
-        correlations.fill_diagonal_(1 + EXACT)  # so that an exact sum has an inverse too
-        # What the others leave of a tensor's variance is 1 over the inverse's diagonal (Marquardt
-        # 1970, "variance inflation factors").
-        left = 1 / torch.linalg.inv(correlations).diagonal()
-        least = 1 - CORRELATED**2
-        return tuple(m for m, rest in zip(drawn, left.tolist(), strict=True) if rest < least)
+def _in_common(name: str, held: Mapping[str, _Held]) -> Iterator[Likeness]:
+    """What several tensors of one name and shape have in common."""
+    groups = _groups({member: digest(one.tensor) for member, one in held.items()})
+    for group in groups:
+        if len(group) > 1:
+            one_tensor = len({held[member].identity for member in group}) == 1
+            yield Likeness(name, group, Alike.ONE_TENSOR if one_tensor else Alike.EQUAL)
+    firsts = [group[0] for group in groups]
+    # Once for each, and not for each pair. Few values agree by chance, and in any order.
+    many = {m: _bits(held[m].tensor) == math.inf for m in firsts[:-1]}
+    near = {m: _neighbours(held[m].tensor) for m in firsts if any(many.values())}
+    told: set[str] = set()
+    for one, two in combinations(firsts, 2):
+        relation = _relation(held[one], held[two], near[one], near[two]) if many[one] else None
+        if relation is not None:
+            told |= {one, two}
+            yield Likeness(name, (one, two), *relation)
+    if summed := _summed({m: held[m] for m in firsts if m not in told}):
+        yield Likeness(name, summed, Alike.SUMMED)
+
+
+def _relation(
+    one: _Held, two: _Held, near: Tensor, also_near: Tensor
+) -> tuple[Alike, float | None] | None:
+    """How two tensors that are not equal are alike, and how much."""
+    equal = one.tensor == two.tensor
+    if bool(equal.any()):  # of two that were drawn, no element is
+        elements = one.elements & two.elements
+        share = int((equal & elements).sum()) / max(int(elements.sum()), 1)
+        if share > SOME:
+            return Alike.EQUAL_IN_PART, share
+    if one.tensor.numel() > 1 and _reordered(one.tensor, two.tensor):
+        return Alike.REORDERED, None
+    if (share := _shifted(near, also_near)) > SOME:
+        return Alike.SHIFTED, share
+    if abs(by := _correlation(one.differing, two.differing)) > CORRELATED:
+        return Alike.CORRELATED, by
+    return None
+
+
+def _correlation(x: Tensor | None, y: Tensor | None) -> float:
+    """Of what two constructions draw differently; 0.0 where that is not known."""
+    if x is None or y is None or x.numel() < ENOUGH_TO_CORRELATE:
+        return 0.0
+    return float(torch.corrcoef(torch.stack([x, y]))[0, 1].nan_to_num(0.0))
+
+
+def _summed(held: Mapping[str, _Held]) -> tuple[str, ...]:
+    """Those whose tensor is a weighted sum of others, as a mean of members is, to a little."""
+    drawn = {m: one.differing for m, one in held.items() if one.differing is not None}
+    if len(drawn) < 3:
+        return ()
+    stacked = torch.stack(list(drawn.values()))
+    if stacked.shape[1] < max(ENOUGH_TO_CORRELATE, ENOUGH_EACH * len(drawn)):
+        return ()
+    correlations = torch.corrcoef(stacked).nan_to_num(0.0)
+    correlations.fill_diagonal_(1 + ONE_SUM)
+    # What the others leave of a tensor's variance is 1 over the inverse's diagonal (Marquardt
+    # 1970, "variance inflation factors").
+    left = 1 / torch.linalg.inv(correlations).diagonal()
+    least = 1 - CORRELATED**2
+    return tuple(m for m, rest in zip(drawn, left.tolist(), strict=True) if rest < least)
 
 
 def _difference(one: Tensor, two: Tensor) -> Tensor:
@@ -348,53 +376,51 @@ def _neighbours(tensor: Tensor) -> Tensor:
     return pairs[often[place] == 1]
 
 
-class Packed:
-    """Members in slices of one module's tensors, along an axis that divides by their number.
+def compared_slices(
+    module: nn.Module,
+    members: Sequence[str],
+    again: nn.Module | None = None,
+    *,
+    seeded: bool = False,
+) -> Similarity:
+    """Compares members in slices of one module's tensors, along an axis that divides by them.
 
-    Attributes:
-        drawn: Names of the parameters that have such slices.
-        given: Nothing: what several constructions have in common is not told apart by member.
+    `again` and `seeded` are as in `compared_modules`; what several constructions have in common is
+    not told apart by member.
 
     Example:
-        >>> list(Packed(built_from(nn.Linear(2, 8)), 2).found(["a", "b"]))
-        []
+        >>> layer = nn.Linear(2, 8)
+        >>> compared_slices(layer, ["a", "b"]).drawn, compared_slices(layer, ["a", "b"]).alike
+        (('weight', 'bias'), ())
     """
-
-    def __init__(self, built: Built, members: int) -> None:
-        self.drawn: dict[str, None] = {}
-        self.given: tuple[str, ...] = ()
-        self._slices: list[tuple[str, tuple[Tensor, ...]]] = []
-        (module,) = named_modules_of(built.model).values()
-        again = {} if built.again is None else dict(_parameters(_only(built.again)))
-        for name, parameter in _parameters(module):
-            if not parameter.requires_grad or not parameter.numel():
+    others = {} if again is None else dict(again.named_parameters())
+    drawn: dict[str, bool] = {}
+    alike: dict[Likeness, None] = {}
+    for name, parameter in _trainable(module):
+        values = numbers_in(parameter, name)
+        if values.shape != parameter.shape:
+            raise ValueError(
+                f"{name} is of type {told_type(parameter)}: which of the tensors inside belong to "
+                "which member is not known. Give the members as a list of modules."
+            )
+        other = numbers_in(others[name], name) if name in others else None
+        if _drawn_elements(values, other, seeded) is None:
+            continue
+        drawn[name] = False
+        for axis, size in enumerate(values.shape):
+            slices = values.cpu().chunk(len(members), axis)
+            if size % len(members) or any(is_constant(part) for part in slices):
                 continue
-            values = numbers_in(parameter, name)
-            if values.shape != parameter.shape:
-                raise ValueError(
-                    f"{name} is of type {told_type(parameter)}: which of the tensors inside "
-                    "belong to which member is not known. Give the members as a list of modules."
-                )
-            other = numbers_in(again[name], name) if name in again else None
-            if _drawn_elements(values, other, bool(built.constant)) is None:
-                continue
-            for axis, size in enumerate(values.shape):
-                slices = values.cpu().chunk(members, axis) if size else ()
-                if size % members or any(bool(_is_constant(part)) for part in slices):
-                    continue
-                if min(_bits(part) for part in slices) >= ENOUGH_BITS:
-                    self.drawn[name] = None
-                    self._slices.append((name, slices))
-
-    def found(self, names: Sequence[str]) -> Iterator[Likeness]:
-        """Slices that are equal."""
-        told: dict[tuple[str, tuple[str, ...]], None] = {}
-        for name, slices in self._slices:
-            digests = {names[i]: digest(part) for i, part in enumerate(slices)}
-            for group in _groups(digests):
-                if len(group) > 1:
-                    told[name, group] = None
-        yield from (Likeness(name, group, "equal") for name, group in told)
+            if min(_bits(part) for part in slices) >= ENOUGH_BITS:
+                drawn[name] = True
+                digests = {members[i]: digest(part) for i, part in enumerate(slices)}
+                groups = [group for group in _groups(digests) if len(group) > 1]
+                alike |= dict.fromkeys(Likeness(name, group, Alike.EQUAL) for group in groups)
+    return Similarity(
+        drawn=tuple(name for name, compared in drawn.items() if compared),
+        left_out=tuple(name for name, compared in drawn.items() if not compared),
+        alike=tuple(alike),
+    )
 
 
 def holds_constants_only(modules: Iterable[nn.Module]) -> bool:
@@ -406,16 +432,7 @@ def holds_constants_only(modules: Iterable[nn.Module]) -> bool:
     """
     held = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     trained = any(tensor.requires_grad for tensor in held)
-    return trained and all(_is_constant(tensor) for tensor in held)
-
-
-def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return list(module.named_parameters())
-
-
-def _only(model: Model) -> nn.Module:
-    (module,) = named_modules_of(model).values()
-    return module
+    return trained and all(is_constant(tensor) for tensor in held)
 
 
 def _groups(kinds: Mapping[str, str]) -> list[tuple[str, ...]]:
@@ -423,107 +440,3 @@ def _groups(kinds: Mapping[str, str]) -> list[tuple[str, ...]]:
     for member, kind in kinds.items():
         found.setdefault(kind, []).append(member)
     return [tuple(group) for group in found.values()]
-
-
-# --- outputs ------------------------------------------------------------------------------------
-
-
-def double_outputs(
-    model: Model, batch: Any, outputs: Outputs | None, *, woken: bool = False
-) -> dict[str, tuple[Tensor, ...]]:
-    """What members return in eval mode, in float64 where the model allows it.
-
-    Args:
-        model: One module, or the members.
-        batch: What it is called with.
-        outputs: Splits what one module returns.
-        woken: Whether trainable matrices that are zero hold one other number, in a copy, so that
-            what a branch that starts at zero (Hu et al. 2022) will compute is seen.
-
-    Example:
-        >>> double_outputs(nn.Linear(2, 1), torch.ones(3, 2), None)["model"][0].dtype
-        torch.float64
-    """
-    try:
-        wide = copy.deepcopy(model)
-        if _held(wide) & _held(model):
-            raise ValueError("an own __deepcopy__ gives the original, which is not converted")
-        for module in named_modules_of(wide).values():
-            module.double()
-            for parameter in module.parameters() if woken else ():
-                if parameter.ndim > 1 and parameter.requires_grad and not parameter.any():
-                    # One number for all elements: what is a permuted twin stays one.
-                    parameter.data.fill_(WOKEN)
-        with generators_kept():  # of a copy nothing else needs to be kept
-            return _called(wide, pytree.tree_map(_double, batch), outputs)
-    except Exception:  # whatever a model does that knows one precision, or cannot be copied
-        modules = list(named_modules_of(model).values())
-        with preserved([*modules, *hidden_modules(modules)]):
-            return _called(model, batch, outputs)
-
-
-def _held(model: Model) -> set[int]:
-    return {
-        id(held)
-        for given in named_modules_of(model).values()
-        for held in (*given.modules(), *given.parameters(), *given.buffers())
-    }
-
-
-def _called(model: Model, batch: Any, outputs: Outputs | None) -> dict[str, tuple[Tensor, ...]]:
-    modules = list(named_modules_of(model).values())
-    for module in (*modules, *hidden_modules(modules)):
-        module.eval()
-    seed_generators(present_seed.get())
-    with torch.no_grad():
-        return member_outputs(model, fresh(batch), outputs=outputs)
-
-
-def _double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-def vary(tensors: Sequence[Tensor]) -> bool:
-    """Whether outputs depend on the row, or, of one row, are not all one number.
-
-    Example:
-        >>> vary([torch.eye(2)]), vary([torch.ones(2, 3)])
-        (True, False)
-    """
-    return any(
-        bool((y != y[:1]).any()) if y.ndim and y.shape[0] > 1 else not _is_constant(y)
-        for y in tensors
-    )
-
-
-def same_outputs(found: Mapping[str, tuple[Tensor, ...]]) -> list[tuple[str, ...]]:
-    """Groups of members whose outputs are the same to rounding.
-
-    Example:
-        >>> y = torch.randn(3, 2)
-        >>> same_outputs({"a": (y,), "b": (y + 1,), "c": (y.clone(),)})
-        [('a', 'c')]
-    """
-    groups: list[list[str]] = []
-    for member, tensors in found.items():
-        for group in groups:
-            if _same(found[group[0]], tensors):
-                group.append(member)
-                break
-        else:
-            groups.append([member])
-    return [tuple(group) for group in groups if len(group) > 1]
-
-
-def _same(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
-    """Equal to rounding, and much closer to each other than rows are."""
-    if [y.shape for y in one] != [y.shape for y in two]:
-        return False
-    for x, y in zip(one, two, strict=True):
-        relative = EXACT if x.dtype == torch.float64 else ROUNDING * torch.finfo(x.dtype).eps
-        x, y = x.double(), y.double()
-        distance = float((x - y).abs().max()) if x.numel() else 0.0
-        spread = float(x.std(0).max()) if x.ndim and x.shape[0] > 1 else math.inf
-        if not distance <= min(relative * float(x.abs().max()), 0.01 * spread):
-            return False
-    return True

@@ -16,12 +16,17 @@ from torch.utils.data import (
 )
 
 from ensembles import Subject, check_ensemble
-from ensembles.checks.data.measurement import (
+from ensembles.case import Case
+from ensembles.checks.data.claim import DataClaim
+from ensembles.checks.data.judgement import (
     assert_members_bagged,
     assert_members_paired,
     assert_members_shuffled,
-    measure_member_data,
+    judge,
 )
+from ensembles.checks.data.measurement import measure_member_data
+from ensembles.claims import ClaimError
+from ensembles.findings import Count
 
 SIZE = 200
 
@@ -148,7 +153,7 @@ def test_a_bootstrap_in_another_order_is_the_same_bootstrap():
     def data(member):
         return np.random.default_rng(member).permutation(bootstrap(0))
 
-    assert "the same 200 samples   in another order" in message(assert_members_bagged, data)
+    assert "the same 200 samples in another order" in message(assert_members_bagged, data)
 
 
 def test_samples_without_replacement_are_no_bootstrap(golden):
@@ -176,7 +181,7 @@ def test_paired_members_that_shuffle_are_broken(golden):
 
 def test_a_sample_that_is_missing_is_not_paired():
     told = message(assert_members_paired, lambda member: range(20 - member), 2)
-    assert "members 0, 1   part at sample 19   others" in told
+    assert "members 0, 1   other samples, from sample 19 on" in told
 
 
 def test_shuffled_members_in_one_order_are_broken(golden):
@@ -188,6 +193,29 @@ def test_shuffled_members_that_lose_samples_are_broken():
     told = message(assert_members_shuffled, lambda member: order(member)[:199], 2)
     assert "see different samples" in told
     assert "198 distinct samples in common, of 199 and 199" in told
+
+
+# --- findings -----------------------------------------------------------------------------------
+
+
+def test_several_kinds_are_told_together_as_data():
+    """Members 0 and 1 have one bootstrap, and member 2 draws without replacement."""
+    drawn = [bootstrap(0), bootstrap(0), order(2)]
+    findings = judge(measure_member_data(drawn.__getitem__, 3), DataClaim("bagged"))
+    assert findings.claim == "members 0, 1, 2 are claimed bagged, but see the same samples"
+    assert findings.kinds == ("same samples", "no bootstrap")
+    same, share = findings
+    assert (same.members, same.found) == (("0", "1"), "the same 200 samples in the same order")
+    assert (share.place, share.expected, share.found, share.amount) == (
+        "member 2",
+        "63.3% of the 200 samples",
+        "100.0%",
+        1.0,
+    )
+    assert findings.affected == (
+        Count(1, "pair of members", of=3),
+        Count(1, "member", of=3),
+    )
 
 
 # --- workers ------------------------------------------------------------------------------------
@@ -232,15 +260,45 @@ def test_workers_that_copy_one_generator_are_broken(golden):
     golden(text, "messages/data_one_stream.txt")
     measured = measure_member_data(noisy(3, num_workers=2))
     assert "member 0   dataset.generator" in str(measured)
-    for assertion in (assert_members_bagged, assert_members_shuffled):
-        with pytest.raises(AssertionError, match="repeat each other"):
-            assertion(measured)
+    for relation in ("bagged", "shuffled"):
+        assert "one stream" in judge(measured, DataClaim(relation)).kinds
 
 
 @two_workers
 def test_one_worker_that_begins_anew_in_every_epoch_is_broken():
     measured = measure_member_data(noisy(3, num_workers=1))
-    assert ("0", "dataset.generator", ("epoch 0 worker 0", "epoch 1 worker 0")) in measured.repeated
+    stream = ("dataset.generator", ("epoch 0 worker 0", "epoch 1 worker 0"))
+    assert ("0", stream) in measured.repeated
+
+
+def seed_with_a_constant(worker: int) -> None:
+    torch.manual_seed(0)
+
+
+@two_workers
+def test_a_worker_that_is_seeded_with_a_constant_is_told_as_that():
+    loaders = noisy(num_workers=1, worker_init_fn=seed_with_a_constant)
+    told = " ".join(message(assert_members_paired, loaders, 2).split())
+    assert "Usual cause: a worker_init_fn that seeds with a constant" in told
+
+
+class Unending(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(torch.rand(12, 2))
+
+
+@two_workers
+def test_of_workers_a_part_is_looked_at_and_the_result_says_so():
+    told = "sample of data sets, for workers' streams"
+    measured = measure_member_data(noisy(num_workers=1))
+    assert measured.looked_at == (Count(8, told, of=24),)
+
+    def mixed(member):
+        return DataLoader(Unending(), num_workers=1) if member else noisy(num_workers=1)(0)
+
+    measured = measure_member_data(mixed)
+    assert measured.looked_at == (Count(1, "pool of workers", of=2), Count(4, told, of=12))
+    assert measure_member_data(noisy()).looked_at == ()
 
 
 # --- subjects and fixture -----------------------------------------------------------------------
@@ -263,7 +321,27 @@ def test_a_claim_of_data_is_checked_for_a_subject():
     assert status("paired", lambda member: [names[member]], lambda: named)[0] == "broken"
     assert status("bagged", None)[0] == "error"
     assert "has no data: give Subject(data=...)" in status("bagged", None)[1]
-    assert "It is bagged, paired or shuffled." in status("drawn", order)[1]
+    with pytest.raises(ClaimError, match="It can be: bagged, paired or shuffled"):
+        status("drawn", order)
+
+
+class Packed(nn.Module):
+    """Two members in one module, which only a call tells apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        return [self.norm(x), self.norm(x)]
+
+
+def test_members_that_a_call_tells_apart_are_counted_and_the_call_leaves_no_trace():
+    case = Case.of(Packed(), torch.randn(3, 2), data=bootstrap)
+    before = case.digest()
+    measured = measure_member_data(case)
+    assert measured.members == ("0", "1")
+    assert case.is_as(before)
 
 
 def test_the_fixture_asserts_all_three(member_data):

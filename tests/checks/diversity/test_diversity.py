@@ -6,12 +6,17 @@ import torch
 from torch import nn
 
 from ensembles import Subject, check_ensemble, split_axis
-from ensembles.checks.diversity.measurement import (
+from ensembles.checks.diversity import similarity as likeness
+from ensembles.checks.diversity.claim import DiversityClaim
+from ensembles.checks.diversity.judgement import (
     assert_members_distinct,
     assert_members_diverse,
-    measure_member_diversity,
+    judge,
 )
-from ensembles.checks.diversity.measurement import similarity as likeness
+from ensembles.checks.diversity.measurement import measure_member_diversity
+from ensembles.claims import ClaimError
+from ensembles.findings import Count
+from ensembles.message import Broken
 
 
 def classifier() -> nn.Sequential:
@@ -199,7 +204,7 @@ def test_a_layer_of_several_members_is_no_copy():
     first, second = classifier(), classifier()
     second[0] = first[0]
     told = " ".join(message([first, second]).split())
-    assert "a layer made once and passed to several members" in told
+    assert "a layer that was made once and passed to several members" in told
     assert "one network" not in told
     assert "a copy whose reset" not in told
 
@@ -288,7 +293,7 @@ def test_one_parameter_in_common_is_enough(name):
 def test_a_part_of_a_parameter_is_enough():
     pair = [classifier(), classifier()]
     pair[1][3].weight.data[:3] = pair[0][3].weight[:3]
-    assert "3.weight   equal in 50% in members 0, 1" in message(pair)
+    assert "3.weight   50% of the elements equal in members 0, 1" in message(pair)
 
 
 def test_the_same_numbers_in_another_order_are_broken():
@@ -419,7 +424,9 @@ def test_members_that_draw_from_one_stream_are_broken(apart):
         return from_one_stream(apart=apart)
 
     measured = measure_member_diversity(make, BATCH)
-    with pytest.raises(AssertionError, match=r"0\.weight   equal in \d+% at other places in"):
+    with pytest.raises(
+        AssertionError, match=r"0\.weight +\d+% of the elements equal, at other places,"
+    ):
         assert_members_diverse(measured, seeded=True)
     other = measure_member_diversity(lambda: from_one_stream(apart=apart, seeds=(0, 1)), BATCH)
     assert_members_diverse(other, seeded=True)
@@ -444,7 +451,13 @@ def test_scaled_twins_are_one_function():
     with torch.no_grad():
         second[0].weight.mul_(2), second[0].bias.mul_(2), second[2].weight.div_(2)
         second[2].bias.copy_(first[2].bias)
-    assert "outputs   equal to rounding in members 0, 1" in message([first, second])
+    with pytest.raises(Broken) as broken:
+        assert_members_diverse(measure_member_diversity([first, second], BATCH))
+    assert broken.value.findings.kinds == ("equal", "same function")
+    assert [(item.place, item.found) for item in broken.value.findings] == [
+        ("2.bias", "equal in members 0, 1"),
+        ("outputs", "equal to rounding in members 0, 1"),
+    ]
 
 
 def test_packed_members_with_equal_slices_are_broken():
@@ -494,17 +507,82 @@ def test_a_claim_of_diversity_is_checked_for_a_subject():
     )
     (result,) = (r for r in check_ensemble(subject) if r.claim)
     assert result.status == "broken"
-    (result,) = (r for r in check_ensemble(subject.claiming(diversity="other")) if r.claim)
-    assert (result.status, result.found[:40]) == (
-        "error",
-        "diversity cannot be claimed to be 'other",
-    )
+    with pytest.raises(ClaimError, match="diversity cannot be claimed to be 'other'"):
+        check_ensemble(subject.claiming(diversity="other"))
 
 
 def test_the_fixture_asserts_independence(member_diversity):
     member_diversity.assert_independent(lambda: [classifier(), classifier()], BATCH)
-    with pytest.raises(AssertionError, match="start different, and are alike"):
+    with pytest.raises(AssertionError, match="start different, but are alike"):
         member_diversity.assert_independent([classifier()] * 2)
+
+
+# --- how it looks -------------------------------------------------------------------------------
+
+
+def test_one_more_is_built_and_it_is_drawn_after_the_first():
+    made = []
+
+    def make():
+        made.append([classifier(), classifier()])
+        return made[-1]
+
+    subject = Subject(make=make, batch=lambda: BATCH, claims={"diversity": "independent"})
+    assert check_ensemble(subject, seed=3).held
+    torch.manual_seed(3)
+    for members in made:
+        for member in members:
+            drawn = classifier()
+            assert all(map(torch.equal, member.parameters(), drawn.parameters()))
+    assert len(made) == 2
+
+
+def test_findings_are_data():
+    pair = [classifier(), classifier()]
+    pair[1][3].weight.data[:3] = pair[0][3].weight[:3]
+    findings = judge(measure_member_diversity(pair, BATCH), DiversityClaim())
+    (found,) = findings
+    assert (found.kind, found.place, found.members) == ("equal", "3.weight", ("0", "1"))
+    assert (found.amount, findings.affected) == (0.5, (Count(1, "drawn parameter", of=6),))
+
+
+def test_several_kinds_are_told_together_and_one_network_first():
+    def make():
+        first = classifier()
+        members = [first, classifier(), copy.deepcopy(first), permuted(first), classifier()]
+        members[4][3] = members[1][3]
+        members[4][0].weight.data = 0.3 * members[1][0].weight.data
+        torch.manual_seed(0)
+        return members
+
+    measured = measure_member_diversity(make, BATCH)
+    findings = judge(measured, DiversityClaim())
+    assert findings.kinds == ("permuted", "one tensor", "construction")
+    findings = judge(measured, DiversityClaim(seeded=True, alike=("3.*",)))
+    assert {item.members for item in findings} == {("0", "2"), ("0", "3"), ("0", "2", "3")}
+
+
+def test_what_is_not_compared_is_a_figure_of_the_result():
+    """Few signs may agree by chance, and a layer of one member has none to compare with."""
+
+    def make():
+        members = [classifier(), nn.Sequential(*classifier(), nn.Linear(3, 3))]
+        for member in members:
+            member.signs = nn.Parameter(torch.randint(2, (6,)).float())
+        return members
+
+    measured = measure_member_diversity(make, BATCH)
+    assert measured.looked_at == (Count(6, "drawn parameter", of=9),)
+    subject = Subject(make=make, batch=lambda: BATCH, claims={"diversity": "distinct"})
+    (result,) = (r for r in check_ensemble(subject) if r.claim)
+    assert result.status == "held"
+    assert result.found.endswith("(looked at 6 of 9 drawn parameters)")
+
+
+def test_of_a_large_tensor_a_part_is_correlated_and_the_result_says_so():
+    measured = measure_member_diversity(lambda: [nn.Linear(100, 100) for _ in range(2)])
+    told = "element of tensors, for correlations"
+    assert measured.looked_at == (Count(4096 + 100, told, of=10_100),)
 
 
 # --- wrong use ----------------------------------------------------------------------------------

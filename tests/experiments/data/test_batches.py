@@ -9,11 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
-from ensembles.checks.data.measurement import (
-    assert_members_paired,
-    assert_members_shuffled,
-    measure_member_data,
-)
+from ensembles.checks.data.judgement import assert_members_paired, assert_members_shuffled
+from ensembles.checks.data.measurement import measure_member_data
 from ensembles.experiments.data.batches import MemberBatches, evaluation_batches
 from ensembles.experiments.data.images import ImageSet
 from ensembles.experiments.data.sources import load_images
@@ -131,7 +128,7 @@ def test_the_images_themselves_are_paired_where_augmentation_is_shared(augment, 
     if paired:
         assert_members_paired(measured)
     else:
-        with pytest.raises(AssertionError, match="others"):
+        with pytest.raises(AssertionError, match="other samples"):
             assert_members_paired(measured)
 
 
