@@ -40,7 +40,7 @@ def assert_members_diverse(
         >>> first = nn.Linear(4, 2)
         >>> assert_members_diverse(measure_member_diversity([first, deepcopy(first)]))
         Traceback (most recent call last):
-        ensembles.message.Broken: members 0, 1 are claimed to start different, but are alike
+        AssertionError: members 0, 1 are claimed to start different, but are alike
         ...
     """
     __tracebackhide__ = True
@@ -72,7 +72,7 @@ def assert_members_distinct(diversity: MemberDiversity) -> None:
         >>> pair = [nn.Sequential(trunk), nn.Sequential(deepcopy(trunk))]
         >>> assert_members_distinct(measure_member_diversity(pair))
         Traceback (most recent call last):
-        ensembles.message.Broken: members 0, 1 are claimed to be distinct, but start alike
+        AssertionError: members 0, 1 are claimed to be distinct, but start alike
         ...
     """
     __tracebackhide__ = True

@@ -34,6 +34,7 @@ def assert_members_share(sharing: ParameterSharing, names: Sequence[str] = ()) -
         AssertionError: If something else is shared, or something claimed is not.
 
     Example:
+        >>> from ensembles import measure_parameter_sharing
         >>> embedding = nn.Embedding(8, 4)
         >>> two = [nn.Sequential(embedding, nn.Linear(4, 2)) for _ in range(2)]
         >>> assert_members_share(measure_parameter_sharing(two), ["0.weight"])
@@ -57,6 +58,7 @@ def assert_parameters_distinct(sharing: ParameterSharing) -> None:
         AssertionError: If two parameter objects overlap in memory.
 
     Example:
+        >>> from ensembles import measure_parameter_sharing
         >>> tied = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, bias=False))
         >>> tied[1].weight = tied[0].weight
         >>> assert_parameters_distinct(measure_parameter_sharing(tied))
