@@ -219,7 +219,7 @@ def _run_trajectory(subject: Subject, model: Model, claim: Any) -> object:
     known = follow in ("single", "separate") and loss_is in ("sum", "mean") and not options
     if not known or not _is_count(steps):
         words = ['{"members": "single"}', '{"members": "separate"}', 'with "loss": "mean"']
-        words += ['with "tolerance": a number', 'with "steps": a number']
+        words += ['with "tolerance": a number, or "recomputed"', 'with "steps": a number']
         raise _unknown_claim("trajectory", claim, words)
     measured = alone.measure_member_trajectories(
         model,

@@ -15,10 +15,11 @@ ARROWS = {
     "__init__": set(),
     "message": set(),
     "calling": set(),
+    "tolerance": set(),
     "subject": {"calling", "message"},
-    "probes.*": {"probes.*", "subject", "calling", "message"},
+    "probes.*": {"probes.*", "subject", "calling", "message", "tolerance"},
     "inputs": {"probes.*", "subject", "message"},
-    "checks.*": {"checks.*", "probes.*", "subject", "message"},
+    "checks.*": {"checks.*", "probes.*", "subject", "message", "tolerance"},
     "drawings": {"checks.*", "probes.*", "subject", "message"},
     "claims": {"checks.*", "subject"},
     "conformance": {"claims", "inputs", "probes.*", "subject", "calling", "message"},
@@ -34,7 +35,7 @@ ARROWS = {
 
 WHEN_USED = {
     "__init__": {"*"},
-    "fixtures.*": {"checks.*", "drawings", "probes.*", "subject", "inputs"},
+    "fixtures.*": {"checks.*", "drawings", "probes.*", "subject", "inputs", "tolerance"},
     "plugin": {"claims"},
     "faults.*": {"checks.*", "conformance"},
 }

@@ -26,7 +26,7 @@ from ensembles.checks.trajectory import (
 )
 from ensembles.message import aligned, broken, counted, listed
 from ensembles.message import seed as present_seed
-from ensembles.probes.partings import Parting, partings
+from ensembles.probes.partings import Parting, partings, tolerated
 from ensembles.probes.recording import KINDS
 from ensembles.probes.state import generators_kept, preserved, seed_generators
 from ensembles.probes.training import Loss, hidden_modules, optimizers_of
@@ -38,8 +38,13 @@ from ensembles.subject import (
     named_members,
     named_modules_of,
 )
+from ensembles.tolerance import Kind
 
 __all__ = ["MemberTrajectories", "assert_members_trained_alone", "measure_member_trajectories"]
+
+MEAN = 1e-2
+"""How far a gradient's norm may be from 1/M to be told as that of a mean: bfloat16 rounds 1/M by up
+to 4e-3."""
 
 
 @dataclass(frozen=True)
@@ -180,14 +185,14 @@ def measure_member_trajectories(
 
 
 def assert_members_trained_alone(
-    trajectories: MemberTrajectories, *, tolerance: float = 0.0
+    trajectories: MemberTrajectories, *, tolerance: float | Kind = 0.0
 ) -> None:
     """Checks that every member of an ensemble trains as it does alone.
 
     Args:
         trajectories: From `measure_member_trajectories`.
-        tolerance: As in `assert_trajectories_equal`: 0.0 compares bits, and anything else needs
-            `values=True`.
+        tolerance: As in `assert_trajectories_equal`: 0.0 compares bits; a number or a word, such as
+            "recomputed", needs `values=True`.
 
     Raises:
         AssertionError: If a member leaves its own run; it names the step and the tensor.
@@ -200,10 +205,12 @@ def assert_members_trained_alone(
         ...
     """
     __tracebackhide__ = True
+    runs = (trajectories.together, *trajectories.alone.values())
+    allowed = tolerated(tolerance, *(run.entries for run in runs))
     parted = {
         name: found
         for name in trajectories.alone
-        if (found := trajectories._partings(name, tolerance))
+        if (found := trajectories._partings(name, allowed))
     }
     if not parted:
         return
@@ -217,7 +224,7 @@ def assert_members_trained_alone(
             f"members {listed(list(trajectories.alone))} are claimed {claim}, and do not",
             [_row(name, found) for name, found in parted.items()],
             total=f"{len(parted)} of {counted(trajectories.alone, 'member')}, compared "
-            f"{f'within {tolerance:g}' if tolerance else 'bit by bit'}",
+            f"{f'within {allowed:.3g}' if allowed else 'bit by bit'}",
             meaning=meaning,
             remedy=remedy,
         )
@@ -245,7 +252,7 @@ def _told(trajectories: MemberTrajectories, first: Parting) -> tuple[str, str]:
             f"updated {count} times a step.",
             "Usual cause: [model] * n, or one network run n times. Build each member anew.",
         )
-    if first.kind == "gradient" and abs(first.ratio * count - 1) < 1e-3:
+    if first.kind == "gradient" and abs(first.ratio * count - 1) < MEAN:
         return (
             f"Every member's gradient is 1/{count} of what it is alone: under SGD this is the "
             f"learning rate divided by {count}, and weight decay times {count}.",

@@ -9,8 +9,9 @@ the output must have the same bits; differences of rounding size (kernels may fo
 as in packed sequences) count only where the gradient confirms them. By gradients: at generic
 weights, through operations that hide nothing, so that a branch that starts at zero does not hide
 what it mixes; inputs are floating tensors of the batch and the outputs of embeddings that read it.
-Then rows change places, and one stands alone: within the square root of the machine's precision
-(3e-4 in float32), since kernels depend on the place and on the size.
+Then rows change places, and one stands alone. Kernels depend on the place and on the size, so what
+is let pass is that of a network that is recomputed, in the coarsest dtype that took part: 1.2e-4 of
+the largest output in float32, 0.13 in bfloat16 (`ensembles.tolerance`).
 
 Limits: of more than 8 rows, 8 are replaced and 8 are followed by gradients, evenly spread. Integer
 inputs that no `nn.Embedding` reads are looked at numerically only.

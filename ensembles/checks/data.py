@@ -43,6 +43,10 @@ __all__ = [
 ENOUGH = 8
 """Samples from which on two bootstraps that are equal are no accident: 1 in 8^8."""
 
+REDRAWN = 0.5
+"""Share of the samples that a new bootstrap is expected to add to those of the last, from which on
+it is one: a last batch that is left out adds fewer."""
+
 DEVIATIONS = 6
 """Standard deviations that a share may be off: one healthy ensemble in 10^8 is."""
 
@@ -161,7 +165,7 @@ def measure_member_data(
                 known = set(keys)
                 share = sum(key not in known for key in again[0]) / len(again[0])
                 # Of a new draw. A last batch that is left out is another too, and is less.
-                if share > 0.5 * math.exp(-len(keys) / (size or len(keys))):
+                if share > REDRAWN * math.exp(-len(keys) / (size or len(keys))):
                     redrawn.append((str(name), share))
         for name in names if by_content else ():
             loader = data(name)

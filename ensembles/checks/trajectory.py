@@ -18,7 +18,7 @@ from torch import nn
 
 from ensembles.message import aligned, broken, counted, listed
 from ensembles.message import seed as present_seed
-from ensembles.probes.partings import partings
+from ensembles.probes.partings import partings, tolerated
 from ensembles.probes.recording import KINDS, Entry, Recipe, Run, digest, recorded
 from ensembles.probes.state import generators_kept, seed_generators
 from ensembles.probes.training import Loss
@@ -29,6 +29,7 @@ from ensembles.subject import (
     checked_numbers,
     named_modules_of,
 )
+from ensembles.tolerance import Kind
 
 __all__ = [
     "TrainingTrajectory",
@@ -157,7 +158,7 @@ def measure_training_trajectory(
 
 
 def assert_trajectories_equal(
-    one: TrainingTrajectory, two: TrainingTrajectory, *, tolerance: float = 0.0
+    one: TrainingTrajectory, two: TrainingTrajectory, *, tolerance: float | Kind = 0.0
 ) -> None:
     """Checks that two training runs are the same: bit by bit, or within a tolerance.
 
@@ -165,8 +166,9 @@ def assert_trajectories_equal(
         one: From `measure_training_trajectory`; also one member's, or some kinds of entries only.
         two: The other, of as many steps. Where both have one member, its name does not matter.
         tolerance: The greatest difference in a tensor, as a share of the greatest element of that
-            kind (of gradients, of parameters) in that step. 0.0 compares bits; anything else needs
-            trajectories with `values=True`.
+            kind (of gradients, of parameters) in that step. 0.0 compares bits; "recomputed" lets
+            pass what the coarsest recorded dtype cannot tell, such as other kernels or another
+            order of sums (`ensembles.tolerance`). Both need trajectories with `values=True`.
 
     Raises:
         ValueError: If they have no entries in common, or are of different lengths.
@@ -189,12 +191,14 @@ def assert_trajectories_equal(
             f"one trajectory has {counted(range(one.steps), 'step')} and the other "
             f"{counted(range(two.steps), 'step')}: record both with the same steps=..."
         )
-    parted = partings(*_compared(one, two), tolerance)
+    compared = _compared(one, two)
+    allowed = tolerated(tolerance, *compared)
+    parted = partings(*compared, allowed)
     if parted:
         first = parted[0]
         raise AssertionError(
             broken(
-                f"two training runs are claimed equal {_within(tolerance)}, and part at step "
+                f"two training runs are claimed equal {_within(allowed)}, and part at step "
                 f"{first.step}",
                 [parting.row for parting in parted],
                 total=f"{len(parted)} of {counted(one.entries, 'recorded value')}",
@@ -237,7 +241,7 @@ def _compared(one: TrainingTrajectory, two: TrainingTrajectory) -> tuple[list[En
 
 
 def _within(tolerance: float) -> str:
-    return f"within {tolerance:g}" if tolerance else "bit by bit"
+    return f"within {tolerance:.3g}" if tolerance else "bit by bit"
 
 
 def _summary(entries: Sequence[Entry], kind: str) -> str:

@@ -20,6 +20,7 @@ from ensembles.probes.recording import digest, generator_entries
 from ensembles.probes.state import generators_kept, preserved, seed_generators
 from ensembles.probes.training import fresh, hidden_modules
 from ensembles.subject import Model, Outputs, member_outputs, named_modules_of
+from ensembles.tolerance import tolerance_of
 
 __all__ = [
     "Built",
@@ -49,12 +50,11 @@ ENOUGH_TO_CORRELATE = 32
 ENOUGH_EACH = 8
 """Elements for each tensor in a weighted sum: of draws, more of them come nearer by chance."""
 
-EXACT = 1e-9
-"""Relative difference of outputs in float64, below which two functions are one."""
+RIDGE = 1e-9
+"""Is added to a tensor's correlation with itself, so that an exact sum of others has an inverse."""
 
-ROUNDING = 64
-"""The same in units in the last place, where the model stays in its own precision."""
-
+CLOSER = 0.01
+"""Twins are closer to each other than a row is to others, by this factor at least."""
 
 WOKEN = 0.5
 """What a trainable matrix of zeros is set to, to see what it will multiply: any number would do."""
@@ -301,7 +301,7 @@ class Separate:
         if stacked.shape[1] < max(ENOUGH_TO_CORRELATE, ENOUGH_EACH * len(drawn)):
             return ()
         correlations = torch.corrcoef(stacked).nan_to_num(0.0)
-        correlations.fill_diagonal_(1 + EXACT)  # so that an exact sum has an inverse too
+        correlations.fill_diagonal_(1 + RIDGE)
         # What the others leave of a tensor's variance is 1 over the inverse's diagonal (Marquardt
         # 1970, "variance inflation factors").
         left = 1 / torch.linalg.inv(correlations).diagonal()
@@ -510,10 +510,10 @@ def _same(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
     if [y.shape for y in one] != [y.shape for y in two]:
         return False
     for x, y in zip(one, two, strict=True):
-        relative = EXACT if x.dtype == torch.float64 else ROUNDING * torch.finfo(x.dtype).eps
+        relative = tolerance_of("recomputed", x, y)
         x, y = x.double(), y.double()
         distance = float((x - y).abs().max()) if x.numel() else 0.0
         spread = float(x.std(0).max()) if x.ndim and x.shape[0] > 1 else math.inf
-        if not distance <= min(relative * float(x.abs().max()), 0.01 * spread):
+        if not distance <= min(relative * float(x.abs().max()), CLOSER * spread):
             return False
     return True
