@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ensembles.instruments.recording import KINDS, Entry
+from ensembles.tolerance import Kind, tolerance_of
 
-__all__ = ["Parting", "partings"]
+__all__ = ["Parting", "partings", "tolerated"]
 
 MADE = ("parameter", "buffer", "generator", "batch")
 """The kinds of step 0, in the order in which they come to be."""
@@ -39,6 +40,32 @@ class Parting:
     def row(self) -> tuple[str, str, str]:
         """A row of a message's table."""
         return f"step {self.step}", f"{self.kind} {self.place}".strip(), self.told
+
+
+def tolerated(tolerance: float | Kind, *runs: Sequence[Entry]) -> float:
+    """A tolerance as a number: that of a kind of comparison follows from the recorded dtypes.
+
+    Args:
+        tolerance: A number, or a word of `ensembles.tolerance`.
+        runs: From `recorded`, with values.
+
+    Raises:
+        ValueError: If it is another word, or values were not kept.
+
+    Example:
+        >>> run = [Entry(1, "loss", "", "", "a1", 3.0, torch.ones(1, dtype=torch.bfloat16))]
+        >>> tolerated(0.5, run), tolerated("reordered", run) > tolerated("bitwise", run)
+        (0.5, True)
+    """
+    if not isinstance(tolerance, str):
+        return tolerance
+    values = [entry.values for run in runs for entry in run if entry.values is not None]
+    if not values and tolerance != "bitwise":
+        raise ValueError(
+            f"tolerance={tolerance!r} follows from dtypes, which are known where values were kept: "
+            "record both runs with values=True."
+        )
+    return tolerance_of(tolerance, *values)
 
 
 def partings(

@@ -48,6 +48,9 @@ Values = Literal["generic", "signed", "present"]
 """Weights and inputs: positive and random, with masks among the inputs kept; random with both
 signs, also in place of one-hot inputs; or as they are, with operations as they are."""
 
+MASKED = -1e4
+"""What a mask adds to a logit at most, to exclude it: float16 holds no more than 65,504."""
+
 GAINS = (1.0, 1e-2, 1e2)
 """Factors on the weights' scale, tried in turn until the outputs are finite and not all zero."""
 
@@ -323,4 +326,4 @@ def _is_mask(x: Tensor) -> bool:
 
 def _is_additive_mask(x: Tensor) -> bool:
     """Attention adds minus infinity, or a number that does the same to a softmax."""
-    return bool(x.isinf().any()) or bool((x <= -1e4).any() and ((x <= -1e4) | (x == 0)).all())
+    return bool(x.isinf().any()) or bool((x <= MASKED).any() and ((x <= MASKED) | (x == 0)).all())

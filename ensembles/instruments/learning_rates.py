@@ -43,6 +43,23 @@ RATE = 1e-3
 NEAR = 1e-3
 """Relative difference of multiples that are the same: less than one member in a thousand makes."""
 
+NO_MULTIPLE = 1e-12
+"""What a multiple may be of where none is wanted."""
+
+CLOSE = 1e-6
+"""Relative difference of rates that are the same, after a schedule's arithmetic in float64."""
+
+NO_RATE = 1e-15
+"""What a rate may be where none is wanted: less than any warm-up starts with."""
+
+IN_PROPORTION = 1e-3
+"""Relative difference of two updates of which one is half of the other, in float64: eps in a
+denominator is not seen."""
+
+INVARIANT = 1e-2
+"""The same of two updates that are one: Adam's eps, of 1e-8, is less, and a scale of one half is
+not."""
+
 
 @dataclass(frozen=True)
 class Response:
@@ -149,12 +166,12 @@ def response_of(optimizer: Optimizer, group: dict[str, Any]) -> Response:
         shrunk = _moved(optimizer, group, scale=0.0, decay=0.1)
     except Exception:  # optimizers that need a closure, or more than parameters and options
         return Response(name, "neither", False)
-    if torch.allclose(half, whole / 2, rtol=1e-3, atol=0):
+    if torch.allclose(half, whole / 2, rtol=IN_PROPORTION, atol=0):
         kind = "proportional"
     else:
-        kind = "invariant" if torch.allclose(half, whole, rtol=1e-2, atol=0) else "neither"
+        kind = "invariant" if torch.allclose(half, whole, rtol=INVARIANT, atol=0) else "neither"
     alone = _start() * ((1 - RATE * 0.1) ** STEPS - 1)
-    return Response(name, kind, bool(torch.allclose(shrunk, alone, rtol=1e-2, atol=0)))
+    return Response(name, kind, bool(torch.allclose(shrunk, alone, rtol=INVARIANT, atol=0)))
 
 
 def rates_of(
@@ -392,21 +409,34 @@ def fraction(multiple: float | None) -> str:
     return f"{multiple:.4g}"
 
 
-def near(multiple: float | None, wanted: float) -> bool:
+def near(multiple: float | None, wanted: float, precision: float = 0.0) -> bool:
     """Whether a multiple is the one that is wanted.
 
+    Args:
+        multiple: As measured; None for none.
+        wanted: As claimed.
+        precision: To what the measured one is known, where that is less than `NEAR`.
+
     Example:
-        >>> near(0.2500001, 0.25), near(None, 1.0)
-        (True, False)
+        >>> near(0.2500001, 0.25), near(None, 1.0), near(0.3008, 0.3), near(0.3008, 0.3, 0.01)
+        (True, False, False, True)
     """
-    return multiple is not None and math.isclose(multiple, wanted, rel_tol=NEAR, abs_tol=1e-12)
+    relative = max(NEAR, precision)
+    return multiple is not None and math.isclose(
+        multiple, wanted, rel_tol=relative, abs_tol=NO_MULTIPLE
+    )
 
 
-def close(one: float, two: float) -> bool:
+def close(one: float, two: float, precision: float = 0.0) -> bool:
     """Whether two rates are the same.
+
+    Args:
+        one: A rate.
+        two: The other.
+        precision: To what a rate is known that was computed from a measured multiple.
 
     Example:
         >>> close(0.1 * 3 / 3, 0.1), close(0.1, 0.11)
         (True, False)
     """
-    return math.isclose(one, two, rel_tol=1e-6, abs_tol=1e-15)
+    return math.isclose(one, two, rel_tol=max(CLOSE, precision), abs_tol=NO_RATE)

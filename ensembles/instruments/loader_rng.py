@@ -36,8 +36,12 @@ __all__ = [
 
 INDICES = 4
 """Samples that every worker is asked for: one of them may be blank, or its own mirror image."""
+
 DRAWS = 6
 """How often each: two workers with coins of their own agree 24 times in 2 of 10^7 cases."""
+
+MOST_PARTS = 100
+"""Elements of a list that is not looked into any more: it holds data, and no transforms."""
 
 SAMPLE = "the augmented samples"
 DATASET = "dataset"
@@ -198,7 +202,7 @@ def _generators(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
             yield path, value
         elif isinstance(value, Mapping):
             stack += [(f"{path}[{key!r}]", inner) for key, inner in value.items()]
-        elif isinstance(value, (list, tuple)) and len(value) < 100:  # transforms, and no data
+        elif isinstance(value, (list, tuple)) and len(value) < MOST_PARTS:
             stack += [(f"{path}[{i}]", inner) for i, inner in enumerate(value)]
         elif isinstance(value, types.FunctionType):
             cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)

@@ -69,6 +69,10 @@ _ACTIVATIONS = frozenset(
     for tail in ("", "_")
     if hasattr(_aten, name + tail)
 )  # fmt: skip
+MOST = 1e3
+"""A gradient whose greatest element is more than this, or less than one over it, is scaled: in each
+layer it may grow or shrink again, and a deep network would go beyond float32."""
+
 _DRAWS = frozenset(getattr(_aten, name) for name in ("bernoulli", "bernoulli_"))
 
 
@@ -192,7 +196,7 @@ def _rescaled(gradients: Gradients) -> Any:
         if gradient is None or not gradient.numel():
             return gradient
         size = float(torch.linalg.vector_norm(gradient.detach(), math.inf))
-        return gradient / size if size and not 1e-3 < size < 1e3 else gradient
+        return gradient / size if size and not 1 / MOST < size < MOST else gradient
 
     return tuple(near_one(gradient) for gradient in gradients)
 

@@ -16,18 +16,20 @@ from torch.utils import _pytree as pytree
 from ensembles.case import Case
 from ensembles.handling.members import member_outputs
 from ensembles.handling.numbers import checked_numbers
+from ensembles.handling.precision import autocasts, dtypes_of
 from ensembles.handling.state import seed_generators
 from ensembles.handling.training import fresh
-from ensembles.instruments.influence import probing
+from ensembles.instruments.influence import MASKED, probing
 from ensembles.message import counted
+from ensembles.tolerance import tolerance_of
 
 __all__ = ["FirstMixed", "RowsSeen", "look_at_rows"]
 
 REPLACED = 8
 """Rows that are replaced one by one: what mixes rows mixes more than one in eight."""
 
-ROUNDING = 64
-"""Units in the last place, of the largest output, that a kernel may differ by for other values."""
+LEAST_SPREAD = 1e-2
+"""The least deviation of inputs by which a replaced row is moved, times three: that of ones."""
 
 Found = Mapping[str, tuple[Tensor, ...]]
 
@@ -94,7 +96,11 @@ def look_at_rows(
     bench = _Variations(case, training, axis, output_axis)
     with case.preserved() as start, torch.no_grad():
         bench.restore = start.restore
-        base = bench.call(bench.batch)
+        with autocasts() as cast:
+            base = bench.call(bench.batch)
+        bench.tolerance = tolerance_of(
+            "recomputed", *dtypes_of(case.model, bench.batch, base, *cast)
+        )
         again = bench.call(bench.batch)
         if any(row for member in base for row in _differing(base[member], again[member])):
             raise ValueError(
@@ -116,7 +122,7 @@ def look_at_rows(
         (member, row, i)
         for (member, row), found in seen.items()
         for i, size in found.items()
-        if size > ROUNDING * bench.precision or (member, row, i) in (by_gradient or ())
+        if size > bench.tolerance or (member, row, i) in (by_gradient or ())
     } | (by_gradient or set())
     changes = {(member, row): max(found.values()) for (member, row), found in seen.items() if found}
     moved: tuple[str, ...] = ()
@@ -165,7 +171,7 @@ class _Variations:
         self.kept: dict[str, list[int]] = {}
         self.members: list[str] = []
         self.own_rows = self.rows
-        self.precision = torch.finfo(torch.float32).eps
+        self.tolerance = 0.0
 
     def _tensors(self) -> list[Tensor]:
         leaves = pytree.tree_leaves(self.batch)
@@ -235,7 +241,6 @@ class _Variations:
             raise ValueError(
                 "the outputs hold NaN or infinity: nothing can be concluded from them."
             )
-        self.precision = max(torch.finfo(y.dtype).eps for y in tensors)
 
     def own_row(self, member: str, row: int) -> int | None:
         """The row of a member's output that a row of the input belongs to; None for another's."""
@@ -268,7 +273,7 @@ class _Variations:
         if x.is_floating_point() and not _is_mask(x):
             # Far enough that a maximum over all rows is another.
             noise = torch.randn(other.shape, generator=generator, dtype=torch.float32).to(other)
-            other = other + 3 * noise * x.std().clamp(min=1e-2)
+            other = other + 3 * noise * x.std().clamp(min=LEAST_SPREAD)
             other = other.abs() if bool((x >= 0).all()) else other
         return x.index_copy(
             self.axis, torch.tensor([row], device=x.device), other.unsqueeze(self.axis)
@@ -318,8 +323,7 @@ class _Variations:
     def _unlike(self, one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
         if [y.shape for y in one] != [y.shape for y in two]:
             return True
-        tolerance: float = self.precision**0.5
-        return max(_differing(one, two).values(), default=0.0) > tolerance
+        return max(_differing(one, two).values(), default=0.0) > self.tolerance
 
     # --- gradients
 
@@ -389,9 +393,7 @@ class _Variations:
         for x, y in zip(one, two, strict=False):
             if self.has_rows(x) and x.shape == y.shape:
                 differing = _differing([x.movedim(self.axis, 0)], [y.movedim(self.axis, 0)])
-                if any(
-                    i != row and size > ROUNDING * self.precision for i, size in differing.items()
-                ):
+                if any(i != row and size > self.tolerance for i, size in differing.items()):
                     return True
         return False
 
@@ -499,4 +501,4 @@ def _differing(one: Sequence[Tensor], two: Sequence[Tensor]) -> dict[int, float]
 
 
 def _is_mask(x: Tensor) -> bool:
-    return bool(((x == 0) | (x == 1)).all()) or bool((x.isinf() | (x == 0) | (x <= -1e4)).all())
+    return bool(((x == 0) | (x == 1)).all()) or bool((x.isinf() | (x == 0) | (x <= MASKED)).all())

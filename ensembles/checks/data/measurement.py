@@ -23,6 +23,11 @@ from ensembles.message import aligned, counted, listed
 __all__ = ["DataPair", "MemberData", "measure", "measure_member_data"]
 
 
+REDRAWN = 0.5
+"""Share of the samples that a new bootstrap is expected to add to those of the last, from which on
+it is one: a last batch that is left out adds fewer."""
+
+
 @dataclass(frozen=True)
 class DataPair:
     """What two members' samples have in common.
@@ -142,7 +147,7 @@ def measure(case: Case, claim: DataClaim | None = None) -> MemberData:
                 known = set(keys)
                 share = sum(key not in known for key in again[0]) / len(again[0])
                 # Of a new draw. A last batch that is left out is another too, and is less.
-                if share > 0.5 * math.exp(-len(keys) / (size or len(keys))):
+                if share > REDRAWN * math.exp(-len(keys) / (size or len(keys))):
                     redrawn.append((str(member), share))
         by_content = any(isinstance(key, str) for keys in read.values() for key in keys)
         repeated, looked_at = _workers(data) if by_content else ((), ())

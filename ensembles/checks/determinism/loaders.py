@@ -33,6 +33,11 @@ from ensembles.present_run import seed as present_seed
 __all__ = ["LoaderDeterminism", "assert_loader_deterministic", "measure_loader_determinism"]
 
 EPOCHS = 2
+"""Epochs of a pass: an order, or a stream, may be the same in each."""
+
+FALLING = 0.25
+"""Share of places where indices fall from which on they are shuffled: at random half of them do,
+and a quarter or less do in 1 of 230 orders of 16, but in 1 of 9 orders of 8 (Eulerian numbers)."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +242,7 @@ def _is_shuffled(order: Sequence[Any]) -> bool:
     if not all(isinstance(index, Integral) for index in order):
         return False
     falls = len([1 for before, after in pairwise(order) if after < before])
-    return falls > max(1, len(order) // 4)
+    return falls > max(1, FALLING * len(order))
 
 
 def _rows(repeated: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, str]]:

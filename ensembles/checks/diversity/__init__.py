@@ -10,8 +10,8 @@ generators in one state, or only a model was given, it is drawn if its elements 
 number. In tensors of 32 elements and more, a correlation above 0.9 of what is drawn, with another
 member or with a weighted sum of others, is no accident either. Zeros, ones and what a file gives
 are by design: members may have them in common, as long as their outputs differ. Outputs are
-compared in float64 where the model can be converted, within a relative 1e-9; otherwise within 64
-units in the last place.
+compared in float64 where the model can be converted, and otherwise as they are, within what the
+dtype can tell of one function that is computed in two ways (`ensembles.tolerance`).
 
 Limits: a block that every member draws from one private generator of a fixed seed looks as if a
 file gave it, and is counted as given. Members inside the tensors of one module (packed, stacked)

@@ -17,14 +17,12 @@ from ensembles.handling.members import member_outputs, named_modules_of
 from ensembles.handling.state import generators_kept, seed_generators
 from ensembles.handling.training import fresh
 from ensembles.subject import Model
+from ensembles.tolerance import tolerance_of
 
 __all__ = ["double_outputs", "equal_outputs", "vary"]
 
-EXACT = 1e-9
-"""Relative difference of outputs in float64, below which two functions are one."""
-
-ROUNDING = 64
-"""The same in units in the last place, where the model stays in its own precision."""
+CLOSER = 0.01
+"""Twins are closer to each other than a row is to others, by this factor at least."""
 
 WOKEN = 0.5
 """What a trainable matrix of zeros is set to, to see what it will multiply: any number would do."""
@@ -117,10 +115,10 @@ def _equal(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
     if [y.shape for y in one] != [y.shape for y in two]:
         return False
     for x, y in zip(one, two, strict=True):
-        relative = EXACT if x.dtype == torch.float64 else ROUNDING * torch.finfo(x.dtype).eps
+        relative = tolerance_of("recomputed", x, y)
         x, y = x.double(), y.double()
         distance = float((x - y).abs().max()) if x.numel() else 0.0
         spread = float(x.std(0).max()) if x.ndim and x.shape[0] > 1 else math.inf
-        if not distance <= min(relative * float(x.abs().max()), 0.01 * spread):
+        if not distance <= min(relative * float(x.abs().max()), CLOSER * spread):
             return False
     return True

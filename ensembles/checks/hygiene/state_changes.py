@@ -19,6 +19,7 @@ from ensembles.checks.hygiene.input_mutation import Writes
 from ensembles.checks.hygiene.masks import masked_elements
 from ensembles.handling.members import member_outputs, named_modules_of
 from ensembles.handling.memory import as_kind_of
+from ensembles.handling.precision import autocasts, dtypes_of
 from ensembles.handling.registered_tensors import Registered, registered
 from ensembles.handling.state import Snapshot, copy_of, seed_generators
 from ensembles.handling.training import (
@@ -36,6 +37,7 @@ from ensembles.instruments.tensor_locations import things_below
 from ensembles.message import listed
 from ensembles.present_run import seed as present_seed
 from ensembles.subject import Loss, Model, Outputs
+from ensembles.tolerance import tolerance_of
 from ensembles.user_calls import ERRORS, raised
 
 __all__ = ["Trained", "moved_in_eval", "moved_in_training"]
@@ -43,11 +45,6 @@ __all__ = ["Trained", "moved_in_eval", "moved_in_training"]
 STEPS = 3
 """A loss that is drawn leaves a member out in one of a few steps; momentum needs a step before."""
 
-ROUNDING = 1e-4
-"""Of the greatest output: what the same function may differ by in float32."""
-
-ROUNDINGS = 16
-"""Of the coarsest type: 16 eps, which is more than `ROUNDING` in bfloat16 and float16."""
 
 # --- in eval mode -------------------------------------------------------------------------------
 
@@ -95,7 +92,7 @@ def moved_in_eval(
     found = []
     seed = present_seed.get()
     watched = {key: tensor for key, (_, _, tensor) in places.items()}
-    with Usage(watched) as usage, Writes(model, batch) as writes:
+    with Usage(watched) as usage, Writes(model, batch) as writes, autocasts() as cast:
         for module in named_modules_of(model).values():
             module.eval()  # which may merge weights
         before = {name: copy_of(tensor) for name, tensor in named}
@@ -122,8 +119,9 @@ def moved_in_eval(
         which = "outputs of two calls" if unlike[0] else "outputs under two seeds"
         found.append(Disorder("random in eval", which, f"differ by {max(unlike):.0e}{drawn}"))
     elif not any(one.kind == "moves in eval" for one in found):
+        dtypes = dtypes_of(model, batch, first, *cast)
         found += _kept_from_calls(
-            model, first, lambda after: called(seed, fresh(batch), after=after), start
+            model, first, lambda after: called(seed, fresh(batch), after=after), start, dtypes
         )
     return set(usage.modules), found
 
@@ -133,6 +131,7 @@ def _kept_from_calls(
     first: list[Tensor],
     called: Callable[[Callable[[], None]], list[Tensor]],
     start: Snapshot,
+    dtypes: set[torch.dtype],
 ) -> Iterator[Disorder]:
     """What a call leaves in plain attributes, seen in the next one and after other weights.
 
@@ -141,6 +140,7 @@ def _kept_from_calls(
         first: The outputs of a first call.
         called: Calls the model in eval mode under the seed of the first, after what it is given.
         start: The state that the first call began from.
+        dtypes: What takes part in a call.
     """
 
     def trained() -> None:
@@ -168,7 +168,7 @@ def _kept_from_calls(
     if switched:
         yield Disorder("global state", "gradients", "switched off by a call in eval mode")
     by = _most(first, second)
-    if by > _tolerance(model, first):
+    if by > _allowed(dtypes, first):
         place = "outputs of a second call"
         yield Disorder("moves in eval", place, f"differ by {by:.0e} from those of the first")
         return
@@ -178,17 +178,15 @@ def _kept_from_calls(
     with suppress(ValueError):  # a call that other weights make impossible tells nothing
         cached, anew = called(trained), called(trained_anew)
         by = _most(cached, anew)
-        if by > _tolerance(model, anew):
+        if by > _allowed(dtypes, anew):
             place, than = "outputs after other weights", "if there was no call before"
             yield Disorder("stale", place, f"differ by {by:.0e} from what they are {than}")
 
 
-def _tolerance(model: Model, outputs: list[Tensor]) -> float:
-    """A rounding: what is merged and taken apart again is not the same bit by bit."""
-    numbers = [*outputs, *(entry.tensor for entry in registered(model))]
-    eps = max((torch.finfo(x.dtype).eps for x in numbers if x.is_floating_point()), default=0.0)
+def _allowed(dtypes: set[torch.dtype], outputs: list[Tensor]) -> float:
+    """Roundings: weights that are merged and taken apart again are not the same bit by bit."""
     greatest = max((float(y.abs().max()) for y in outputs if y.numel()), default=0.0)
-    return max(ROUNDING, ROUNDINGS * eps) * greatest
+    return tolerance_of("recomputed", *dtypes) * greatest
 
 
 def _constants(model: Model) -> dict[str, Any]:

@@ -13,17 +13,21 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ensembles.checks.prediction.reductions import SUM
 from ensembles.handling.state import generators_kept, seed_generators
 from ensembles.handling.training import output_gradients
 from ensembles.subject import Loss
+from ensembles.tolerance import tolerance_of
 
 __all__ = ["taken_for_logits"]
 
 SAME = 1e-3
-"""Relative; the gradients of other losses are off by a tenth."""
+"""Least relative difference of gradients that counts, in any dtype: those of other losses are off
+by a tenth."""
 
-SUM = 1e-3
-"""By how much a row of probabilities may miss 1; in half precision that is one unit."""
+SPREAD = 3.0
+"""Standard deviation of the logits that a loss is tried with: one of five classes has most of the
+probability, and a gradient of 20,000 classes is still more than its roundings."""
 
 
 def taken_for_logits(loss: Loss, values: Mapping[str, Sequence[Tensor]]) -> dict[str, int]:
@@ -60,8 +64,10 @@ def _class_axis(y: Tensor) -> int | None:
     """The axis along which these are distributions."""
     if y.ndim < 2 or not y.numel() or bool((y < 0).any()):
         return None
+    tolerance = SUM + tolerance_of("rewritten", y)
     for axis in range(1, y.ndim):
-        if y.shape[axis] > 1 and bool(((y.sum(axis) - 1).abs() <= SUM).all()):
+        off = (y.double().sum(axis) - 1).abs()
+        if y.shape[axis] > 1 and bool((off <= tolerance).all()):
             return axis
     return None
 
@@ -71,25 +77,42 @@ def _softmaxed(
 ) -> bool:
     like = values[names[0]][0]
     generator = torch.Generator().manual_seed(0)
-    points = [
-        (3 * torch.randn(like.shape, generator=generator)).softmax(axis).to(like) for _ in range(3)
-    ]
+    logits = [SPREAD * torch.randn(like.shape, generator=generator) for _ in range(3)]
+    # Logits, because the gradients of probabilities differ too little to be seen in bfloat16. But a
+    # loss may refuse or clamp them, so it is tried with probabilities of float32 too.
+    wide = torch.promote_types(like.dtype, torch.float32)
+    tried = (
+        [z.to(like) for z in logits],
+        [z.softmax(axis).to(like.device, wide) for z in logits],
+    )
+    return any(_has_gradient_of_softmax(loss, values, names, axis, points) for points in tried)
+
+
+def _has_gradient_of_softmax(
+    loss: Loss,
+    values: Mapping[str, Sequence[Tensor]],
+    names: Sequence[str],
+    axis: int,
+    points: Sequence[Tensor],
+) -> bool:
+    """Whether the gradients at these points are w (softmax(z) - q), with the same w and q."""
+    same = max(SAME, tolerance_of("rewritten", points[0]))
     try:
         gradients = [_gradient(loss, values, names, point) for point in points]
-    except ValueError:  # a loss that does not take any probabilities
+    except ValueError:  # a loss that does not take these
         return False
-    if any(bool(g.sum(axis).norm() > SAME * g.norm()) for g in gradients):
+    if any(bool(g.sum(axis).norm() > same * g.norm()) for g in gradients):
         return False
-    weights = []
-    for one, other in ((0, 1), (0, 2)):
-        step = points[other].double().softmax(axis) - points[one].double().softmax(axis)
-        change = gradients[other] - gradients[one]
-        weight = (change * step).sum(axis, keepdim=True) / step.square().sum(axis, keepdim=True)
-        if not bool((change - weight * step).norm() <= SAME * change.norm()):
+    steps = torch.stack([point.double().softmax(axis) for point in points[1:]])
+    steps = steps - points[0].double().softmax(axis)
+    changes = torch.stack(gradients[1:]) - gradients[0]
+    # One weight for all changes of a row. A row that hardly steps tells none.
+    across = (0, axis + 1)
+    weight = (changes * steps).sum(across, keepdim=True) / steps.square().sum(across, keepdim=True)
+    for change, step in zip(changes, steps, strict=True):
+        if not bool((change - weight[0] * step).norm() <= same * change.norm()):
             return False
-        weights.append(weight)
-    same = bool((weights[0] - weights[1]).norm() <= SAME * weights[0].norm())
-    return same and bool((weights[0] > -SAME * weights[0].abs().max()).all() & weights[0].any())
+    return bool((weight > -same * weight.abs().max()).all() & weight.any())
 
 
 def _gradient(

@@ -24,6 +24,10 @@ __all__ = ["assert_rates_effective"]
 Rates = float | Sequence[float] | Callable[[list[torch.nn.Parameter]], Any]
 """One learning rate, the rate at every step, or what builds optimizer and scheduler."""
 
+MOST_STEPS = 64
+"""How often a schedule may be stepped in one training step, and be told as such: once a member, or
+once a micro-batch."""
+
 
 def assert_rates_effective(
     scale: LossScale,
@@ -122,7 +126,7 @@ def _findings(
     place, alone = f"group {rate.group}", "They train as a single model at other rates does."
     if isinstance(lr, float):
         built = rate.at(rate.built, member.multiple)
-        if not close(built, lr):
+        if not close(built, lr, member.precision):
             yield member.member, place, f"expected lr {lr:.4g}", f"found {built:.4g}", alone, "rate"
         elif rate.absolute:
             step, _ = rate.absolute
@@ -134,13 +138,13 @@ def _findings(
             )
     elif lr is not None:
         pairs = list(zip(rate.effective, lr, strict=True))
-        off = [i for i, (found, wanted) in enumerate(pairs) if not close(found, wanted)]
+        off = [i for i, (x, y) in enumerate(pairs) if not close(x, y, member.precision)]
         if off:
             yield _of_schedule(member, rate, lr, max(off, key=lambda i: abs(pairs[i][0] - lr[i])))
     bare = not any(other.decay for other in member.rates)  # biases and norms often have none
     if weight_decay is not None and (rate.decay or bare):
         found = rate.effective_decay or 0.0
-        if not close(found, weight_decay):
+        if not close(found, weight_decay, member.precision):
             expected = f"expected weight decay {weight_decay:.4g}"
             yield member.member, place, expected, f"found {found:.4g}", alone, "rate"
 
@@ -191,7 +195,7 @@ def _claimed(lr: Rates | None, steps: int) -> float | tuple[float, ...] | None:
 
 def _times(found: Sequence[float], wanted: Sequence[float]) -> int:
     """The k with found(t) = wanted(k t), that is, how often a schedule is stepped each step."""
-    for k in range(2, 65):
+    for k in range(2, MOST_STEPS + 1):
         seen = range((len(wanted) - 1) // k + 1)
         if len(seen) > 2 and all(close(found[t], wanted[k * t]) for t in seen):
             return k
@@ -203,7 +207,7 @@ def _warmups(member: MemberScale, rate: Rate, warmup: float) -> Iterator[_Row]:
     due = min(math.ceil(warmup), len(rates) - 1)
     peak = max(range(len(rates)), key=lambda i: (rates[i], -i))
     meaning = "The first steps are not taken at the rates that the warm-up is claimed to have."
-    if rates[peak] > full * (1 + 1e-6):
+    if rates[peak] > full and not close(rates[peak], full):
         found = f"found {rates[peak]:.4g} at step {peak}"
         yield member.member, place, f"expected at most {full:.4g}", found, meaning, "warmup"
     elif not any(close(x, full) for x in rates[: due + 1]):

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from ensembles.checks.loss_scale.double_softmax import taken_for_logits
 from ensembles.handling.members import member_outputs, named_modules_of
 from ensembles.handling.memory import as_kind_of
+from ensembles.handling.precision import autocasts, dtypes_of
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import generators_kept, preserved, seed_generators
 from ensembles.handling.training import (
@@ -33,6 +34,7 @@ from ensembles.handling.training import (
 )
 from ensembles.message import listed
 from ensembles.subject import SPLIT, Loss, Model, Outputs
+from ensembles.tolerance import tolerance_of
 from ensembles.user_calls import asked
 
 __all__ = ["Clip", "MemberLoss", "Overlap", "Scale", "scales_of"]
@@ -43,11 +45,23 @@ MemberLoss = Callable[[Any], Tensor]
 Clip = Callable[[Any], Any]
 """What training does to gradients before the step: a function of the model."""
 
-SAME = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-"""Greatest relative difference of gradients that are summed up in another order."""
+Dtypes = tuple[torch.dtype, ...]
+"""What took part in the forward pass and in the loss."""
+
+SMALL = 0.01
+"""Greatest output of predictions that are made larger before they are changed."""
+
+SIMPLE = 0.25
+"""Share of the tolerance of gradients within which a multiple is the simple number that was meant:
+it is a mean over all elements, whose roundings cancel."""
+
+ROUNDINGS = 0.01
+"""Share of the tolerance, of the largest gradient of a member, below which a parameter's gradient
+is nothing but roundings, as that of a bias before a norm is."""
 
 LOUD = 1e6
-"""By how much other members' gradients are made to exceed one, to see whether clipping couples."""
+"""By how much other members' gradients are made to exceed one, to see whether clipping couples; in
+a dtype that does not hold it, half of what it holds."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,7 @@ class Scale:
         clipped: Whether clipping changes it when other members' gradients are loud; None where
             there is no clipping.
         parameters: The parameters that the member has for itself.
+        precision: To what a multiple is known, as a part of it.
         classes: Of the probabilities that the loss takes for logits; None where it does not.
         shared: The parameters in which its gradient and those of other members add up.
     """
@@ -86,6 +101,7 @@ class Scale:
     coupled: tuple[str, ...]
     clipped: bool | None
     parameters: tuple[Tensor, ...]
+    precision: float
     classes: int | None = None
     shared: tuple[Overlap, ...] = ()
 
@@ -117,16 +133,18 @@ def scales_of(
     with preserved(everything), torch.inference_mode(False), torch.enable_grad():
         for module in modules:
             module.train()
-        with _rewound():
+        with _rewound(), autocasts() as cast:
             found = member_outputs(model, fresh(batch), outputs=outputs)
         values = {name: tuple(y.detach().clone() for y in ys) for name, ys in found.items()}
         _check_members(values)
-        together = _output_gradients(loss, values)
-        _check_deterministic(loss, values, together)
+        with autocasts() as cast_by_loss:
+            together = _output_gradients(loss, values)
+        dtypes = tuple(dtypes_of(model, batch, values, *cast, *cast_by_loss))
+        _check_deterministic(loss, values, together, dtypes)
         axes = taken_for_logits(loss, values)
         classes = {name: values[name][0].shape[axis] for name, axis in axes.items()}
-        coupled = {name: _coupled(loss, values, together, name) for name in values}
-        single = _member_losses(member_loss, values, together, any(coupled.values()))
+        coupled = {name: _coupled(loss, values, together, name, dtypes) for name in values}
+        single = _member_losses(member_loss, values, together, any(coupled.values()), dtypes)
         parameters = [p for module in everything for p in module.parameters() if p.requires_grad]
         parameters = list({id(p): p for p in parameters}.values())
         with _rewound():
@@ -144,7 +162,7 @@ def scales_of(
             multiple, exact = None, False
             if single is not None:
                 pairs = [(total[i], alone[name][i]) for i in own]
-                multiple, exact = _multiple(pairs, name, values) if own else (None, False)
+                multiple, exact = _multiple(pairs, name, dtypes) if own else (None, False)
                 # Or a penalty on the weights is added, which has no multiple; whether it couples
                 # members is for the coupling check to say.
                 if multiple is None:
@@ -152,14 +170,26 @@ def scales_of(
                         partial(_of_one, single[name], name), {name: values[name]}
                     )
                     pairs = list(zip(together[name], apart[name], strict=True))
-                    multiple, exact = _multiple(pairs, name, values)
+                    multiple, exact = _multiple(pairs, name, dtypes)
             held = tuple(parameters[i] for i in own)
-            clipped = None if clip is None else _clipped(clip, model, parameters, total, own, name)
-            scales[name] = Scale(multiple, exact, coupled[name], clipped, held, classes.get(name))
+            clipped = (
+                None
+                if clip is None
+                else _clipped(clip, model, parameters, total, own, name, dtypes)
+            )
+            scales[name] = Scale(
+                multiple,
+                exact,
+                coupled[name],
+                clipped,
+                held,
+                SIMPLE * tolerance_of("rescaled", *dtypes),
+                classes.get(name),
+            )
         if single is None:
             return scales
         names = {id(entry.tensor): entry.names for entry in registered(model)}
-        overlaps = _overlaps(scales, alone, total, parameters, names)
+        overlaps = _overlaps(scales, alone, total, parameters, names, dtypes)
         return {n: replace(scale, shared=tuple(overlaps[n])) for n, scale in scales.items()}
 
 
@@ -167,14 +197,18 @@ def scales_of(
 
 
 def _coupled(
-    loss: Loss, values: Mapping[str, tuple[Tensor, ...]], before: Mapping[str, Any], name: str
+    loss: Loss,
+    values: Mapping[str, tuple[Tensor, ...]],
+    before: Mapping[str, Any],
+    name: str,
+    dtypes: Dtypes,
 ) -> tuple[str, ...]:
     """The members whose predictions change this one's gradient."""
     found = []
     for other in values:
         if other != name:
             after = _output_gradients(loss, {**values, other: _nudged(values[other])})
-            if not _equal(before[name], after[name]):
+            if not _equal(before[name], after[name], dtypes):
                 found.append(other)
     return tuple(found)
 
@@ -185,15 +219,19 @@ def _nudged(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     nudged = []
     for y in outputs:
         share = as_kind_of(0.5 * (1 - torch.rand(y.shape, generator=generator)), y)
-        nudged.append(torch.where(y == 0, share, y * (1 - share)))
+        greatest = y.abs().max() if y.numel() else y.sum()
+        # What is small all over would change less than roundings do.
+        larger = y / greatest if 0 < float(greatest) < SMALL else y
+        nudged.append(torch.where(y == 0, share, larger * (1 - share)))
     return tuple(nudged)
 
 
-def _equal(one: Sequence[Tensor | None], two: Sequence[Tensor | None]) -> bool:
+def _equal(one: Sequence[Tensor | None], two: Sequence[Tensor | None], dtypes: Dtypes) -> bool:
+    tolerance = tolerance_of("reordered", *dtypes)
     return all(
         a is b
         if a is None or b is None
-        else bool(((a - b).norm() <= SAME.get(a.dtype, 1e-4) / 10 * a.norm()).all())
+        else bool((a.double() - b.double()).norm() <= tolerance * a.double().norm())
         for a, b in zip(one, two, strict=True)
     )
 
@@ -206,6 +244,7 @@ def _member_losses(
     values: Mapping[str, tuple[Tensor, ...]],
     gradients: Mapping[str, Sequence[Tensor | None]],
     coupled: bool,
+    dtypes: Dtypes,
 ) -> dict[str, MemberLoss] | None:
     """Each member's own loss; a cross-entropy is recognised by its gradient.
 
@@ -218,7 +257,7 @@ def _member_losses(
     if coupled:
         return None
     labels = {
-        name: _labels(ys[0], gradients[name][0]) if len(ys) == 1 else None
+        name: _labels(ys[0], gradients[name][0], dtypes) if len(ys) == 1 else None
         for name, ys in values.items()
     }
     known = [found for found in labels.values() if found is not None]
@@ -241,15 +280,18 @@ def _member_losses(
     return {n: of(found if found is not None else known[0]) for n, found in labels.items()}
 
 
-def _labels(logits: Tensor, gradient: Tensor | None) -> Tensor | None:
+def _labels(logits: Tensor, gradient: Tensor | None, dtypes: Dtypes) -> Tensor | None:
     """The labels of a mean cross-entropy with this gradient; None if it is no such gradient."""
     if gradient is None or logits.ndim != 2 or not gradient.any():
         return None
-    labels = gradient.argmin(1)
-    direction = logits.softmax(1) - torch.nn.functional.one_hot(labels, logits.shape[1])
-    share = (gradient * direction).sum() / direction.square().sum()
-    off = (gradient - share * direction).norm() / gradient.norm()
-    return labels if float(off) < SAME.get(logits.dtype, 1e-4) else None
+    # A prediction that is right and sure has a gradient that rounds to zero.
+    labels = torch.where(gradient.amin(1) < 0, gradient.argmin(1), logits.argmax(1))
+    found = gradient.double()
+    direction = logits.double().softmax(1)
+    direction = direction - torch.nn.functional.one_hot(labels, logits.shape[1])
+    share = (found * direction).sum() / direction.square().sum()
+    off = (found - share * direction).norm() / found.norm()
+    return labels if float(off) < tolerance_of("rewritten", *dtypes) else None
 
 
 def _alone(
@@ -275,6 +317,7 @@ def _overlaps(
     total: Sequence[Tensor | None],
     parameters: Sequence[Tensor],
     names: Mapping[int, tuple[str, ...]],
+    dtypes: Dtypes,
 ) -> dict[str, list[Overlap]]:
     """Where others that are trained send gradients to elements in which a member has its own.
 
@@ -284,15 +327,16 @@ def _overlaps(
     trained = [name for name, scale in scales.items() if scale.multiple != 0]
     norms = {name: [_norm(gradient) for gradient in alone[name]] for name in trained}
     found: dict[str, list[Overlap]] = {name: [] for name in scales}
+    # One parameter is less than all, and its roundings cancel less: as outputs do.
+    one, all_of_them = (tolerance_of(kind, *dtypes) for kind in ("recomputed", "rescaled"))
     for i, parameter in enumerate(parameters):
-        tolerance = SAME.get(parameter.dtype, 1e-4)
         dense = {m: g for m in trained if (g := _dense(alone[m][i])) is not None}
         for name, mine in dense.items():
             # Of a bias before a norm, rounding is all that there is.
-            if norms[name][i] <= tolerance / 100 * max(norms[name]):
+            if norms[name][i] <= ROUNDINGS * all_of_them * max(norms[name]):
                 continue
             here = mine != 0
-            least = tolerance * norms[name][i]
+            least = all_of_them * norms[name][i]
             among = [
                 other
                 for other, theirs in dense.items()
@@ -302,8 +346,8 @@ def _overlaps(
                 whole = _dense(total[i])
                 sent = mine.new_zeros(mine.shape) if whole is None else whole * here
                 by = float((sent * mine).sum() / mine.square().sum())
-                along = float((sent - by * mine).norm()) <= tolerance * float(sent.norm())
-                multiple = (_simple(by, tolerance / 4) if by else 0.0) if along else None
+                along = float((sent - by * mine).norm()) <= one * float(sent.norm())
+                multiple = (_simple(by, SIMPLE * one) if by else 0.0) if along else None
                 found[name].append(Overlap(names.get(id(parameter), ()), tuple(among), multiple))
     return found
 
@@ -326,7 +370,7 @@ def _of_one(loss: MemberLoss, name: str, outputs: dict[str, Any]) -> Tensor:
 def _multiple(
     pairs: Sequence[tuple[Tensor | None, Tensor | None]],
     name: str,
-    values: Mapping[str, tuple[Tensor, ...]],
+    dtypes: Dtypes,
 ) -> tuple[float | None, bool]:
     """The s with together = s * alone, and whether that is so bit by bit."""
     known = [(torch.zeros_like(b) if a is None else a, b) for a, b in pairs if b is not None]
@@ -340,12 +384,10 @@ def _multiple(
     if not one.any():
         return 0.0, True
     multiple = float(one @ two / (two @ two))
-    # Autocast computes in less precision than that of the parameters.
-    computed = [*values[name], *(a for a, _ in known)]
-    tolerance = max(SAME.get(tensor.dtype, 1e-4) for tensor in computed)
+    tolerance = tolerance_of("rescaled", *dtypes)
     if float((one - multiple * two).norm()) > tolerance * float(one.norm()):
         return None, False
-    simple = _simple(multiple, tolerance / 4)
+    simple = _simple(multiple, SIMPLE * tolerance)
     return simple, all(torch.equal(values_of(a), values_of(b) * simple) for a, b in known)
 
 
@@ -367,6 +409,7 @@ def _clipped(
     gradients: Sequence[Tensor | None],
     own: Sequence[int],
     name: str,
+    dtypes: Dtypes,
 ) -> bool:
     """Whether this member's clipped gradient changes when those of others are loud."""
     if not own:
@@ -377,7 +420,7 @@ def _clipped(
     seen = []
     for loudness in (0.0, LOUD):
         for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-            others = torch.full_like(parameter, loudness)
+            others = torch.full_like(parameter, min(loudness, torch.finfo(parameter.dtype).max / 2))
             given = gradient.detach().clone() if gradient is not None else None
             parameter.grad = given if i in own else others
         then = (
@@ -388,7 +431,7 @@ def _clipped(
         seen.append([None if (g := parameters[i].grad) is None else g.clone() for i in own])
     for parameter in parameters:
         parameter.grad = None
-    return not _equal(*seen)
+    return not _equal(seen[0], seen[1], dtypes)
 
 
 # --- randomness ---------------------------------------------------------------------------------
@@ -400,11 +443,14 @@ def _output_gradients(loss: Loss, values: Mapping[str, tuple[Tensor, ...]]) -> d
 
 
 def _check_deterministic(
-    loss: Loss, values: Mapping[str, tuple[Tensor, ...]], before: Mapping[str, Any]
+    loss: Loss,
+    values: Mapping[str, tuple[Tensor, ...]],
+    before: Mapping[str, Any],
+    dtypes: Dtypes,
 ) -> None:
     with _rewound(1):
         after = output_gradients(loss, values)
-    if not all(_equal(before[name], after[name]) for name in values):
+    if not all(_equal(before[name], after[name], dtypes) for name in values):
         raise ValueError(
             "the loss draws random numbers, so that members' gradients differ from step to step "
             "and have no multiple. Give the loss of one draw, or without what is drawn."

@@ -30,6 +30,7 @@ Claim = str | float | Mapping[str, float] | Sequence[float]
 """`sum`, `mean`, `joint`, one multiple, or one for each member."""
 
 SHOWN_STEPS = 5
+"""Steps of a schedule that are shown: as many as fit into one line."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class MemberScale:
         coupled: The members whose predictions change it.
         clipped: Whether clipping makes it depend on other members' gradients; None without any.
         rates: One for each optimizer group that holds parameters of the member.
+        precision: To what multiples are known, as a part of them: what dtypes can tell.
         classes: How many probabilities the loss takes for logits; None where it does not.
         shared: The parameters in which its gradient and those of other members add up.
     """
@@ -53,6 +55,7 @@ class MemberScale:
     coupled: tuple[str, ...]
     clipped: bool | None
     rates: tuple[Rate, ...]
+    precision: float = 0.0
     classes: int | None = None
     shared: tuple[Overlap, ...] = ()
 
@@ -79,11 +82,10 @@ class LossScale:
         """What the loss is: sum, mean, joint, weighted (other multiples) or mixed (none)."""
         if any(member.coupled for member in self.members):
             return "joint"
-        multiples = [member.multiple for member in self.members]
-        if any(multiple is None for multiple in multiples):
+        if any(member.multiple is None for member in self.members):
             return "mixed"
-        for name, wanted in (("sum", 1.0), ("mean", 1 / len(multiples))):
-            if all(near(multiple, wanted) for multiple in multiples):
+        for name, wanted in (("sum", 1.0), ("mean", 1 / len(self.members))):
+            if all(near(m.multiple, wanted, m.precision) for m in self.members):
                 return name
         return "weighted"
 
@@ -202,6 +204,7 @@ def measure_loss_scale(
                 tuple(
                     group.rate(scale.multiple) for group in groups if group.holds(scale.parameters)
                 ),
+                scale.precision,
                 scale.classes,
                 scale.shared,
             )
@@ -328,7 +331,7 @@ def _assert_multiples(scale: LossScale, claim: Claim) -> None:
                 "all losses. Add up the members' own losses, or claim 'joint'.",
             )
         )
-    wrong = [m for m in scale.members if not near(m.multiple, expected[m.member])]
+    wrong = [m for m in scale.members if not near(m.multiple, expected[m.member], m.precision)]
     if not wrong:
         return
     found = {"sum": "their sum", "mean": "their mean"}.get(scale.objective, "other multiples")
@@ -362,7 +365,7 @@ def _assert_apart(scale: LossScale, claim: Claim, shared: Sequence[str]) -> None
     found: dict[tuple[str, ...], list[tuple[str, Overlap]]] = {}
     for member in scale.members:
         for overlap in member.shared:
-            wrong = not near(overlap.multiple, expected[member.member])
+            wrong = not near(overlap.multiple, expected[member.member], member.precision)
             if wrong and not _fits(overlap.names, shared):
                 found.setdefault(overlap.names, []).append((member.member, overlap))
     if not found:

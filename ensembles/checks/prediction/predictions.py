@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ensembles.checks.prediction.reductions import (
+    SMALLEST,
     Emitted,
     Found,
     kind_of,
@@ -28,7 +29,6 @@ from ensembles.checks.prediction.reductions import (
     metrics_of,
     reductions_of,
     reorderings_of,
-    tolerance_of,
 )
 from ensembles.handling.members import (
     is_one_module,
@@ -36,10 +36,12 @@ from ensembles.handling.members import (
     named_members,
     named_modules_of,
 )
+from ensembles.handling.precision import autocasts, dtypes_of
 from ensembles.handling.state import generators_kept, seed_generators
 from ensembles.handling.training import fresh
 from ensembles.message import counted, listed
 from ensembles.subject import Members, Model, Outputs
+from ensembles.tolerance import tolerance_of
 from ensembles.user_calls import asked
 
 __all__ = ["Bench", "Evaluate", "Look", "Predict"]
@@ -65,6 +67,19 @@ SMALLEST_LOGIT = -70.0
 
 STRETCH = 7.0
 """How far outputs that differ by their own deviation come to lie apart, in radians."""
+
+LEAST_SPREAD = 1e-2
+"""The least deviation that is taken, as a share of the greatest logit: less would show roundings
+in place of outputs."""
+
+APART = 10
+"""Tolerances that members, or rows, must lie apart for their means, or their order, to be told."""
+
+WEIGHTS = 1e-6
+"""By how much the sum of claimed weights may miss 1: they are written in decimals."""
+
+RIGHT = 0.6
+"""Share of the labels that are drawn from members' votes: members are right more or less often."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +125,11 @@ class Bench:
     ) -> None:
         self.model, self.batch, self.outputs, self.members = model, batch, outputs, members
         self.predict, self.evaluate, self.axis = predict, evaluate, axis
-        plain = self._member_outputs()
+        with autocasts() as cast:
+            plain = self._member_outputs()
         self.names = list(plain)
         self.shape = _checked_outputs(plain, axis)
-        if weights and (len(weights) != len(plain) or abs(sum(weights) - 1) > 1e-6):
+        if weights and (len(weights) != len(plain) or abs(sum(weights) - 1) > WEIGHTS):
             raise ValueError(
                 f"weights={weights}: give one for each of {counted(plain, 'member')}, whose sum "
                 "is 1."
@@ -123,7 +139,7 @@ class Bench:
         # Each row has classes - 1 numbers of its own, and the members' weights are unknown.
         self.least = max(FEW_DRAWS, math.ceil(2 * (len(plain) + 2) / (rows * (classes - 1))))
         self.draws = max(DRAWS, self.least)
-        self.tolerance = tolerance_of(*plain.values())
+        self.dtypes = dtypes_of(model, batch, plain, *cast)
         kinds = {name: kind_of(self._rows(y), self.tolerance) for name, y in plain.items()}
         self.kind = kinds[self.names[0]]
         if len(set(kinds.values())) > 1:
@@ -140,6 +156,11 @@ class Bench:
             for name in self.names
         }
         self.spread = {name: _Spread.of(self._logits(self._rows(y))) for name, y in plain.items()}
+
+    @property
+    def tolerance(self) -> float:
+        """Of a prediction that is written in another way: what all dtypes so far can tell."""
+        return tolerance_of("rewritten", *self.dtypes)
 
     def look(self) -> tuple[list[Look], list[Found]]:
         """Looks until one reduction is left, and returns what was seen and found."""
@@ -166,7 +187,7 @@ class Bench:
     def _found(self, looks: Sequence[Look]) -> list[Found]:
         if not looks or not all(look.fits for look in looks):
             return []
-        tolerance = max(self.tolerance, tolerance_of(looks[0].given, torch.zeros(1).double()))
+        tolerance = self.tolerance
         emitted = Emitted(torch.cat([look.emitted for look in looks], 1), self.kind)
         _check_members_apart(emitted, self.names, tolerance)
         _check_rows_apart(Emitted(looks[0].emitted, self.kind), tolerance)
@@ -214,7 +235,7 @@ class Bench:
 
     def _given(self) -> Tensor:
         then = "It takes the model and the batch, and returns the ensemble's prediction."
-        with _rewound():
+        with _rewound(), autocasts() as cast:
             given = asked("predict", self.predict, self.model, fresh(self.batch), then=then)
         if not isinstance(given, Tensor):
             raise ValueError(
@@ -222,6 +243,7 @@ class Bench:
                 "ensemble's prediction, a tensor of probabilities, logits or classes."
             )
         given = given.detach().cpu()
+        self.dtypes |= {*cast, given.dtype}
         # Votes are often counted in whole numbers; only what has no class axis is classes.
         counts = not given.is_floating_point() and tuple(given.shape) == self.shape
         return given.double() if counts else given
@@ -341,7 +363,7 @@ class Bench:
                     series.setdefault(f"the {metric} of member {name} alone", []).append(value)
                 mean = sum(values) / len(values)
                 series.setdefault(f"the mean of the members' {metric}", []).append(mean)
-        return matching(series, [look.metric for look in looks])
+        return matching(series, [look.metric for look in looks], self.tolerance)
 
     def _as_probabilities(self, look: Look) -> Tensor:
         if not look.given.is_floating_point():
@@ -364,7 +386,7 @@ class _Spread:
         mean = rows.mean(0)
         scale = float((rows - mean).square().mean().sqrt())
         # Not less than a share of the logits, or the change would show their rounding.
-        return cls(mean, max(scale, 1e-2 * float(rows.abs().max()), 1e-30))
+        return cls(mean, max(scale, LEAST_SPREAD * float(rows.abs().max()), SMALLEST))
 
     @classmethod
     def joint(cls, spreads: Sequence[_Spread]) -> _Spread:
@@ -398,7 +420,7 @@ def _labels(emitted: Emitted, generator: torch.Generator) -> Tensor:
     members, rows = votes.shape
     picked = votes[torch.randint(members, (rows,), generator=generator), torch.arange(rows)]
     noise = torch.randint(emitted.values.shape[-1], (rows,), generator=generator)
-    return torch.where(torch.rand(rows, generator=generator) < 0.6, picked, noise)
+    return torch.where(torch.rand(rows, generator=generator) < RIGHT, picked, noise)
 
 
 def _checked_outputs(plain: Mapping[str, Tensor], axis: int) -> tuple[int, ...]:
@@ -434,7 +456,7 @@ def _check_members_apart(emitted: Emitted, names: Sequence[str], tolerance: floa
     """Refuses members that are so equal that all means of them are."""
     p = emitted.probabilities
     for i, j in combinations(range(len(p)), 2):
-        if float((p[i] - p[j]).abs().max()) < 10 * tolerance:
+        if float((p[i] - p[j]).abs().max()) < APART * tolerance:
             raise ValueError(
                 f"members {names[i]} and {names[j]} predict the same on this batch, so that all "
                 "means of them are equal and cannot be told apart. Usual cause: one module, or a "
@@ -451,7 +473,7 @@ def _check_members_apart(emitted: Emitted, names: Sequence[str], tolerance: floa
 def _check_rows_apart(emitted: Emitted, tolerance: float) -> None:
     """Refuses rows that are so equal that any pairing of them looks right."""
     p = emitted.probabilities
-    if float((p - p[:, :1]).abs().max()) < 10 * tolerance:
+    if float((p - p[:, :1]).abs().max()) < APART * tolerance:
         raise ValueError(
             "members predict the same for all rows of this batch, so that rows cannot be told "
             "apart. Give a batch of at least two rows that differ; or members that look at them, "

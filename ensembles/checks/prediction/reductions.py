@@ -24,15 +24,34 @@ __all__ = [
     "reductions_of",
     "reorderings_of",
     "rounded",
-    "tolerance_of",
 ]
-
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-"""Greatest difference of numbers of order 1 that are computed in another order. About 1000 times
-the rounding: networks amplify it."""
 
 SMALLEST = 1e-30
 """Stands for probabilities that are zero, where a logarithm is taken."""
+
+SUM = 1e-3
+"""By how much a row of probabilities may miss 1 besides roundings, for what it was clamped to."""
+
+SIMPLER = 0.1
+"""How far solved weights may be from simple ones that fit too, in shares of a mean's weight: what
+lies between is rounding, and the nearest other mean leaves a member out."""
+
+DEPENDENT = 1e-6
+"""Ratio of singular values below which members' outputs depend on each other, and no weights are
+unique: in float64, of outputs that were changed to differ."""
+
+WHOLE = 1e-3
+"""How far a weight may be from a whole number that is shown for it: a mean over hundreds of numbers
+in float32 is known better."""
+
+TOLD = 2e-3
+"""How far a solved weight may be from one that is told in words, and twice that for their sum."""
+
+DIGITS = 1e-3
+"""Relative difference of metrics that are one number: they are often returned with three digits."""
+
+LEAST_METRIC = 1e-2
+"""Of smaller metrics, the difference that counts is a part of this: an error rate may be zero."""
 
 
 @dataclass(frozen=True, order=True)
@@ -123,16 +142,6 @@ class Emitted:
     def probabilities(self) -> Tensor:
         """The members' probabilities."""
         return self.values if self.kind == "probabilities" else self.logarithms.exp()
-
-
-def tolerance_of(*tensors: Tensor) -> float:
-    """The tolerance of the coarsest of some floating tensors.
-
-    Example:
-        >>> tolerance_of(torch.zeros(1), torch.zeros(1, dtype=torch.float64))
-        0.0001
-    """
-    return max(TOLERANCES.get(t.dtype, 1e-4) for t in tensors if t.is_floating_point())
 
 
 def kind_of(values: Tensor, tolerance: float) -> str:
@@ -275,7 +284,7 @@ def _simple(weights: Tensor, claimed: Sequence[float]) -> Iterator[Tensor]:
         *([torch.tensor(claimed, dtype=torch.float64)] if claimed else []),
         weights.round(),
     ):
-        if float((simple - weights).abs().max()) < 0.1 / count:
+        if float((simple - weights).abs().max()) < SIMPLER / count:
             yield simple
 
 
@@ -291,7 +300,7 @@ def _solved(basis: Tensor, target: Tensor, *, row_weight: Tensor | None = None) 
         target = (target - (share * target).sum(-1, keepdim=True)) * share.sqrt()
     matrix = basis.flatten(1).T
     singular = torch.linalg.svdvals(matrix)
-    if len(matrix) <= len(basis) or singular[-1] < 1e-6 * singular[0] or not singular[0]:
+    if len(matrix) <= len(basis) or singular[-1] < DEPENDENT * singular[0] or not singular[0]:
         return None
     solution: Tensor = torch.linalg.lstsq(matrix, target.flatten()[:, None]).solution[:, 0]
     return solution if solution.isfinite().all() else None
@@ -418,11 +427,11 @@ def _weights(found: Found, members: Sequence[str], claimed: Sequence[float]) -> 
     if not w:
         return ""
     for words, wanted in _known_weights(claimed, count):
-        if all(abs(x - y) < 2e-3 for x, y in zip(w, wanted, strict=True)):
+        if all(abs(x - y) < TOLD for x, y in zip(w, wanted, strict=True)):
             return words
-    left_out = [name for name, x in zip(members, w, strict=True) if abs(x) < 2e-3]
-    if left_out and len({round(x, 2) for x in w if abs(x) >= 2e-3}) == 1:
-        total = "" if abs(sum(w) - 1) < 4e-3 else ", not divided by their number"
+    left_out = [name for name, x in zip(members, w, strict=True) if abs(x) < TOLD]
+    if left_out and len({round(x, 2) for x in w if abs(x) >= TOLD}) == 1:
+        total = "" if abs(sum(w) - 1) < 2 * TOLD else ", not divided by their number"
         return f" without member {', '.join(left_out)}{total}"
     shown = f"weights {', '.join(f'{x:.3g}' for x in w)}"
     if claimed and sorted(round(x, 2) for x in w) == sorted(round(x, 2) for x in claimed):
@@ -457,7 +466,7 @@ def rounded(weights: Iterable[float]) -> tuple[float, ...]:
         >>> rounded([1 / 3, 0.99999, 0.0])
         (0.3333, 1.0, 0.0)
     """
-    return tuple(float(round(x)) if abs(x - round(x)) < 1e-3 else round(x, 4) for x in weights)
+    return tuple(float(round(x)) if abs(x - round(x)) < WHOLE else round(x, 4) for x in weights)
 
 
 def _one_hot(classes: Tensor, count: int) -> Tensor:
@@ -469,21 +478,29 @@ def _log(probabilities: Tensor) -> Tensor:
 
 
 def _near(values: Tensor, wanted: float, tolerance: float) -> bool:
-    return bool(((values - wanted).abs() <= 10 * tolerance).all())
+    return bool(((values - wanted).abs() <= SUM + tolerance).all())
 
 
-def matching(values: Mapping[str, Sequence[float]], given: Sequence[float]) -> list[str]:
+def matching(
+    values: Mapping[str, Sequence[float]], given: Sequence[float], tolerance: float
+) -> list[str]:
     """The names of the series that equal the given one.
 
+    Args:
+        values: Numbers by name.
+        given: As many.
+        tolerance: Relative difference, where dtypes can tell less than `DIGITS`.
+
     Example:
-        >>> matching({"nll": [1.0, 2.0], "brier": [0.5, 0.7]}, [1.0, 2.00001])
+        >>> matching({"nll": [1.0, 2.0], "brier": [0.5, 0.7]}, [1.0, 2.00001], 1e-4)
         ['nll']
     """
+    relative = max(DIGITS, tolerance)
     return [
         name
         for name, series in values.items()
         if all(
-            abs(a - b) <= 1e-3 * max(1e-2, abs(a), abs(b))
+            abs(a - b) <= relative * max(LEAST_METRIC, abs(a), abs(b))
             for a, b in zip(series, given, strict=True)
         )
     ]

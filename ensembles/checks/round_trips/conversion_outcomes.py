@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ensembles.checks.round_trips.conversions import (
-    SAME_CODE,
     Conversion,
     NotLookedAt,
     Source,
@@ -33,16 +32,21 @@ from ensembles.handling.members import (
     new_model,
 )
 from ensembles.handling.memory import as_kind_of, numbers_in
+from ensembles.handling.precision import autocasts, dtypes_of
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import seed_generators
 from ensembles.handling.training import fresh
 from ensembles.instruments.step_effects import distance
 from ensembles.subject import Model, Outputs, whole
+from ensembles.tolerance import tolerance_of
 
 __all__ = ["Trip", "owners_of", "trip"]
 
 STEP = 0.1
 """Change of every weight, in multiples of its tensor's own spread: outputs differ clearly."""
+
+STEPS = 4
+"""The same in tolerances, where that is more: a tenth does not show in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Trip:
             None where that was not looked at.
         statistics: Buffers of the model that a training call of the copy moved.
         unsaved: Buffers that no state_dict holds.
+        tolerance: The greatest difference that is none, of dtypes and of the conversion.
         owned: Whether owners of weights could be compared.
         owned_otherwise: Weights whose elements reach other members than before, in sentences.
     """
@@ -87,6 +92,7 @@ class Trip:
     in_training: float | None = None
     statistics: tuple[str, ...] = ()
     unsaved: tuple[str, ...] = ()
+    tolerance: float = 0.0
     owned: bool = False
     owned_otherwise: tuple[str, ...] = ()
 
@@ -118,12 +124,17 @@ def trip(
     """
     model = _built(make, seed)
     source = Source(_trained(model, batch), lambda: _built(make, seed + 1), batch)
-    before = _outputs(source.module, batch, seed)
-    noise = _noise(source.module)
+    with autocasts() as cast:
+        before = _outputs(source.module, batch, seed)
+    dtypes = dtypes_of(source.module, batch, before, *cast)
+    same = tolerance_of("reordered", *dtypes)
+    by_cast = () if conversion.cast is None else (conversion.cast,)
+    tolerance = tolerance_of(conversion.compared, *dtypes, *by_cast)
+    noise = _noise(source.module, max(STEP, STEPS * tolerance_of("recomputed", *dtypes)))
     moved = _outputs_moved(source, noise, seed)
     names, parameters = _names(source.module), _parameters(source.module)
     unsaved = _unsaved(source.module)
-    same_code = conversion.tolerance == SAME_CODE
+    same_code = conversion.compared == "reordered"
     trained = _in_training(source.module, batch, seed) if same_code else None
     try:
         result = converted(conversion, source)
@@ -149,6 +160,7 @@ def trip(
         "optimized": conversion.result != "copy" and result.module is not None,
         "stale": after.stale if conversion.result != "copy" else (),
         "unsaved": unsaved,
+        "tolerance": tolerance,
     }
     try:
         found = _outputs(result.call, batch, seed)
@@ -168,7 +180,7 @@ def trip(
         _move({name: held[name] for name in noise}, noise)
         facts["after_step"] = _difference(moved, _outputs(result.call, batch, seed))
         if conversion.result == "copy":
-            facts["aliased"] = _changed(source, before, conversion.tolerance, seed)
+            facts["aliased"] = _changed(source, before, same, seed)
     if owners is not None and result.module is not None:
         facts["owned"], facts["owned_otherwise"] = _owned(owners, result.module, batch, outputs)
     return Trip(**facts)
@@ -276,18 +288,18 @@ def _trained(module: nn.Module, batch: Any) -> nn.Module:
         # Some models have no train mode that this batch fits (BatchNorm of a single value).
         with suppress(ValueError):
             call(module, fresh(batch), place="the model")
-        _move(_held(module), _noise(module))
+        _move(_held(module), _noise(module, STEP))
     return module.eval()
 
 
-def _noise(module: nn.Module) -> dict[str, Tensor]:
+def _noise(module: nn.Module, step: float) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     found = {}
     for entry in registered(module):
         tensor = entry.tensor.detach()
         if entry.kind == "parameter" and tensor.is_floating_point() and entry.tensor.requires_grad:
             spread = numbers_in(tensor).abs().mean().nan_to_num(1.0).clamp(min=0.01).cpu().float()
-            drawn = torch.randn(tensor.shape, generator=generator) * spread * STEP
+            drawn = torch.randn(tensor.shape, generator=generator) * spread * step
             found[entry.names[0]] = drawn.to(tensor)
     return found
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ensembles.handling.registered_tensors import registered
+from ensembles.tolerance import Kind
 
 __all__ = [
     "CONVERSIONS",
-    "SAME_CODE",
     "Conversion",
     "Converted",
     "NotLookedAt",
@@ -33,18 +33,6 @@ __all__ = [
     "converted",
     "trace_kept_apart",
 ]
-
-SAME_CODE = 1e-6
-"""Greatest difference, relative to the greatest output, where the same operations are computed."""
-
-OTHER_CODE = 1e-4
-"""The same for other kernels of the same function in float32."""
-
-HALF = 3e-2
-"""The same where every weight was rounded to 11 bits."""
-
-INT8 = 0.1
-"""The same where weights were rounded to 8 bits."""
 
 
 class NotLookedAt(Exception):  # noqa: N818  (nothing is wrong)
@@ -101,14 +89,17 @@ class Conversion:
         convert: What it does.
         result: "copy" where the model is left as it was, "in place" where it is changed itself,
             "shared" where something new computes with the same parameters.
-        tolerance: Of outputs, relative to the greatest.
+        compared: How outputs compare: "reordered" where the same operations are computed, and else
+            "recomputed".
+        cast: What weights are cast to on the way.
         partial: Whether PyTorch does it for some models only, so that an error is no defect.
     """
 
     name: str
     convert: Callable[[Source], Converted]
     result: Literal["copy", "in place", "shared"] = "copy"
-    tolerance: float = SAME_CODE
+    compared: Kind = "reordered"
+    cast: torch.dtype | None = None
     partial: bool = False
 
 
@@ -280,16 +271,17 @@ CONVERSIONS: Mapping[str, Conversion] = {
         Conversion("assign=True", _assign, "in place"),
         Conversion("safetensors", _safetensors, partial=True),
         Conversion("to_empty", _to_empty, partial=True),
-        Conversion("half", _through(torch.float16), "in place", HALF),
+        Conversion("half", _through(torch.float16), "in place", "recomputed", torch.float16),
         Conversion("double", _through(torch.float64), "in place"),
-        Conversion("channels_last", _channels_last, "in place", OTHER_CODE),
-        Conversion("weight_norm", _weight_norm, "in place", OTHER_CODE, partial=True),
-        Conversion("functional_call", _functional_call, partial=True),
-        Conversion("vmap", _vmap, "copy", OTHER_CODE, partial=True),
+        Conversion("channels_last", _channels_last, "in place", "recomputed"),
+        Conversion("weight_norm", _weight_norm, "in place", "recomputed", partial=True),
+        # Fused paths of a layer, such as attention's, ask for Parameters.
+        Conversion("functional_call", _functional_call, "copy", "recomputed", partial=True),
+        Conversion("vmap", _vmap, "copy", "recomputed", partial=True),
         Conversion("averaged_model", _averaged_model),
-        Conversion("compile", _compile, "shared", OTHER_CODE, partial=True),
-        Conversion("export", _export, "shared", OTHER_CODE, partial=True),
-        Conversion("quantize_dynamic", _quantize, "copy", INT8, partial=True),
+        Conversion("compile", _compile, "shared", "recomputed", partial=True),
+        Conversion("export", _export, "shared", "recomputed", partial=True),
+        Conversion("quantize_dynamic", _quantize, "copy", "recomputed", torch.qint8, partial=True),
     )
 }
 """Every conversion that one process can do, in the order of reports."""

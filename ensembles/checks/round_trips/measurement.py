@@ -131,11 +131,10 @@ def measure_round_trips(
 
     Every conversion gets a model of its own, which is called once in train mode and whose weights
     are moved, so that what a conversion carries over is told from what the factory makes anew.
-    Outputs are compared in eval mode within 1e-6 of the greatest where the same operations are
-    computed, and there in train mode too; within 1e-4 where others are, 3e-2 after float16, and 0.1
-    after int8. Owners of weights are compared by one transparent look (see `owners`) where the
-    result is a module with modes and whole weights: not after functional_call, vmap, export,
-    quantize_dynamic, fsdp2.
+    Outputs are compared in eval mode, and in train mode too where the same operations are computed,
+    within what the coarsest dtype that took part can tell (`ensembles.tolerance`): as "reordered"
+    compared by one transparent look (see `owners`) where the result is a module with modes and
+    whole weights: not after functional_call, vmap, export, quantize_dynamic, fsdp2.
 
     Args:
         make: Builds a new model at each call: a module, or the members as a list or dict.
@@ -313,13 +312,12 @@ _REMEDIES = {
 def _judged(name: str, found: Trip) -> RoundTrip:
     if found.reason:
         return RoundTrip(name, reason=found.reason)
-    tolerance = {**CONVERSIONS, **DISTRIBUTED}[name].tolerance
     said: dict[str, list[str]] = {cell: [] for cell in RoundTrip.CELLS}
     if found.error:
         said["function"].append(f"raised {found.error}")
     said["ties"] += [f"came apart: {listed(group, 3)}" for group in found.untied]
     said["ties"] += [f"became one: {listed(group, 3)}" for group in found.newly_tied]
-    said["function"] += _of_function(found, tolerance)
+    said["function"] += _of_function(found)
     said["ownership"] += _capped(found.owned_otherwise)
     if found.lost:
         said["parameters"].append(f"no longer registered: {listed(found.lost, 3)}")
@@ -363,8 +361,9 @@ def _capped(sentences: Sequence[str]) -> list[str]:
     return [*sentences[:2], *([f"and {more} more weights"] if more > 0 else [])]
 
 
-def _of_function(found: Trip, tolerance: float) -> list[str]:
+def _of_function(found: Trip) -> list[str]:
     """At most one sentence, of the first thing that differs."""
+    tolerance = found.tolerance
     if found.difference is not None and not found.difference <= tolerance:
         return [
             f"outputs differ by {found.difference:.0e} of the greatest (at most {tolerance:.0e})"

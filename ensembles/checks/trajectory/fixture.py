@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ensembles.checks.trajectory.measurement import MemberTrajectories
     from ensembles.checks.trajectory.runs import TrainingTrajectory
     from ensembles.subject import Members, Model, Outputs
+    from ensembles.tolerance import Kind
 
 __all__ = ["TrajectoryFixture", "training_trajectory"]
 
@@ -56,7 +57,7 @@ class TrajectoryFixture:
         )
 
     def assert_equal(
-        self, one: TrainingTrajectory, two: TrainingTrajectory, *, tolerance: float = 0.0
+        self, one: TrainingTrajectory, two: TrainingTrajectory, *, tolerance: float | Kind = 0.0
     ) -> None:
         """Checks that two recorded runs are the same, bit by bit or within a tolerance."""
         __tracebackhide__ = True
@@ -111,7 +112,7 @@ class TrajectoryFixture:
         scheduler: Callable[[Any], Any] | None = None,
         loss_is: Literal["sum", "mean"] = "sum",
         steps: int = 3,
-        tolerance: float = 0.0,
+        tolerance: float | Kind = 0.0,
     ) -> None:
         """Checks that members with the weights of the first each train as that single model.
 
@@ -149,7 +150,7 @@ class TrajectoryFixture:
         scheduler: Callable[[Any], Any] | None = None,
         loss_is: Literal["sum", "mean"] = "sum",
         steps: int = 3,
-        tolerance: float = 0.0,
+        tolerance: float | Kind = 0.0,
     ) -> None:
         """Checks that members, as they are built, each train as in a separate run of their own."""
         __tracebackhide__ = True

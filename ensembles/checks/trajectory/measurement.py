@@ -21,11 +21,12 @@ from ensembles.checks.trajectory.runs import (
 from ensembles.handling.members import is_one_module, named_members, named_modules_of, new_model
 from ensembles.handling.state import generators_kept, preserved, seed_generators
 from ensembles.handling.training import hidden_modules, optimizers_of
-from ensembles.instruments.divergence import Parting, partings
+from ensembles.instruments.divergence import Parting, partings, tolerated
 from ensembles.instruments.recording import KINDS
 from ensembles.message import aligned, broken, counted, listed
 from ensembles.present_run import seed as present_seed
 from ensembles.subject import Loss, Members, Model, Outputs
+from ensembles.tolerance import Kind
 
 __all__ = [
     "MemberTrajectories",
@@ -33,6 +34,10 @@ __all__ = [
     "measure",
     "measure_member_trajectories",
 ]
+
+MEAN = 1e-2
+"""How far a gradient's norm may be from 1/M to be told as that of a mean: bfloat16 rounds 1/M by up
+to 4e-3."""
 
 
 @dataclass(frozen=True)
@@ -173,14 +178,14 @@ def measure_member_trajectories(
 
 
 def assert_members_trained_alone(
-    trajectories: MemberTrajectories, *, tolerance: float = 0.0
+    trajectories: MemberTrajectories, *, tolerance: float | Kind = 0.0
 ) -> None:
     """Checks that every member of an ensemble trains as it does alone.
 
     Args:
         trajectories: From `measure_member_trajectories`.
-        tolerance: As in `assert_trajectories_equal`: 0.0 compares bits, and anything else needs
-            `values=True`.
+        tolerance: As in `assert_trajectories_equal`: 0.0 compares bits; a number or a word, such as
+            "recomputed", needs `values=True`.
 
     Raises:
         AssertionError: If a member leaves its own run; it names the step and the tensor.
@@ -193,10 +198,12 @@ def assert_members_trained_alone(
         ...
     """
     __tracebackhide__ = True
+    runs = (trajectories.together, *trajectories.alone.values())
+    allowed = tolerated(tolerance, *(run.entries for run in runs))
     parted = {
         name: found
         for name in trajectories.alone
-        if (found := trajectories._partings(name, tolerance))
+        if (found := trajectories._partings(name, allowed))
     }
     if not parted:
         return
@@ -210,7 +217,7 @@ def assert_members_trained_alone(
             f"members {listed(list(trajectories.alone))} are claimed {claim}, and do not",
             [_row(name, found) for name, found in parted.items()],
             total=f"{len(parted)} of {counted(trajectories.alone, 'member')}, compared "
-            f"{f'within {tolerance:g}' if tolerance else 'bit by bit'}",
+            f"{f'within {allowed:.3g}' if allowed else 'bit by bit'}",
             meaning=meaning,
             remedy=remedy,
         )
@@ -238,7 +245,7 @@ def _told(trajectories: MemberTrajectories, first: Parting) -> tuple[str, str]:
             f"updated {count} times a step.",
             "Usual cause: [model] * n, or one network run n times. Build each member anew.",
         )
-    if first.kind == "gradient" and abs(first.ratio * count - 1) < 1e-3:
+    if first.kind == "gradient" and abs(first.ratio * count - 1) < MEAN:
         return (
             f"Every member's gradient is 1/{count} of what it is alone: under SGD this is the "
             f"learning rate divided by {count}, and weight decay times {count}.",

@@ -19,11 +19,12 @@ from torch import nn
 from ensembles.handling.members import named_modules_of, new_model
 from ensembles.handling.numbers import checked_numbers
 from ensembles.handling.state import generators_kept, seed_generators
-from ensembles.instruments.divergence import partings
+from ensembles.instruments.divergence import partings, tolerated
 from ensembles.instruments.recording import KINDS, Entry, Recipe, Run, digest, recorded
 from ensembles.message import aligned, broken, counted, listed
 from ensembles.present_run import seed as present_seed
 from ensembles.subject import Loss, Members, Model, Outputs
+from ensembles.tolerance import Kind
 
 __all__ = [
     "TrainingTrajectory",
@@ -152,7 +153,7 @@ def measure_training_trajectory(
 
 
 def assert_trajectories_equal(
-    one: TrainingTrajectory, two: TrainingTrajectory, *, tolerance: float = 0.0
+    one: TrainingTrajectory, two: TrainingTrajectory, *, tolerance: float | Kind = 0.0
 ) -> None:
     """Checks that two training runs are the same: bit by bit, or within a tolerance.
 
@@ -160,8 +161,9 @@ def assert_trajectories_equal(
         one: From `measure_training_trajectory`; also one member's, or some kinds of entries only.
         two: The other, of as many steps. Where both have one member, its name does not matter.
         tolerance: The greatest difference in a tensor, as a share of the greatest element of that
-            kind (of gradients, of parameters) in that step. 0.0 compares bits; anything else needs
-            trajectories with `values=True`.
+            kind (of gradients, of parameters) in that step. 0.0 compares bits; "recomputed" lets
+            pass what the coarsest recorded dtype cannot tell, such as other kernels or another
+            order of sums (`ensembles.tolerance`). Both need trajectories with `values=True`.
 
     Raises:
         ValueError: If they have no entries in common, or are of different lengths.
@@ -184,12 +186,14 @@ def assert_trajectories_equal(
             f"one trajectory has {counted(range(one.steps), 'step')} and the other "
             f"{counted(range(two.steps), 'step')}: record both with the same steps=..."
         )
-    parted = partings(*_compared(one, two), tolerance)
+    compared = _compared(one, two)
+    allowed = tolerated(tolerance, *compared)
+    parted = partings(*compared, allowed)
     if parted:
         first = parted[0]
         raise AssertionError(
             broken(
-                f"two training runs are claimed equal {_within(tolerance)}, and part at step "
+                f"two training runs are claimed equal {_within(allowed)}, and part at step "
                 f"{first.step}",
                 [parting.row for parting in parted],
                 total=f"{len(parted)} of {counted(one.entries, 'recorded value')}",
@@ -232,7 +236,7 @@ def _compared(one: TrainingTrajectory, two: TrainingTrajectory) -> tuple[list[En
 
 
 def _within(tolerance: float) -> str:
-    return f"within {tolerance:g}" if tolerance else "bit by bit"
+    return f"within {tolerance:.3g}" if tolerance else "bit by bit"
 
 
 def _summary(entries: Sequence[Entry], kind: str) -> str:

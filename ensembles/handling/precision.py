@@ -1,0 +1,69 @@
+"""Which dtypes take part when a model is called: a tolerance is that of the coarsest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ensembles.subject import Model, named_modules_of
+from ensembles.tolerance import unit_of
+
+__all__ = ["autocasts", "dtypes_of"]
+
+
+def dtypes_of(model: Model, *given: Any) -> set[torch.dtype]:
+    """The floating dtypes of parameters, of tensors such as inputs and outputs, and of autocast.
+
+    Buffers are left out, and parameters of 8 bits: they may be kept in less than what computes.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+        given: Tensors, or what holds some; dtypes that took part besides.
+
+    Example:
+        >>> found = dtypes_of(torch.nn.Linear(2, 2), {"x": torch.ones(1).half()}, torch.float64)
+        >>> sorted(map(str, found))
+        ['torch.float16', 'torch.float32', 'torch.float64']
+    """
+    parameters = [p for module in named_modules_of(model).values() for p in module.parameters()]
+    leaves = [*(p for p in parameters if p.itemsize > 1), *pytree.tree_leaves(given)]
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    dtypes = {x.dtype for x in tensors} | {x for x in leaves if isinstance(x, torch.dtype)}
+    dtypes |= {
+        torch.get_autocast_dtype(device)
+        for device in {x.device.type for x in tensors}
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    }
+    return {dtype for dtype in dtypes if unit_of(dtype)}
+
+
+@contextmanager
+def autocasts() -> Iterator[set[torch.dtype]]:
+    """The dtypes that models cast to while this is open, also where they cast outputs back.
+
+    What enters `torch.autocast` is seen; what a function casts by hand is not.
+
+    Example:
+        >>> with autocasts() as seen, torch.autocast("cpu", torch.bfloat16):
+        ...     pass
+        >>> seen
+        {torch.bfloat16}
+    """
+    seen: set[torch.dtype] = set()
+    enter: Any = torch.autocast.__enter__
+
+    def entered(self: Any) -> Any:
+        result = enter(self)
+        if torch.is_autocast_enabled(self.device):
+            seen.add(torch.get_autocast_dtype(self.device))
+        return result
+
+    # No hook and no mode, because in their presence other kernels may be taken.
+    with mock.patch.object(torch.autocast, "__enter__", entered):
+        yield seen
