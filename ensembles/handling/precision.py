@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ensembles.subject import Model, named_modules_of
+from ensembles.handling.members import named_modules_of
+from ensembles.subject import Model
 from ensembles.tolerance import unit_of
 
 __all__ = ["autocasts", "dtypes_of"]

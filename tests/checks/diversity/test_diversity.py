@@ -13,7 +13,7 @@ from ensembles.checks.diversity.judgement import (
     judge,
 )
 from ensembles.checks.diversity.measurement import measure_member_diversity
-from ensembles.checks.diversity.measurement import similarity as likeness
+from ensembles.checks.diversity import similarity as likeness
 from ensembles.claims import ClaimError
 from ensembles.findings import Count
 from ensembles.message import Broken
