@@ -33,7 +33,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["KINDS", "Kind", "Roundings", "coarsest", "tolerance_of", "unit_of"]
+__all__ = ["KINDS", "PROBABILITY_SUM", "Kind", "Roundings", "coarsest", "tolerance_of", "unit_of"]
 
 Kind = Literal["bitwise", "reordered", "rewritten", "rescaled", "recomputed"]
 """What the two computations have in common; see `KINDS`."""
@@ -77,6 +77,10 @@ KINDS: Mapping[Kind, Roundings] = {
 
 UNITS: Mapping[torch.dtype, float] = {torch.qint8: 2.0**-7, torch.quint8: 2.0**-7}
 """Of what is no floating type: 127 steps up to the greatest weight."""
+
+
+PROBABILITY_SUM = 1e-3
+"""By how much a row of probabilities may miss 1 besides roundings, for what it was clamped to."""
 
 
 def unit_of(dtype: torch.dtype) -> float:

@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ensembles.checks.prediction.reductions import SUM
 from ensembles.handling.state import generators_kept, seed_generators
 from ensembles.handling.training import output_gradients
 from ensembles.subject import Loss
-from ensembles.tolerance import tolerance_of
+from ensembles.tolerance import PROBABILITY_SUM, tolerance_of
 
 __all__ = ["taken_for_logits"]
 
@@ -64,7 +63,7 @@ def _class_axis(y: Tensor) -> int | None:
     """The axis along which these are distributions."""
     if y.ndim < 2 or not y.numel() or bool((y < 0).any()):
         return None
-    tolerance = SUM + tolerance_of("rewritten", y)
+    tolerance = PROBABILITY_SUM + tolerance_of("rewritten", y)
     for axis in range(1, y.ndim):
         off = (y.double().sum(axis) - 1).abs()
         if y.shape[axis] > 1 and bool((off <= tolerance).all()):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ensembles.case import Case
 from ensembles.checks.prediction.reductions import (
     SMALLEST,
     Emitted,
@@ -30,27 +31,15 @@ from ensembles.checks.prediction.reductions import (
     reductions_of,
     reorderings_of,
 )
-from ensembles.handling.members import (
-    is_one_module,
-    member_outputs,
-    named_members,
-    named_modules_of,
-)
+from ensembles.checks.prediction.words import Metric
 from ensembles.handling.precision import autocasts, dtypes_of
 from ensembles.handling.state import generators_kept, seed_generators
 from ensembles.handling.training import fresh
 from ensembles.message import counted, listed
-from ensembles.subject import Members, Model, Outputs
 from ensembles.tolerance import tolerance_of
 from ensembles.user_calls import asked
 
-__all__ = ["Bench", "Evaluate", "Look", "Predict"]
-
-Predict = Callable[[Any, Any], Any]
-"""The ensemble's prediction: a function of the model and the batch."""
-
-Evaluate = Callable[[Any, Any, Tensor], Any]
-"""The ensemble's metric: a function of the model, the batch and the labels, to a number."""
+__all__ = ["PredictionLook", "PredictionSeen"]
 
 DRAWS = 8
 """Changes of the members' outputs that are looked at where classes or metrics are compared: each
@@ -83,7 +72,7 @@ RIGHT = 0.6
 
 
 @dataclass(frozen=True)
-class Look:
+class PredictionSeen:
     """What was seen with one change of the members' outputs, in float64 on the CPU.
 
     Attributes:
@@ -109,22 +98,12 @@ class Look:
         return self.prediction.shape == (shape if self.given.is_floating_point() else shape[:1])
 
 
-class Bench:
-    """The model in eval mode, and what is known of its members' outputs."""
+class PredictionLook:
+    """How the case predicts in eval mode, and what is known of its members' outputs."""
 
-    def __init__(
-        self,
-        model: Model,
-        batch: Any,
-        predict: Predict,
-        outputs: Outputs | None,
-        members: Members | None,
-        evaluate: Evaluate | None,
-        weights: tuple[float, ...],
-        axis: int,
-    ) -> None:
-        self.model, self.batch, self.outputs, self.members = model, batch, outputs, members
-        self.predict, self.evaluate, self.axis = predict, evaluate, axis
+    def __init__(self, case: Case, weights: tuple[float, ...], axis: int) -> None:
+        self.case, self.axis = case, axis
+        self.outputs, self.evaluate = case.subject.outputs, case.subject.evaluate
         with autocasts() as cast:
             plain = self._member_outputs()
         self.names = list(plain)
@@ -139,7 +118,7 @@ class Bench:
         # Each row has classes - 1 numbers of its own, and the members' weights are unknown.
         self.least = max(FEW_DRAWS, math.ceil(2 * (len(plain) + 2) / (rows * (classes - 1))))
         self.draws = max(DRAWS, self.least)
-        self.dtypes = dtypes_of(model, batch, plain, *cast)
+        self.dtypes = dtypes_of(case.model, case.batch, plain, *cast)
         kinds = {name: kind_of(self._rows(y), self.tolerance) for name, y in plain.items()}
         self.kind = kinds[self.names[0]]
         if len(set(kinds.values())) > 1:
@@ -162,9 +141,9 @@ class Bench:
         """Of a prediction that is written in another way: what all dtypes so far can tell."""
         return tolerance_of("rewritten", *self.dtypes)
 
-    def look(self) -> tuple[list[Look], list[Found]]:
+    def look(self) -> tuple[list[PredictionSeen], list[Found]]:
         """Looks until one reduction is left, and returns what was seen and found."""
-        looks: list[Look] = []
+        looks: list[PredictionSeen] = []
         found: list[Found] = []
         for draw in range(self.draws):
             with self._changed(draw) as used:
@@ -184,7 +163,7 @@ class Bench:
             looks = real if found or not looks[-1].reached else looks
         return looks, found
 
-    def _found(self, looks: Sequence[Look]) -> list[Found]:
+    def _found(self, looks: Sequence[PredictionSeen]) -> list[Found]:
         if not looks or not all(look.fits for look in looks):
             return []
         tolerance = self.tolerance
@@ -200,7 +179,7 @@ class Bench:
 
     # --- one look
 
-    def _look(self, draw: int, used: list[str]) -> Look:
+    def _look(self, draw: int, used: list[str]) -> PredictionSeen:
         emitted = torch.stack([self._rows(y) for y in self._member_outputs().values()])
         used.clear()
         given = self._given()
@@ -210,7 +189,7 @@ class Bench:
             generator = torch.Generator().manual_seed(draw)
             labels = _labels(Emitted(emitted, self.kind), generator)
             metric = self._evaluated(labels)
-        return Look(emitted, self._prediction_rows(given), given, metric, labels, reached)
+        return PredictionSeen(emitted, self._prediction_rows(given), given, metric, labels, reached)
 
     def _member_outputs(self) -> dict[str, Tensor]:
         with _rewound():
@@ -225,18 +204,19 @@ class Bench:
 
     def _called(self) -> dict[str, tuple[Tensor, ...]]:
         """What the model's call yields; where it yields the prediction, what each member does."""
-        if is_one_module(self.model) and self.outputs is None and self.members is not None:
-            modules = named_members(self.model, self.members)
-            found = member_outputs(self.model, fresh(self.batch))
-            if len(found) == len(modules):
-                return found
-            return member_outputs(modules, fresh(self.batch))
-        return member_outputs(self.model, fresh(self.batch), outputs=self.outputs)
+        case = self.case
+        found_inside = case.is_one_module and case.subject.members is not None
+        if found_inside and self.outputs is None:
+            found = case.call()
+            return found if len(found) == len(case.members) else case.call(case.members)
+        return case.call()
 
     def _given(self) -> Tensor:
+        predict = self.case.subject.predict
+        assert predict is not None
         then = "It takes the model and the batch, and returns the ensemble's prediction."
         with _rewound(), autocasts() as cast:
-            given = asked("predict", self.predict, self.model, fresh(self.batch), then=then)
+            given = asked("predict", predict, self.case.model, fresh(self.case.batch), then=then)
         if not isinstance(given, Tensor):
             raise ValueError(
                 f"predict=... returned an object of type {type(given).__name__}. It returns the "
@@ -253,13 +233,13 @@ class Bench:
         shaped = labels.reshape(self.classless)
         device = next((p.device for p in self._parameters()), torch.device("cpu"))
         then = "It takes the model, the batch and labels (integers), and returns one number."
-        given = (self.model, fresh(self.batch), shaped.to(device))
+        given = (self.case.model, fresh(self.case.batch), shaped.to(device))
         with _rewound():
             value = asked("evaluate", self.evaluate, *given, then=then)
         return float(asked("evaluate", lambda: float(value), then=then))
 
     def _parameters(self) -> Iterator[Tensor]:
-        for module in named_modules_of(self.model).values():
+        for module in self.case.modules.values():
             yield from module.parameters()
 
     def _rows(self, y: Tensor) -> Tensor:
@@ -286,9 +266,9 @@ class Bench:
 
     def _hooked_modules(self) -> dict[str, nn.Module]:
         """The member modules, or the one module that yields all members' outputs."""
-        if is_one_module(self.model) and self.members is None:
-            return {"model": self.model}
-        modules = named_members(self.model, self.members)
+        modules = self.case.members
+        if not self.case.members_known:
+            return dict(modules)
         # In the order of the outputs: what they are called inside does not matter.
         return dict(zip(self.names, modules.values(), strict=False))
 
@@ -347,25 +327,24 @@ class Bench:
 
     # --- the metric
 
-    def metrics(self, looks: Sequence[Look]) -> list[str]:
-        """What the numbers of evaluate are, in words."""
-        series: dict[str, list[float]] = {}
+    def metrics(self, looks: Sequence[PredictionSeen]) -> list[Metric]:
+        """What the numbers of evaluate are."""
+        series: dict[Metric, list[float]] = {}
         for look in looks:
             members = Emitted(look.emitted, self.kind).probabilities
             each = [metrics_of(p, look.labels) for p in members]
             if look.fits:
                 for metric, value in metrics_of(self._as_probabilities(look), look.labels).items():
-                    name = f"the {metric} of the ensemble's prediction"
-                    series.setdefault(name, []).append(value)
+                    series.setdefault(Metric(metric, "prediction"), []).append(value)
             for metric in each[0]:
                 values = [found[metric] for found in each]
                 for name, value in zip(self.names, values, strict=True):
-                    series.setdefault(f"the {metric} of member {name} alone", []).append(value)
+                    series.setdefault(Metric(metric, "member", name), []).append(value)
                 mean = sum(values) / len(values)
-                series.setdefault(f"the mean of the members' {metric}", []).append(mean)
+                series.setdefault(Metric(metric, "members"), []).append(mean)
         return matching(series, [look.metric for look in looks], self.tolerance)
 
-    def _as_probabilities(self, look: Look) -> Tensor:
+    def _as_probabilities(self, look: PredictionSeen) -> Tensor:
         if not look.given.is_floating_point():
             return torch.nn.functional.one_hot(look.prediction, self.shape[self.axis]).double()
         kind = kind_of(look.prediction, self.tolerance)

@@ -11,13 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ensembles.tolerance import PROBABILITY_SUM
+
 __all__ = [
     "Emitted",
     "Found",
+    "Order",
+    "is_alone",
     "kind_of",
     "matching",
     "metrics_of",
@@ -28,9 +33,6 @@ __all__ = [
 
 SMALLEST = 1e-30
 """Stands for probabilities that are zero, where a logarithm is taken."""
-
-SUM = 1e-3
-"""By how much a row of probabilities may miss 1 besides roundings, for what it was clamped to."""
 
 SIMPLER = 0.1
 """How far solved weights may be from simple ones that fit too, in shares of a mean's weight: what
@@ -44,9 +46,6 @@ WHOLE = 1e-3
 """How far a weight may be from a whole number that is shown for it: a mean over hundreds of numbers
 in float32 is known better."""
 
-TOLD = 2e-3
-"""How far a solved weight may be from one that is told in words, and twice that for their sum."""
-
 DIGITS = 1e-3
 """Relative difference of metrics that are one number: they are often returned with three digits."""
 
@@ -54,69 +53,40 @@ LEAST_METRIC = 1e-2
 """Of smaller metrics, the difference that counts is a part of this: an error rate may be zero."""
 
 
+Series = TypeVar("Series")
+
+
 @dataclass(frozen=True, order=True)
 class Found:
     """A reduction that the prediction equals.
 
     Attributes:
-        reduction: A key of `PHRASES`.
+        reduction: A key of `words.REDUCTIONS`.
         weights: Of the members, to four digits; () where the reduction has none.
-        order: How rows are paired, where it is not as given.
+        order: How rows or classes are paired, where it is not as given; else ().
     """
 
     reduction: str
     weights: tuple[float, ...] = ()
-    order: str = ""
+    order: Order | tuple[()] = ()
 
-    PHRASES = {
-        "arithmetic": "arithmetic mean of the probabilities",
-        "geometric": "geometric mean of the probabilities",
-        "geometric, not normalised": "geometric mean of the probabilities, not normalised",
-        "log-probabilities": "mean of the log-probabilities, not normalised",
-        "logits": "mean of the logits",
-        "vote": "shares of the votes",
-        "softmax twice": "mean of the softmax of probabilities (softmax twice)",
-        "softmax of the mean": "softmax of the mean of the probabilities (softmax twice)",
-        "softmax of the geometric": "softmax of the geometric mean (softmax twice)",
-        "uniform": "uniform distribution, whatever members predict (softmax over the members?)",
-        "maximum": "maximum over the members",
-        "maximum, normalised": "maximum over the members, normalised",
-        "median": "median over the members",
-        "winner, lowest": "winner of the vote, ties to the lowest class",
-        "winner, highest": "winner of the vote, ties to the highest class",
-        "winner, first": "winner of the vote, ties to the first member",
-        "winner, probability": "winner of the vote, ties by the mean probability",
-        "class of arithmetic": "class of the arithmetic mean",
-        "class of geometric": "class of the geometric mean",
-        "class of member": "class of one member",
-    }
+    @property
+    def alone(self) -> bool:
+        """Whether one member counts, and no other."""
+        return is_alone(self.weights)
 
-    def told(self, members: Sequence[str], claimed: Sequence[float] = ()) -> str:
-        """The reduction in words.
 
-        Args:
-            members: The members' names.
-            claimed: The weights that are claimed; () for none.
+class Order(NamedTuple):
+    """How rows or classes are paired, where it is not as given.
 
-        Example:
-            >>> Found("arithmetic", (0.0, 1.0)).told(["0", "1"])
-            'member 1 alone'
-            >>> Found("logits", (1.0, 1.0)).told(["0", "1"])
-            'the sum over members in place of the mean of the logits'
-        """
-        words = f"the {self.PHRASES[self.reduction]}{_weights(self, members, claimed)}"
-        if _is_alone(self.weights):
-            alone = members[self.weights.index(1.0)]
-            words = {
-                "arithmetic": f"member {alone} alone",
-                "logits": f"the logits of member {alone} alone",
-                "vote": f"the class of member {alone} alone",
-                "softmax twice": f"the softmax of member {alone}'s probabilities (softmax twice)",
-                "class of member": f"the class of member {alone} alone",
-            }.get(self.reduction, words)
-        elif _is_sum(self.weights):
-            words = f"the sum over members in place of the {self.PHRASES[self.reduction]}"
-        return words + (f", {self.order}" if self.order else "")
+    Attributes:
+        things: "rows" or "classes" that come in another order; "members and rows" where a reshape
+            mixed them.
+        places: Which of them stands in each place; () for a reshape.
+    """
+
+    things: str
+    places: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,7 +166,7 @@ def reorderings_of(
         >>> emitted = Emitted(torch.randn(3, 8, 4, dtype=torch.float64), "logits")
         >>> shuffled = emitted.probabilities.mean(0).roll(1, 0)
         >>> reorderings_of(shuffled, emitted, 1e-9)[0].order
-        'with rows in another order: 7, 0, 1, 2, 3, 4, ...'
+        Order(things='rows', places=(7, 0, 1, 2, 3, 4, 5, 6))
     """
     if not prediction.is_floating_point():
         return []
@@ -205,7 +175,7 @@ def reorderings_of(
         found += [
             Found(f.reduction, f.weights, order)
             for f in _by_value(prediction, Emitted(view, emitted.kind), tolerance, claimed)
-            if f.weights and not _is_alone(f.weights)
+            if f.weights and not is_alone(f.weights)
         ]
     return found or list(_permuted(prediction, emitted, tolerance, claimed))
 
@@ -242,7 +212,7 @@ def _by_value(
             if fits(mean if of_mean is None else of_mean(mean)):
                 shown = rounded(simple.tolist())
                 # Of one member, all means are the same; and of none.
-                if any(shown) and (of_mean is None or not _is_alone(shown)):
+                if any(shown) and (of_mean is None or not is_alone(shown)):
                     yield Found(reduction, shown)
                 break
     top = p.max(0).values
@@ -306,15 +276,15 @@ def _solved(basis: Tensor, target: Tensor, *, row_weight: Tensor | None = None) 
     return solution if solution.isfinite().all() else None
 
 
-def _scrambled(values: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _scrambled(values: Tensor) -> Iterator[tuple[Order, Tensor]]:
     """The two wrong ways to take (member, row, class) for (row, member, class) in memory."""
     members, rows, classes = values.shape
     by_member = values.reshape(rows, members, classes).permute(1, 0, 2)
     by_row = values.permute(1, 0, 2).reshape(members, rows, classes)
-    words = "of members and rows that a reshape mixed (view in place of permute)"
-    yield words, by_member
+    mixed = Order("members and rows")
+    yield mixed, by_member
     if not torch.equal(by_member, by_row):
-        yield words, by_row
+        yield mixed, by_row
 
 
 def _permuted(
@@ -335,9 +305,8 @@ def _permuted(
         for things, found, expected in (("rows", target, mean), ("classes", target.T, mean.T)):
             order = _matched(found, expected, tolerance)
             if order is not None:
-                told = ", ".join(str(i) for i in order[:6]) + (", ..." if len(order) > 6 else "")
                 shown = rounded(weights.tolist())
-                yield Found(reduction, shown, f"with {things} in another order: {told}")
+                yield Found(reduction, shown, Order(things, tuple(order)))
 
 
 def _matched(found: Tensor, expected: Tensor, tolerance: float) -> list[int] | None:
@@ -412,51 +381,22 @@ def metrics_of(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
         "accuracy in per cent": 100 * right,
         "error in per cent": 100 - 100 * right,
         "brier, mean over classes": brier / p.shape[-1],
-        "cross-entropy, with probabilities taken for logits,": float(
-            (p.exp().sum(-1).log() - of_label).mean()
-        ),
-        "nll, with probabilities taken for their logarithms,": float(-of_label.mean()),
+        "cross-entropy of logits": float((p.exp().sum(-1).log() - of_label).mean()),
+        "nll of logarithms": float(-of_label.mean()),
     }
 
 
 # --- numbers ------------------------------------------------------------------------------------
 
 
-def _weights(found: Found, members: Sequence[str], claimed: Sequence[float]) -> str:
-    w, count = found.weights, len(members)
-    if not w:
-        return ""
-    for words, wanted in _known_weights(claimed, count):
-        if all(abs(x - y) < TOLD for x, y in zip(w, wanted, strict=True)):
-            return words
-    left_out = [name for name, x in zip(members, w, strict=True) if abs(x) < TOLD]
-    if left_out and len({round(x, 2) for x in w if abs(x) >= TOLD}) == 1:
-        total = "" if abs(sum(w) - 1) < 2 * TOLD else ", not divided by their number"
-        return f" without member {', '.join(left_out)}{total}"
-    shown = f"weights {', '.join(f'{x:.3g}' for x in w)}"
-    if claimed and sorted(round(x, 2) for x in w) == sorted(round(x, 2) for x in claimed):
-        return f", with the weights of other members: {shown}"
-    return f" with {shown}"
+def is_alone(weights: Sequence[float]) -> bool:
+    """Whether one weight is 1, and all others are 0.
 
-
-def _known_weights(claimed: Sequence[float], count: int) -> Iterator[tuple[str, list[float]]]:
-    if not claimed:
-        yield "", [1 / count] * count
-        return
-    squares = [x * x for x in claimed]
-    yield ", with the claimed weights", list(claimed)
-    yield ", with the weights applied twice", squares
-    yield ", with the weights applied twice, normalised", [x / sum(squares) for x in squares]
-    yield f", with the weights, and divided by {count} too", [x / count for x in claimed]
-    yield ", without the weights", [1 / count] * count
-
-
-def _is_alone(weights: Sequence[float]) -> bool:
+    Example:
+        >>> is_alone([0.0, 1.0]), is_alone([0.5, 0.5])
+        (True, False)
+    """
     return sorted(weights)[-1:] == [1.0] and sum(map(abs, weights)) == 1.0
-
-
-def _is_sum(weights: Sequence[float]) -> bool:
-    return len(weights) > 1 and all(x == 1.0 for x in weights)
 
 
 def rounded(weights: Iterable[float]) -> tuple[float, ...]:
@@ -478,16 +418,16 @@ def _log(probabilities: Tensor) -> Tensor:
 
 
 def _near(values: Tensor, wanted: float, tolerance: float) -> bool:
-    return bool(((values - wanted).abs() <= SUM + tolerance).all())
+    return bool(((values - wanted).abs() <= PROBABILITY_SUM + tolerance).all())
 
 
 def matching(
-    values: Mapping[str, Sequence[float]], given: Sequence[float], tolerance: float
-) -> list[str]:
+    values: Mapping[Series, Sequence[float]], given: Sequence[float], tolerance: float
+) -> list[Series]:
     """The names of the series that equal the given one.
 
     Args:
-        values: Numbers by name.
+        values: Numbers by name, of any type.
         given: As many.
         tolerance: Relative difference, where dtypes can tell less than `DIGITS`.
 

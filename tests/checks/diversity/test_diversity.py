@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ensembles import Subject, check_ensemble, split_axis
+from ensembles.checks.diversity import similarity as likeness
 from ensembles.checks.diversity.claim import DiversityClaim
 from ensembles.checks.diversity.judgement import (
     assert_members_distinct,
@@ -13,7 +14,6 @@ from ensembles.checks.diversity.judgement import (
     judge,
 )
 from ensembles.checks.diversity.measurement import measure_member_diversity
-from ensembles.checks.diversity import similarity as likeness
 from ensembles.claims import ClaimError
 from ensembles.findings import Count
 from ensembles.message import Broken

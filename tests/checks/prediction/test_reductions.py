@@ -14,6 +14,7 @@ from ensembles.checks.prediction.reductions import (
     reorderings_of,
     rounded,
 )
+from ensembles.checks.prediction.words import REDUCTIONS, told_reduction
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -96,7 +97,7 @@ def test_the_entropy_of_the_mean_is_the_mean_entropy_and_the_divergence_of_the_m
     ("classes", "low", "high"), [(10, 1.46115, 2.46115), (2, 0.31326, 1.31326)]
 )
 def test_cross_entropy_of_probabilities_is_confined(classes, low, high):
-    name = "cross-entropy, with probabilities taken for logits,"
+    name = "cross-entropy of logits"
     certain = torch.eye(classes)
     right, wrong = torch.arange(classes), (torch.arange(classes) + 1) % classes
     assert metrics_of(certain, right)[name] == pytest.approx(low, abs=1e-5)
@@ -110,7 +111,7 @@ def test_cross_entropy_of_probabilities_is_never_outside_its_bounds(drawn):
     classes = logits.shape[-1]
     high = math.log(math.e + classes - 1)
     for p in logits.softmax(-1):
-        found = metrics_of(p, labels)["cross-entropy, with probabilities taken for logits,"]
+        found = metrics_of(p, labels)["cross-entropy of logits"]
         reference = float(torch.nn.functional.cross_entropy(p, labels))
         assert found == pytest.approx(reference, abs=1e-12)
         assert high - 1 - 1e-12 <= found <= high + 1e-12
@@ -172,10 +173,10 @@ def test_kinds_are_seen_from_sums():
 
 def test_every_reduction_has_words():
     weights = (0.5, 0.5)
-    for reduction in Found.PHRASES:
+    for reduction in REDUCTIONS:
         for given_weights in ((), weights, (1.0, 0.0), (1.0, 1.0), (0.25, 0.75)):
-            assert Found(reduction, given_weights).told(["a", "b"], ())
-    assert Found("arithmetic", (0.4, 0.6)).told(["a", "b"], (0.6, 0.4)) == (
+            assert told_reduction(Found(reduction, given_weights), ["a", "b"])
+    assert told_reduction(Found("arithmetic", (0.4, 0.6)), ["a", "b"], (0.6, 0.4)) == (
         "the arithmetic mean of the probabilities, with the weights of other members: "
         "weights 0.4, 0.6"
     )
