@@ -189,15 +189,17 @@ class Case:
 
     # --- calls and steps ------------------------------------------------------------------------
 
-    def call(self, model: Model | None = None) -> dict[str, tuple[Tensor, ...]]:
-        """What each member yields on a fresh copy of the batch, in the present mode.
+    def call(self, model: Model | None = None, batch: Any = None) -> dict[str, tuple[Tensor, ...]]:
+        """What each member yields, in the present mode.
 
         Args:
             model: What to call in place of the case's model: some of the members, or a copy.
+            batch: What to call it with, as it is; by default a fresh copy of the case's batch.
         """
         __tracebackhide__ = True
         called = self.model if model is None else model
-        return member_outputs(called, fresh(self.batch), outputs=self.subject.outputs)
+        given = fresh(self.batch) if batch is None else batch
+        return member_outputs(called, given, outputs=self.subject.outputs)
 
     def loss(self, outputs: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
         """The training loss of member outputs, a scalar.
