@@ -20,10 +20,7 @@ from ensembles.handling.members import named_modules_of
 from ensembles.instruments.autograd import leaves_of
 from ensembles.subject import Model
 
-__all__ = ["AS_ATTRIBUTE", "Location", "homes_of", "things_below"]
-
-AS_ATTRIBUTE = "as a plain attribute"
-"""How a thing is kept for which `things_below` names no kind of place."""
+__all__ = ["Location", "homes_of", "things_below"]
 
 HOLDERS = (Tensor, nn.Module, list, dict, tuple)
 """What is looked for in places that hold much else: classes, defaults and global variables."""
@@ -66,32 +63,29 @@ def homes_of(model: Model, wanted: Mapping[int, Tensor]) -> dict[int, Location]:
         return {}
     exact: dict[int, Location] = {}
     made_from: dict[int, Location] = {}
-    for path, how, tensor in things_below(model):
+    for location, tensor in things_below(model):
         if not isinstance(tensor, Tensor):
             continue
         if id(tensor) in wanted:
-            exact.setdefault(id(tensor), Location(path, how or AS_ATTRIBUTE))
+            exact.setdefault(id(tensor), location)
         elif tensor.grad_fn is not None and not tensor.is_leaf:
             leaves = [id(leaf) for leaf in leaves_of([tensor])]
             # An attribute that was computed from one lost Parameter, not a cached activation.
             if len(leaves) == 1 and leaves[0] in wanted:
                 how = "only as a tensor that was computed from it (.to() does that)"
-                made_from.setdefault(leaves[0], Location(path, how))
+                made_from.setdefault(leaves[0], Location(location.path, how))
     return {**made_from, **exact}
 
 
-def things_below(model: Model) -> Iterator[tuple[str, str, Any]]:
+def things_below(model: Model) -> Iterator[tuple[Location, Any]]:
     """All that is in attributes, containers, functions and classes below the model.
 
     Breadth first, so that the shortest path names a thing. Optimizers are not looked into.
 
-    Yields:
-        Path, kind of place as in `Location` ("" for attributes), and the thing.
-
     Example:
         >>> net = nn.Linear(2, 2)
         >>> net.others = [nn.ReLU()]
-        >>> [path for path, _, thing in things_below(net) if isinstance(thing, nn.ReLU)]
+        >>> [place.path for place, thing in things_below(net) if isinstance(thing, nn.ReLU)]
         ['model.others[0]']
     """
     queue: deque[tuple[str, str, Any]] = deque(
@@ -100,14 +94,15 @@ def things_below(model: Model) -> Iterator[tuple[str, str, Any]]:
     seen: set[int] = set()
     while queue and len(seen) < MOST_OBJECTS:
         path, how, thing = queue.popleft()
+        location = Location(path, how or "as a plain attribute")
         if isinstance(thing, Tensor):
-            yield path, how, thing
+            yield location, thing
             continue
         # What an optimizer lists, it steps: that is no home. A schedule's optimizer is one too.
         if id(thing) in seen or isinstance(thing, Optimizer):
             continue
         seen.add(id(thing))
-        yield path, how, thing
+        yield location, thing
         queue.extend(_inside(path, how, thing))
 
 

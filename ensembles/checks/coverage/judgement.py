@@ -109,8 +109,7 @@ _KINDS = {
         "parameters() does not list all that forward() uses",
         "What is unregistered is absent from parameters(), to() and state_dict().",
         "modules in a Python list or dict, or nn.Parameter(...).to(device), which returns a tensor",
-        "Use nn.ModuleList, nn.ModuleDict or nn.ParameterList as the container, and wrap last: "
-        "nn.Parameter(tensor.to(device)).",
+        "Use nn.ModuleList, ModuleDict or ParameterList; wrap last: nn.Parameter(x.to(device)).",
         "unregistered tensor",
     ),
     "unused output": _Kind(
@@ -123,8 +122,7 @@ _KINDS = {
     "without gradient": _Kind(
         "some get no gradient",
         "What has no gradient is never trained.",
-        "detach, .data, no_grad, a checkpoint with use_reentrant=True, or a layer that forward() "
-        "does not use",
+        "detach, .data, no_grad, use_reentrant=True, or a layer that forward() does not use",
         "Mend it, or freeze what is not to be trained.",
     ),
     "zero gradient": _Kind(
@@ -143,8 +141,7 @@ _KINDS = {
         "some have a learning rate of 0",
         "What is stepped at rate 0 keeps its initial values.",
         "a rate of 0 in place of a freeze, or a warm-up that is built later",
-        "Freeze the parameters instead, or build the schedule that raises their rate in the "
-        "function that builds the optimizer.",
+        "Freeze such parameters, or build the warm-up in the function that builds the optimizer.",
     ),
     "false freeze": _Kind(
         "what seems frozen is trained",

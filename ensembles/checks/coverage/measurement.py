@@ -25,18 +25,9 @@ from ensembles.subject import Model, Recipe
 __all__ = ["KINDS", "OptimizerCoverage", "measure", "measure_optimizer_coverage"]
 
 KINDS = (
-    "missing",
-    "repeated",
-    "several objects",
-    "stale",
-    "unregistered",
-    "unused output",
-    "without gradient",
-    "zero gradient",
-    "stuck at zero",
-    "rate zero",
-    "false freeze",
-    "undone freeze",
+    *("missing", "repeated", "several objects", "stale", "unregistered", "unused output"),
+    *("without gradient", "zero gradient", "stuck at zero", "rate zero"),
+    *("false freeze", "undone freeze"),
 )
 """Of findings, in the order in which they are told."""
 
