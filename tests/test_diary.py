@@ -96,14 +96,16 @@ class Factory(nn.Module):
 
 def test_10_24_why_does_the_factory_layer_get_no_training(optimizer_coverage):
     with pytest.raises(AssertionError, match=r"convs\[0\]"):
-        optimizer_coverage.assert_complete(nn.Sequential(Factory(), nn.Linear(4, 3)), sgd, IMAGES)
+        optimizer_coverage.assert_complete(
+            nn.Sequential(Factory(), nn.Linear(4, 3)), IMAGES, optimizer=sgd
+        )
     listed = nn.Sequential(Factory(nn.ModuleList), nn.Linear(4, 3))
-    optimizer_coverage.assert_complete(listed, sgd, IMAGES)
+    optimizer_coverage.assert_complete(listed, IMAGES, optimizer=sgd)
 
 
 def test_10_24_does_a_conv_with_subnets_need_no_list_of_modules(optimizer_coverage):
     model = subnet_resnet18(width=2, base_channels=2, stem="cifar", num_classes=3)
-    optimizer_coverage.assert_complete(model, sgd, IMAGES)
+    optimizer_coverage.assert_complete(model, IMAGES, optimizer=sgd)
     conv = model.parent.layer1[0].conv1
     assert isinstance(conv, nn.Conv2d)
     assert [name for name, _ in conv.named_parameters()] == ["weight"]

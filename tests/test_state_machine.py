@@ -19,10 +19,8 @@ from hypothesis.stateful import (
 from torch import nn
 from torch.testing import assert_close
 
-from ensembles.checks.coverage.measurement import (
-    assert_optimizer_complete,
-    measure_optimizer_coverage,
-)
+from ensembles.checks.coverage.judgement import assert_optimizer_complete
+from ensembles.checks.coverage.measurement import measure_optimizer_coverage
 from ensembles.checks.ownership.measurement import assert_ownership, measure_ownership_map
 from ensembles.checks.sharing.judgement import assert_members_share, assert_parameters_distinct
 from ensembles.checks.sharing.measurement import measure_parameter_sharing
@@ -254,7 +252,7 @@ class Life(RuleBasedStateMachine):
         sharing = measure_parameter_sharing(self.model, members=self.claims.members)
         assert_members_share(sharing, self.claims.shared)
         assert_parameters_distinct(sharing)
-        assert_optimizer_complete(measure_optimizer_coverage(self.model, optimizer))
+        assert_optimizer_complete(measure_optimizer_coverage(self.model, optimizer=optimizer))
 
     @invariant()
     def claims_hold(self):

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,16 +20,30 @@ from ensembles.handling.members import named_modules_of
 from ensembles.instruments.autograd import leaves_of
 from ensembles.subject import Model
 
-__all__ = ["homes_of", "things_below"]
+__all__ = ["Location", "homes_of", "things_below"]
 
 HOLDERS = (Tensor, nn.Module, list, dict, tuple)
 """What is looked for in places that hold much else: classes, defaults and global variables."""
+
+ITERABLES = (list, tuple, set, frozenset, deque)
 
 MOST_OBJECTS = 100_000
 """Objects looked into for a name: a data set that hangs on a model is not walked to its end."""
 
 
-def homes_of(model: Model, wanted: Mapping[int, Tensor]) -> dict[int, str]:
+class Location(NamedTuple):
+    """Where a thing is kept.
+
+    Attributes:
+        path: From the name of the model on, such as "model.members[0].weight".
+        how: The kind of place, in words that follow "kept", such as "in a Python list".
+    """
+
+    path: str
+    how: str
+
+
+def homes_of(model: Model, wanted: Mapping[int, Tensor]) -> dict[int, Location]:
     """Where tensors that nothing registers are kept, by id, as far as they can be found.
 
     Args:
@@ -37,45 +51,41 @@ def homes_of(model: Model, wanted: Mapping[int, Tensor]) -> dict[int, str]:
         wanted: The tensors, by id.
 
     Returns:
-        The path and the kind of place of those that were found, in the order of the search.
+        The locations of those that were found, in the order of the search.
 
     Example:
         >>> net = nn.Linear(2, 2)
         >>> net.scales = [torch.ones(2, requires_grad=True)]
-        >>> list(homes_of(net, {id(net.scales[0]): net.scales[0]}).values())
-        ['model.scales[0] (in a Python list)']
+        >>> homes_of(net, {id(net.scales[0]): net.scales[0]})[id(net.scales[0])]
+        Location(path='model.scales[0]', how='in a Python list')
     """
     if not wanted:
         return {}
-    exact: dict[int, str] = {}
-    made_from: dict[int, str] = {}
-    for path, how, tensor in things_below(model):
+    exact: dict[int, Location] = {}
+    made_from: dict[int, Location] = {}
+    for location, tensor in things_below(model):
         if not isinstance(tensor, Tensor):
             continue
         if id(tensor) in wanted:
-            exact.setdefault(id(tensor), f"{path} ({how or 'a plain attribute'})")
+            exact.setdefault(id(tensor), location)
         elif tensor.grad_fn is not None and not tensor.is_leaf:
             leaves = [id(leaf) for leaf in leaves_of([tensor])]
             # An attribute that was computed from one lost Parameter, not a cached activation.
             if len(leaves) == 1 and leaves[0] in wanted:
-                made_from.setdefault(
-                    leaves[0], f"{path} (not a Parameter: computed from one, as by .to())"
-                )
+                how = "only as a tensor that was computed from it (.to() does that)"
+                made_from.setdefault(leaves[0], Location(location.path, how))
     return {**made_from, **exact}
 
 
-def things_below(model: Model) -> Iterator[tuple[str, str, Any]]:
+def things_below(model: Model) -> Iterator[tuple[Location, Any]]:
     """All that is in attributes, containers, functions and classes below the model.
 
     Breadth first, so that the shortest path names a thing. Optimizers are not looked into.
 
-    Yields:
-        Path, kind of place ("" for attributes), and the thing.
-
     Example:
         >>> net = nn.Linear(2, 2)
         >>> net.others = [nn.ReLU()]
-        >>> [path for path, _, thing in things_below(net) if isinstance(thing, nn.ReLU)]
+        >>> [place.path for place, thing in things_below(net) if isinstance(thing, nn.ReLU)]
         ['model.others[0]']
     """
     queue: deque[tuple[str, str, Any]] = deque(
@@ -84,34 +94,26 @@ def things_below(model: Model) -> Iterator[tuple[str, str, Any]]:
     seen: set[int] = set()
     while queue and len(seen) < MOST_OBJECTS:
         path, how, thing = queue.popleft()
+        location = Location(path, how or "as a plain attribute")
         if isinstance(thing, Tensor):
-            yield path, how, thing
+            yield location, thing
             continue
         # What an optimizer lists, it steps: that is no home. A schedule's optimizer is one too.
         if id(thing) in seen or isinstance(thing, Optimizer):
             continue
         seen.add(id(thing))
-        yield path, how, thing
+        yield location, thing
         queue.extend(_inside(path, how, thing))
 
 
 def _inside(path: str, how: str, thing: Any) -> Iterator[tuple[str, str, Any]]:
     if isinstance(thing, nn.Module):
-        held = {**vars(thing), **thing._parameters, **thing._modules}
-        for name, value in held.items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                yield f"{path}.{name}", how, value
-        for ancestor in type(thing).__mro__:
-            if not ancestor.__module__.startswith("torch."):
-                for name, value in list(vars(ancestor).items()):
-                    if name not in held and isinstance(value, HOLDERS):
-                        yield f"{path}.{name}", how or "a class attribute", value
-        yield from _inside_function(path, "forward", type(thing).forward)
+        yield from _inside_module(path, how, thing)
     elif isinstance(thing, Mapping):
         for key, value in list(thing.items()):
             yield f"{path}[{key!r}]", how or "in a Python dict", value
-    elif isinstance(thing, (list, tuple, set, frozenset, deque)):
-        kind = "list" if isinstance(thing, list) else "tuple" if isinstance(thing, tuple) else "set"
+    elif isinstance(thing, ITERABLES):
+        kind = next(kind.__name__ for kind in ITERABLES if isinstance(thing, kind))
         for position, value in enumerate(thing):
             yield f"{path}[{position}]", how or f"in a Python {kind}", value
     elif isinstance(thing, partial):
@@ -122,6 +124,19 @@ def _inside(path: str, how: str, thing: Any) -> Iterator[tuple[str, str, Any]]:
     elif not isinstance(thing, (type, types.ModuleType)):
         for name, value in _attributes(thing):
             yield f"{path}.{name}", how or f"in an object of type {type(thing).__name__}", value
+
+
+def _inside_module(path: str, how: str, module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    held = {**vars(module), **module._parameters, **module._modules}
+    for name, value in held.items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            yield f"{path}.{name}", how, value
+    for ancestor in type(module).__mro__:
+        if not ancestor.__module__.startswith("torch."):
+            for name, value in list(vars(ancestor).items()):
+                if name not in held and isinstance(value, HOLDERS):
+                    yield f"{path}.{name}", how or "as a class attribute", value
+    yield from _inside_function(path, "forward", type(module).forward)
 
 
 def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
@@ -151,8 +166,8 @@ def _inside_function(path: str, name: str, function: Any) -> Iterator[tuple[str,
         yield f"{variable} of {place}", "in a closure", value
     for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         if isinstance(value, HOLDERS):
-            yield place, "a default argument", value
+            yield place, "as a default argument", value
     for word in code.co_names:
         value = function.__globals__.get(word)
         if isinstance(value, HOLDERS):
-            yield f"{word} of {place}", "a global variable", value
+            yield f"{word} of {place}", "as a global variable", value

@@ -27,18 +27,18 @@ def with_attribute(value) -> nn.Module:
 @pytest.mark.parametrize(
     ("wrap", "place"),
     [
-        (lambda t: t, "model.kept (a plain attribute)"),
-        (lambda t: [[], [t]], "model.kept[1][0] (in a Python list)"),
-        (lambda t: {"scale": (t,)}, "model.kept['scale'][0] (in a Python dict)"),
-        (lambda t: {t}, "model.kept[0] (in a Python set)"),
-        (lambda t: deque([1, t]), "model.kept[1] (in a Python set)"),
-        (lambda t: partial(torch.mul, t), "model.kept (in a partial)"),
-        (lambda t: lambda x: x * t, "t of model.kept (in a closure)"),
+        (lambda t: t, ("model.kept", "as a plain attribute")),
+        (lambda t: [[], [t]], ("model.kept[1][0]", "in a Python list")),
+        (lambda t: {"scale": (t,)}, ("model.kept['scale'][0]", "in a Python dict")),
+        (lambda t: {t}, ("model.kept[0]", "in a Python set")),
+        (lambda t: deque([1, t]), ("model.kept[1]", "in a Python deque")),
+        (lambda t: partial(torch.mul, t), ("model.kept", "in a partial")),
+        (lambda t: lambda x: x * t, ("t of model.kept", "in a closure")),
         (
             lambda t: SimpleNamespace(scale=t),
-            "model.kept.scale (in an object of type SimpleNamespace)",
+            ("model.kept.scale", "in an object of type SimpleNamespace"),
         ),
-        (lambda t: [with_attribute(t)], "model.kept[0].kept (in a Python list)"),
+        (lambda t: [with_attribute(t)], ("model.kept[0].kept", "in a Python list")),
     ],
     ids=[
         "attribute", "list", "dict", "set", "deque", "partial", "closure", "object", "module",
@@ -68,10 +68,10 @@ def test_slots_class_attributes_and_default_arguments_are_places():
 
     net = Net(2, 2)
     net.kept = Slotted(in_slot)
-    assert found(net, in_slot) == "model.kept.scale (in an object of type Slotted)"
-    assert found(net, in_class) == "model.scale (a class attribute)"
-    assert found(net, by_keyword) == "model.forward (a default argument)"
-    assert found(net, in_default) == "model.forward[0] (a default argument)"
+    assert found(net, in_slot) == ("model.kept.scale", "in an object of type Slotted")
+    assert found(net, in_class) == ("model.scale", "as a class attribute")
+    assert found(net, by_keyword) == ("model.forward", "as a default argument")
+    assert found(net, in_default) == ("model.forward[0]", "as a default argument")
 
 
 def test_an_attribute_hides_that_of_the_class():
@@ -88,7 +88,7 @@ def test_an_attribute_hides_that_of_the_class():
 def test_members_are_named_by_their_name():
     tensor = lost()
     assert found({"first": nn.Linear(1, 1), "second": with_attribute([tensor])}, tensor) == (
-        "second.kept[0] (in a Python list)"
+        ("second.kept[0]", "in a Python list")
     )
 
 
@@ -96,15 +96,16 @@ def test_the_shortest_path_names_a_tensor():
     tensor = lost()
     model = with_attribute([[[tensor]]])
     model.near = tensor
-    assert found(model, tensor) == "model.near (a plain attribute)"
+    assert found(model, tensor) == ("model.near", "as a plain attribute")
 
 
 def test_what_was_computed_from_one_tensor_names_it_unless_it_is_kept_itself():
     tensor = nn.Parameter(torch.ones(2))
     model = with_attribute(tensor.to(torch.float64))
-    assert found(model, tensor) == "model.kept (not a Parameter: computed from one, as by .to())"
+    how = "only as a tensor that was computed from it (.to() does that)"
+    assert found(model, tensor) == ("model.kept", how)
     model.others = [tensor]
-    assert found(model, tensor) == "model.others[0] (in a Python list)"
+    assert found(model, tensor) == ("model.others[0]", "in a Python list")
 
 
 def test_what_was_computed_from_several_tensors_names_none():
@@ -126,14 +127,14 @@ def test_a_variable_that_is_not_bound_yet_is_no_place():
             later = tensor
         return with_attribute(lambda x: x * later)
 
-    assert found(make(True), tensor) == "later of model.kept (in a closure)"
+    assert found(make(True), tensor) == ("later of model.kept", "in a closure")
     assert found(make(False), tensor) is None
 
 
 def test_the_search_ends_at_a_cap(monkeypatch):
     tensor = lost()
     model = with_attribute([[[i] for i in range(100)], [[tensor]]])
-    assert found(model, tensor) == "model.kept[1][0][0] (in a Python list)"
+    assert found(model, tensor) == ("model.kept[1][0][0]", "in a Python list")
     monkeypatch.setattr(homes, "MOST_OBJECTS", 50)
     assert found(model, tensor) is None
 

@@ -11,7 +11,7 @@ __all__ = ["CoverageClaim", "parse"]
 
 @dataclass(frozen=True)
 class CoverageClaim:
-    """Training reaches every trainable parameter, and steps each exactly once."""
+    """Every trainable parameter is stepped exactly once, and gets a gradient."""
 
 
 def parse(given: object) -> CoverageClaim:

@@ -10,20 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ensembles.handling.members import member_outputs, named_modules_of
+from ensembles.case import Case
 from ensembles.handling.registered_tensors import Registered, registered
-from ensembles.handling.state import parameters_kept, preserved
+from ensembles.handling.state import parameters_kept
 from ensembles.handling.training import (
     fresh,
     gradients_of,
-    hidden_modules,
-    loss_of,
     output_gradients,
     projected_gradients,
     set_training,
@@ -31,7 +28,7 @@ from ensembles.handling.training import (
 )
 from ensembles.instruments.autograd import leaves_of
 from ensembles.instruments.influence import probing
-from ensembles.subject import Loss, Model, Outputs
+from ensembles.subject import Loss
 
 __all__ = ["Flow", "gradient_flow"]
 
@@ -72,19 +69,10 @@ class Flow:
     unused_members: tuple[str, ...] = ()
 
 
-def gradient_flow(
-    model: Model, batch: Any, *, outputs: Outputs | None = None, loss: Loss | None = None
-) -> Flow:
+def gradient_flow(case: Case) -> Flow:
     """Follows the gradients of the training loss, or of a random projection of all outputs.
 
-    Args:
-        model: One module, or the members as a list or dict of modules.
-        batch: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        outputs: Splits what one module returns into member outputs.
-        loss: The training loss, a function of the dict of member outputs.
-
-    Returns:
-        The flow. Parameters have their qualified name, "<member>.<name>", a tied one its first.
+    Parameters have their qualified name, "<member>.<name>", a tied one its first.
 
     Raises:
         ValueError: If outputs are not finite, or something given does not fit.
@@ -92,25 +80,23 @@ def gradient_flow(
     Example:
         >>> net = nn.Linear(4, 2)
         >>> net.spare = nn.Linear(1, 1)
-        >>> gradient_flow(net, torch.ones(3, 4)).without_gradient
+        >>> gradient_flow(Case.of(net, torch.ones(3, 4))).without_gradient
         ('model.spare.weight', 'model.spare.bias')
     """
-    every_one = [e for e in registered(named_modules_of(model)) if e.kind == "parameter"]
+    every_one = [e for e in registered(case.modules) if e.kind == "parameter"]
     trainable = {e.names[0]: e for e in every_one if e.tensor.requires_grad}
     frozen = [e for e in every_one if not e.tensor.requires_grad]
-    modules = list(named_modules_of(model).values())
     # A model that freezes itself in eval mode was not claimed to be frozen.
-    in_training = all(module.training for module in modules)
-    with preserved([*modules, *hidden_modules(modules)]):
-        set_training(model, model)
-        given = fresh(batch)
-        with parameters_kept(model):
-            found = member_outputs(model, given, outputs=outputs)
+    in_training = all(module.training for module in case.modules.values())
+    with case.preserved():
+        set_training(case.model, case.model)
+        given = fresh(case.batch)
+        with parameters_kept(case.model):
+            found = case.call(batch=given)
         _check_finite(found)
         thawed = tuple(e.names[0] for e in frozen if in_training and e.tensor.requires_grad)
         every = [y for ys in found.values() for y in ys]
-        values = {m: tuple(y.detach().clone() for y in ys) for m, ys in found.items()}
-        known = {id(p) for module in modules for p in module.parameters()}
+        known = {id(p) for module in case.modules.values() for p in module.parameters()}
         known |= {id(x) for x in pytree.tree_leaves(given) if isinstance(x, Tensor)}
         lost = {id(leaf): leaf for leaf in leaves_of(every) if id(leaf) not in known}
         # Lost leaves are asked for too, so that a backward pass leaves nothing in their .grad.
@@ -118,14 +104,15 @@ def gradient_flow(
         of_loss: frozenset[int] = frozenset()
         unused: tuple[str, ...] = ()
         used = {member: [True] * len(ys) for member, ys in found.items()}
-        if loss is None:
+        if case.subject.loss is None:
             gradients = projected_gradients(every, asked)
         else:
-            value = loss_of(loss, found)
+            values = {m: tuple(y.detach().clone() for y in ys) for m, ys in found.items()}
+            value = case.loss(found)
             of_loss = frozenset(id(leaf) for leaf in leaves_of([value]))
             gradients = gradients_of([value], [torch.ones_like(value)], asked)
             del value  # and its graph
-            used = _used_outputs(loss, values)
+            used = _used_outputs(case.subject.loss, values)
             unused = tuple(
                 member
                 for member, tensors in used.items()
@@ -137,10 +124,9 @@ def gradient_flow(
         dead = [name for name, gradient in pairs if gradient is None or not _lives(gradient)]
         suspects = {name: trainable[name] for name in dead}
         live = any(y.requires_grad for y in every)
-        call = _Call(model, batch, outputs, used)
         del found, every, gradients, pairs  # each as large as the model, or its graph
-        cut = _cut(call, suspects, live=live)
-        stuck = _stuck(call, {n: entry for n, entry in suspects.items() if n not in cut})
+        cut = _cut(case, used, suspects, live=live)
+        stuck = _stuck(case, used, {n: entry for n, entry in suspects.items() if n not in cut})
     return Flow(
         lost=lost,
         of_loss=of_loss,
@@ -188,26 +174,28 @@ def _used_outputs(loss: Loss, values: Mapping[str, tuple[Tensor, ...]]) -> dict[
 # --- what is cut by structure -------------------------------------------------------------------
 
 
-class _Call(NamedTuple):
-    """How the model is called, and which of its outputs the loss uses."""
+_Used = Mapping[str, list[bool]]
+"""By member, which of its outputs the loss uses."""
 
-    model: Model
-    batch: Any
-    outputs: Outputs | None
-    used: Mapping[str, list[bool]]
 
-    def kept(self, found: Mapping[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]]:
-        kept = {}
-        for member, ys in found.items():
-            used = self.used.get(member, [])
-            # A member that is not used at all is a finding by itself.
-            partly = any(used) and len(used) == len(ys)
-            kept[member] = tuple(y for y, u in zip(ys, used, strict=True) if u) if partly else ys
-        return kept
+def _of_used(found: Mapping[str, tuple[Tensor, ...]], used: _Used) -> dict[str, tuple[Tensor, ...]]:
+    """The outputs that the loss uses."""
+    kept = {}
+    for member, ys in found.items():
+        uses = used.get(member, [])
+        # A member that is not used at all is a finding by itself.
+        partly = any(uses) and len(uses) == len(ys)
+        kept[member] = tuple(y for y, u in zip(ys, uses, strict=True) if u) if partly else ys
+    return kept
 
 
 def _cut(
-    call: _Call, suspects: Mapping[str, Registered], *, live: bool, held: Collection[int] = ()
+    case: Case,
+    used: _Used,
+    suspects: Mapping[str, Registered],
+    *,
+    live: bool,
+    held: Collection[int] = (),
 ) -> set[str]:
     """The suspects that nothing which the loss uses depends on by structure either."""
     left = dict(suspects)
@@ -217,14 +205,14 @@ def _cut(
             break
         try:
             with probing(
-                call.model,
-                fresh(call.batch),
-                outputs=call.outputs,
+                case.model,
+                fresh(case.batch),
+                outputs=case.subject.outputs,
                 training=True,
                 draw=draw,
                 held=held,
             ) as probe:
-                probe = replace(probe, outputs=call.kept(probe.outputs))
+                probe = replace(probe, outputs=_of_used(probe.outputs, used))
                 for member in probe.outputs:
                     reached = probe.reach(member)
                     left = {n: entry for n, entry in left.items() if not _reached(entry, reached)}
@@ -235,12 +223,12 @@ def _cut(
     for draw in range(ROUTING_DRAWS):
         if not left:
             break
-        found = _reached_elsewhere(call, draw, left, held)
+        found = _reached_elsewhere(case, used, draw, left, held)
         left = {name: entry for name, entry in left.items() if name not in found}
     return set(left)
 
 
-def _stuck(call: _Call, dead: Mapping[str, Registered]) -> tuple[str, ...]:
+def _stuck(case: Case, used: _Used, dead: Mapping[str, Registered]) -> tuple[str, ...]:
     """The parameters without a gradient that are zero, and stay so, whatever all others become.
 
     Of two zero factors neither gets a gradient; of a zero and a drawn one the zero does, and the
@@ -249,7 +237,7 @@ def _stuck(call: _Call, dead: Mapping[str, Registered]) -> tuple[str, ...]:
     left = {n: entry for n, entry in dead.items() if not entry.tensor.detach().any()}
     while left:
         held = {id(entry.tensor) for entry in left.values()}
-        still = _cut(call, left, live=False, held=held)
+        still = _cut(case, used, left, live=False, held=held)
         if len(still) == len(left):
             break
         left = {name: entry for name, entry in left.items() if name in still}
@@ -262,21 +250,21 @@ def _reached(entry: Registered, reached: Mapping[str, Tensor | None]) -> bool:
 
 
 def _reached_elsewhere(
-    call: _Call, draw: int, left: Mapping[str, Registered], held: Collection[int]
+    case: Case, used: _Used, draw: int, left: Mapping[str, Registered], held: Collection[int]
 ) -> set[str]:
     """The suspects with a gradient for other weights: routers choose other experts there."""
-    with preserved(call.model):
+    with case.preserved():
         torch.manual_seed(draw)
         with torch.no_grad():
-            for entry in registered(call.model):
+            for entry in registered(case.model):
                 movable = entry.tensor.requires_grad and id(entry.tensor) not in held
                 if entry.kind == "parameter" and movable:  # frozen: maybe a mask
                     entry.tensor.add_(_noise_like(entry.tensor))
         try:
-            found = member_outputs(call.model, fresh(call.batch), outputs=call.outputs)
+            found = case.call()
         except ValueError:  # the model does not take any values; what is known already stands
             return set()
-        every = [y for ys in call.kept(found).values() for y in ys]
+        every = [y for ys in _of_used(found, used).values() for y in ys]
         gradients = projected_gradients(every, [entry.tensor for entry in left.values()])
         return {
             name

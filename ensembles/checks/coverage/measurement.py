@@ -1,10 +1,11 @@
-"""The measurement of `coverage`, and its assertions."""
+"""What training reaches: the groups of the optimizer, the gradients of a call, and freezes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,53 +14,22 @@ from torch.optim import Optimizer
 from ensembles.case import Case
 from ensembles.checks.coverage.claim import CoverageClaim
 from ensembles.checks.coverage.gradient_flow import Flow, gradient_flow
-from ensembles.handling.members import named_modules_of
+from ensembles.findings import Finding
 from ensembles.handling.numbers import checked_numbers
 from ensembles.handling.registered_tensors import Registered, holders_of, one_network, registered
-from ensembles.handling.state import preserved
-from ensembles.handling.training import optimizers_of
 from ensembles.instruments.storage import shared_memory
-from ensembles.instruments.tensor_locations import homes_of
-from ensembles.message import aligned, broken, counted, listed, told_in_common
-from ensembles.subject import Loss, Model, Outputs
+from ensembles.instruments.tensor_locations import Location, homes_of
+from ensembles.message import aligned, counted, listed
+from ensembles.subject import Model, Recipe
 
-__all__ = [
-    "Finding",
-    "OptimizerCoverage",
-    "assert_optimizer_complete",
-    "measure",
-    "measure_optimizer_coverage",
-]
+__all__ = ["KINDS", "OptimizerCoverage", "measure", "measure_optimizer_coverage"]
 
-
-@dataclass(frozen=True, order=True)
-class Finding:
-    """One place where training does not do what it seems to do.
-
-    Attributes:
-        kind: A key of `Finding.KINDS`.
-        place: The parameter's name, or where the tensor was found.
-        detail: What was found there.
-        cause: The usual cause and what to do, where the kind has several; "" where it has one.
-    """
-
-    kind: str
-    place: str
-    detail: str
-    cause: str = field(default="", compare=False)
-
-    KINDS = (
-        "missing",
-        "repeated",
-        "stale",
-        "unregistered",
-        "without gradient",
-        "zero gradient",
-        "stuck at zero",
-        "rate zero",
-        "false freeze",
-        "undone freeze",
-    )
+KINDS = (
+    *("missing", "repeated", "several objects", "stale", "unregistered", "unused output"),
+    *("without gradient", "zero gradient", "stuck at zero", "rate zero"),
+    *("false freeze", "undone freeze"),
+)
+"""Of findings, in the order in which they are told."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +40,14 @@ class OptimizerCoverage:
         trainable: The names of all trainable parameters; a tied one under its first name.
         optimizers: How many optimizers were looked at; 0 if none was given.
         called: Whether the model was called, so that gradients and unregistered tensors are known.
+        one_networks: Groups of members that are listed together, and are one network.
         findings: All places where training does not do what it seems to do, kind by kind.
     """
 
     trainable: tuple[str, ...]
     optimizers: int
     called: bool
+    one_networks: tuple[tuple[str, ...], ...]
     findings: tuple[Finding, ...]
 
     def places(self, kind: str) -> tuple[str, ...]:
@@ -84,8 +56,8 @@ class OptimizerCoverage:
         Raises:
             ValueError: If there is no such kind.
         """
-        if kind not in Finding.KINDS:
-            raise ValueError(f"{kind!r} is no kind of finding: {', '.join(Finding.KINDS)}.")
+        if kind not in KINDS:
+            raise ValueError(f"{kind!r} is no kind of finding: {', '.join(KINDS)}.")
         return tuple(found.place for found in self.findings if found.kind == kind)
 
     def __str__(self) -> str:
@@ -97,41 +69,21 @@ class OptimizerCoverage:
             f"{counted(self.trainable, 'trainable parameter')}, "
             f"{counted(self.findings, 'finding')} ({' and '.join(looked)} looked at)"
         )
-        rows = aligned([(found.place, found.kind, found.detail) for found in self.findings])
+        rows = aligned([(found.place, found.kind, found.found) for found in self.findings])
         return "\n".join([head, *(f"  {row}" for row in rows)])
 
 
 def measure_optimizer_coverage(
-    model: Model,
-    optimizer: Optimizer | Sequence[Optimizer] | Callable[[Any], Any] | None = None,
-    batch: Any = None,
-    *,
-    outputs: Outputs | None = None,
-    loss: Loss | None = None,
+    model: Case | Model, batch: Any = None, **recipe: Unpack[Recipe]
 ) -> OptimizerCoverage:
     """Finds the parameters that training does not reach, or reaches more than once.
 
-    Gradients are those of the training loss in train mode, or of a random projection of all
-    outputs. Where one is missing or zero in every element, the structure decides:
-    `ensembles.instruments.influence` says whether the parameter reaches an output when weights are
-    generic and activations transparent, in train or in eval mode. So zero-initialised branches,
-    dead ReLUs, dropped blocks and auxiliary heads are no findings, and a detached branch is one.
-
-    And so that an expert to which hard routing sends no row of this batch is not taken for cut,
-    other weights are drawn before something is.
-
-    Limits: with many more experts than rows some stay without any row, and count as cut. Tensors
-    behind a re-entrant checkpoint are not in the autograd graph, so unregistered ones are not
-    found there.
-
     Args:
         model: One module, or the members as a list or dict of modules.
-        optimizer: The optimizer, a list of them (one for each member, say), or a function of the
-            model that builds them. Without it, groups are not looked at.
         batch: What the model is called with. Without it, gradients are not looked at.
-        outputs: Splits what one module returns into member outputs.
-        loss: The training loss, a function of the dict of member outputs; every member's output
-            must have a gradient in it.
+        **recipe: `optimizer` is a function of the model as in every check, but may be here an
+            optimizer that is built already, or a list of them. Without it, groups are not looked
+            at. Of the `loss`, every member's output must have a gradient.
 
     Returns:
         The measurement. The model, its gradients, the optimizer and the random generators are as
@@ -145,33 +97,45 @@ def measure_optimizer_coverage(
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         >>> net[1] = nn.Linear(4, 3)
-        >>> print(measure_optimizer_coverage(net, optimizer, torch.randn(5, 4)))
+        >>> print(measure_optimizer_coverage(net, torch.randn(5, 4), optimizer=optimizer))
         4 trainable parameters, 4 findings (1 optimizer and gradients looked at)
           model.1.weight                      missing   in no group
           model.1.bias                        missing   in no group
-          optimizer 0, group 0, position 2    stale     shape (2, 4), not in the model
-          optimizer 0, group 0, position 3    stale     shape (2,), not in the model
+          optimizer 0, group 0, position 2    stale     tensor of shape (2, 4), not in the model
+          optimizer 0, group 0, position 3    stale     tensor of shape (2,), not in the model
     """
-    if optimizer is None and batch is None:
+    if isinstance(given := recipe.get("optimizer"), (Optimizer, list, tuple)):
+        built = [given] if isinstance(given, Optimizer) else list(given)
+        if not built or not all(isinstance(one, Optimizer) for one in built):
+            raise ValueError(
+                "optimizer is a list with something else than optimizers "
+                f"({', '.join(type(one).__name__ for one in built) or 'it is empty'}). Give a "
+                "torch.optim.Optimizer, a list of them, or a function of the model."
+            )
+        recipe["optimizer"] = lambda model: built  # which is read only, and takes no step
+    return measure(Case.of(model, batch, **recipe))
+
+
+def measure(case: Case, claim: CoverageClaim | None = None) -> OptimizerCoverage:
+    """What `measure_optimizer_coverage` finds in a case; what is claimed needs a batch."""
+    __tracebackhide__ = True
+    called = claim is not None or case.has_batch
+    if case.subject.optimizer is None and not called:
         raise ValueError(
             "neither an optimizer nor a batch was given, so that there is nothing to look at. "
             "Give optimizer=, and batch= to have gradients looked at too."
         )
-    checked_numbers(model)
-    false_freezes = tuple(_false_freezes(model))
+    checked_numbers(case.model)
+    found = list(_false_freezes(case))
     flow = Flow()
     # What the function that builds the optimizer freezes is frozen here, and what it replaces
     # afterwards is what is trained.
-    with preserved(model):
-        optimizers = _given_optimizers(optimizer, model)
-        parameters = {
-            id(entry.tensor): entry
-            for entry in registered(named_modules_of(model))
-            if entry.kind == "parameter"
-        }
-        if batch is not None:
+    with case.preserved():
+        optimizers = _optimizers(case)
+        parameters = {id(e.tensor): e for e in registered(case.modules) if e.kind == "parameter"}
+        if called:
             with torch.inference_mode(False), torch.enable_grad():
-                flow = gradient_flow(model, batch, outputs=outputs, loss=loss)
+                flow = gradient_flow(case)
         trainable = {key: entry for key, entry in parameters.items() if entry.tensor.requires_grad}
         if not trainable and not flow.lost:
             raise ValueError(
@@ -181,145 +145,67 @@ def measure_optimizer_coverage(
             )
         slots = _slots(optimizers)
         known = parameters.keys() | flow.lost.keys() | flow.of_loss
-        foreign = {key: tensor for key, (tensor, _) in slots.items() if key not in known}
-        homes = homes_of(model, {**flow.lost, **foreign})
-        found = [
+        foreign = {key: slots[key][0].tensor for key in slots if key not in known}
+        homes = homes_of(case.model, {**flow.lost, **foreign})
+        holders = holders_of(case.members)
+        found += [
             *(_missing(trainable, slots) if optimizers else ()),
-            *_listed_twice(model, slots, parameters),
-            *_made_twice(model, trainable),
-            *_foreign(foreign, slots, homes),
-            *_unregistered(flow.lost, slots, homes),
+            *_repeated(slots, parameters, holders),
+            *_several_objects(case, trainable),
+            *_unregistered(flow.lost, foreign, slots, homes),
             *_cut(flow),
             *_at_rate_zero(optimizers, trainable),
-            *false_freezes,
         ]
+    several = dict.fromkeys(one.members for one in found if one.kind == "repeated" and one.members)
     return OptimizerCoverage(
         trainable=tuple(entry.names[0] for entry in trainable.values()),
         optimizers=len(optimizers),
-        called=batch is not None,
-        findings=tuple(sorted(found, key=lambda finding: Finding.KINDS.index(finding.kind))),
+        called=called,
+        one_networks=tuple(group for group in several if one_network(case.members, group)),
+        findings=tuple(sorted(found, key=lambda finding: KINDS.index(finding.kind))),
     )
 
-
-def assert_optimizer_complete(coverage: OptimizerCoverage) -> None:
-    """Checks that every trainable parameter is stepped exactly once and has a gradient.
-
-    Args:
-        coverage: From `measure_optimizer_coverage`; what it did not look at is not judged.
-
-    Raises:
-        AssertionError: If there is any finding.
-
-    Example:
-        >>> net = nn.Linear(4, 2)
-        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        >>> assert_optimizer_complete(
-        ...     measure_optimizer_coverage(net, optimizer, torch.randn(3, 4)))
-    """
-    __tracebackhide__ = True
-    if not coverage.findings:
-        return
-    kinds = list(dict.fromkeys(found.kind for found in coverage.findings))
-    counts = [f"{len(coverage.places(kind))} {kind}" for kind in kinds]
-    raise AssertionError(
-        broken(
-            "training is claimed to reach every trainable parameter exactly once, and does not",
-            [(found.place, f"{found.kind}:", found.detail) for found in coverage.findings],
-            total=f"{', '.join(counts)}; {counted(coverage.trainable, 'trainable parameter')} "
-            "in all",
-            meaning="\n".join(_MEANINGS[kind] for kind in kinds),
-            remedy="\n".join(
-                dict.fromkeys(found.cause or _REMEDIES[found.kind] for found in coverage.findings)
-            ),
-        )
-    )
-
-
-# --- how the assertion looks --------------------------------------------------------------------
-
-_MEANINGS = {
-    "missing": "What is missing keeps its initial values.",
-    "repeated": "What is repeated is stepped several times, with several decays.",
-    "stale": "Stale parameters are stepped in vain: the model computes with others.",
-    "unregistered": "What is unregistered is absent from parameters(), to() and state_dict().",
-    "without gradient": "What has no gradient is never trained.",
-    "zero gradient": "What has gradient zero whatever its values is only decayed, never trained.",
-    "stuck at zero": "Of two factors that are both zero, neither ever gets a gradient.",
-    "rate zero": "What is stepped at rate 0 keeps its initial values.",
-    "false freeze": "What seems frozen is trained.",
-    "undone freeze": "What was frozen is trained after all.",
-}
-
-_REMEDIES = {
-    "missing": "Missing: groups made by hand, or by another model's rule. Build them from "
-    "model.parameters() (of every member).",
-    "repeated": "Repeated: groups made by hand that list a weight again, as a tied one under each "
-    "of its names. List it once, as model.parameters() does.",
-    "stale": "Stale: layers replaced or members added after the optimizer was built. Build the "
-    "optimizer when the model is final.",
-    "unregistered": "Unregistered: use nn.ModuleList, nn.ModuleDict or nn.ParameterList for "
-    "containers, and wrap last: nn.Parameter(tensor.to(device)).",
-    "without gradient": "Without gradient: detach, .data, no_grad, a checkpoint with "
-    "use_reentrant=True, a layer that forward does not use, or a member that the loss leaves "
-    "out. Mend it, or freeze it.",
-    "zero gradient": "Zero gradient: a mask, or a block that reads channels which are always "
-    "zero. Mend the route, or freeze it.",
-    "stuck at zero": "Stuck at zero: draw one of the two factors, as LoRA draws A and zeroes B.",
-    "rate zero": "Rate zero: freeze it instead, or build the schedule that raises its rate in the "
-    "function that builds the optimizer.",
-    "false freeze": "False freeze: modules have no attribute requires_grad. Call "
-    "module.requires_grad_(False).",
-    "undone freeze": "Undone freeze: an own train() or forward calls requires_grad_(True) on more "
-    "than it means to. Leave what is frozen out of it.",
-}
-
-
-_MADE_TWICE = (
-    "Repeated: two Parameters over one memory. Tie by assigning the Parameter itself, "
-    "b.weight = a.weight."
-)
 
 # --- groups -------------------------------------------------------------------------------------
 
 
-Slots = Mapping[int, tuple[Tensor, list[str]]]
-"""By id, what the optimizers hold: the tensor, and every place in which it is listed."""
+class _Slot(NamedTuple):
+    """A place in which an optimizer lists a tensor."""
+
+    tensor: Tensor
+    optimizer: int
+    group: int
+    position: int
 
 
-def _given_optimizers(optimizer: Any, model: Model) -> tuple[Optimizer, ...]:
-    if optimizer is None:
+_Slots = Mapping[int, Sequence[_Slot]]
+"""By the id of a tensor, every place in which it is listed."""
+
+
+def _optimizers(case: Case) -> tuple[Optimizer, ...]:
+    if case.subject.optimizer is None:
         return ()
-    given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
-    if isinstance(given, (list, tuple)):
-        if given and all(isinstance(one, Optimizer) for one in given):
-            return tuple(given)
-        raise ValueError(
-            "optimizer is a list with something else than optimizers "
-            f"({', '.join(type(one).__name__ for one in given) or 'it is empty'}). Give a "
-            "torch.optim.Optimizer, a list of them, or a function of the model."
-        )
     try:
-        return optimizers_of(optimizer, model)
+        return case.optimizers()
     except ValueError:
-        if any(entry.tensor.requires_grad for entry in registered(named_modules_of(model))):
+        if any(entry.tensor.requires_grad for entry in registered(case.modules)):
             raise
         return ()  # none can be built of nothing: why nothing is registered is told in its place
 
 
-def _slots(optimizers: Sequence[Optimizer]) -> Slots:
-    found: dict[int, tuple[Tensor, list[str]]] = {}
+def _slots(optimizers: Sequence[Optimizer]) -> _Slots:
+    found: defaultdict[int, list[_Slot]] = defaultdict(list)
     for number, optimizer in enumerate(optimizers):
         for group, settings in enumerate(optimizer.param_groups):
             for position, tensor in enumerate(settings["params"]):
-                place = f"optimizer {number}, group {group}, position {position}"
-                found.setdefault(id(tensor), (tensor, []))[1].append(place)
+                found[id(tensor)].append(_Slot(tensor, number, group, position))
     return found
 
 
-def _missing(trainable: Mapping[int, Registered], slots: Slots) -> Iterator[Finding]:
+def _missing(trainable: Mapping[int, Registered], slots: _Slots) -> Iterator[Finding]:
     for key, entry in trainable.items():
         if key not in slots:
-            yield Finding("missing", entry.names[0], "in no group")
+            yield Finding(kind="missing", place=entry.names[0], found="in no group")
 
 
 def _at_rate_zero(
@@ -333,124 +219,118 @@ def _at_rate_zero(
                 continue
             for tensor in settings["params"]:
                 if id(tensor) in trainable:
-                    place = f"lr 0 in optimizer {number}, group {group}"
-                    yield Finding("rate zero", trainable[id(tensor)].names[0], place)
+                    name = trainable[id(tensor)].names[0]
+                    where = f"lr 0 in optimizer {number}, group {group}"
+                    yield Finding(kind="rate zero", place=name, found=where, amount=0)
 
 
-def _listed_twice(
-    model: Model, slots: Slots, parameters: Mapping[int, Registered]
+def _repeated(
+    slots: _Slots,
+    parameters: Mapping[int, Registered],
+    holders: Mapping[int, tuple[str, ...]],
 ) -> Iterator[Finding]:
-    holders = holders_of(model)
-    for key, (tensor, places) in slots.items():
-        if len(places) > 1 and tensor.requires_grad:
-            name = parameters[key].names[0] if key in parameters else _nowhere(tensor)
-            more = f" and {len(places) - 2} more" if len(places) > 2 else ""
-            detail = f"{places[0]}; {places[1]}{more}"
-            among = holders.get(key, ())
-            if len(among) > 1:
-                yield Finding(
-                    "repeated",
-                    name,
-                    f"in members {listed(among)}: {detail}",
-                    _in_common(among, one_network(model, among)),
-                )
-            else:
-                yield Finding("repeated", name, detail)
+    for key, among in slots.items():
+        tensor = among[0].tensor
+        if len(among) > 1 and tensor.requires_grad:
+            members = holders.get(key, ())
+            yield Finding(
+                kind="repeated",
+                place=parameters[key].names[0] if key in parameters else _nowhere(tensor),
+                members=members if len(members) > 1 else (),
+                found=f"listed {len(among)} times: {_where(among)}",
+                amount=len(among),
+            )
 
 
-def _in_common(members: Sequence[str], whole: bool) -> str:
-    """The usual cause where a list of all members' parameters holds what several register."""
-    meaning, remedy = told_in_common(members, whole=whole)
-    design = "" if whole else " What is shared by design, list once."
-    return f"Repeated: listed for each member that has it. {meaning} {remedy}{design}"
+def _where(slots: Sequence[_Slot]) -> str:
+    positions: defaultdict[str, list[str]] = defaultdict(list)
+    for slot in slots:
+        positions[f"optimizer {slot.optimizer}, group {slot.group}"].append(str(slot.position))
+    told = [
+        f"{group}, {'position' if len(at) == 1 else 'positions'} {listed(at, 3)}"
+        for group, at in positions.items()
+    ]
+    return "; ".join(told[:2]) + (f" and {len(told) - 2} more groups" if len(told) > 2 else "")
 
 
-def _made_twice(model: Model, trainable: Mapping[int, Registered]) -> Iterator[Finding]:
+def _several_objects(case: Case, trainable: Mapping[int, Registered]) -> Iterator[Finding]:
     """Several Parameters over one memory; a frozen one among them is stepped by nobody."""
     firsts = {name: entry.names[0] for entry in trainable.values() for name in entry.names}
-    for memory in shared_memory(named_modules_of(model))[1]:
+    for memory in shared_memory(case.modules)[1]:
         places = [str(place) for place in memory.places if place.kind == "parameter"]
         names = list(dict.fromkeys(firsts[place] for place in places if place in firsts))
         if len(names) > 1:
-            extent = "the same memory" if memory.whole else "overlapping memory"
-            others = ", ".join(names[1:])
-            detail = f"{extent} as the Parameter {others}"
-            yield Finding("repeated", names[0], detail, _MADE_TWICE)
-
-
-def _foreign(
-    foreign: Mapping[int, Tensor], slots: Slots, homes: Mapping[int, str]
-) -> Iterator[Finding]:
-    for key, tensor in foreign.items():
-        if key in homes:
-            yield Finding("unregistered", homes[key], _lost(tensor, True))
-        else:
+            extent = "the same memory as" if memory.whole else "memory in common with"
             yield Finding(
-                "stale", slots[key][1][0], f"shape {tuple(tensor.shape)}, not in the model"
+                kind="several objects",
+                place=names[0],
+                found=f"{extent} the Parameter {listed(names[1:], 3)}",
+                amount=len(names),
             )
 
 
 def _unregistered(
-    lost: Mapping[int, Tensor], slots: Slots, homes: Mapping[int, str]
+    lost: Mapping[int, Tensor],
+    foreign: Mapping[int, Tensor],
+    slots: _Slots,
+    homes: Mapping[int, Location],
 ) -> Iterator[Finding]:
-    found = [key for key in homes if key in lost]
-    for key in [*found, *(key for key in lost if key not in homes)]:
-        place = homes.get(key, _nowhere(lost[key]))
-        yield Finding("unregistered", place, _lost(lost[key], key in slots))
-
-
-def _cut(flow: Flow) -> Iterator[Finding]:
-    for name in flow.without_gradient:
-        yield Finding("without gradient", name, "cut from every output, or unused")
-    for name in flow.zero_gradient:
-        yield Finding("zero gradient", name, "zero in every element")
-    for name in flow.stuck:
-        yield Finding("stuck at zero", name, "zero, and so is whatever multiplies it")
-    for name in flow.thawed:
-        yield Finding("undone freeze", name, "frozen, until train() or forward")
-    for member in flow.unused_members:
-        yield Finding("without gradient", f"output of member {member}", "the loss does not use it")
+    """What the model computes with, or an optimizer steps, and nothing registers."""
+    every = {**lost, **foreign}
+    for key in [*homes, *(key for key in every if key not in homes)]:
+        tensor, home = every[key], homes.get(key)
+        shape = f"of shape {tuple(tensor.shape)},"
+        if home is None and key in foreign:
+            kind, place = "stale", _where(slots[key])
+            found = f"tensor {shape} not in the model"
+        else:
+            kind, place = "unregistered", home.path if home else _nowhere(tensor)
+            what = "Parameter" if isinstance(tensor, nn.Parameter) else "tensor"
+            kept = f"kept {home.how}" if home else "kept in a place that was not found"
+            found = f"{what} {shape} {kept}"
+            found += ", though the optimizer has it" if key in slots else ""
+        yield Finding(kind=kind, place=place, found=found, amount=tensor.numel())
 
 
 def _nowhere(tensor: Tensor) -> str:
     return f"a leaf of shape {tuple(tensor.shape)}"
 
 
-def _lost(tensor: Tensor, stepped: bool) -> str:
-    what = "Parameter" if isinstance(tensor, nn.Parameter) else "tensor"
-    after = ", though the optimizer has it" if stepped else ""
-    return f"{what} of shape {tuple(tensor.shape)} that parameters() does not list{after}"
+# --- gradients and freezes ----------------------------------------------------------------------
 
 
-# --- freezes ------------------------------------------------------------------------------------
+def _cut(flow: Flow) -> Iterator[Finding]:
+    for member in flow.unused_members:
+        place = f"output of member {member}"
+        yield Finding(
+            kind="unused output", place=place, members=(member,), found="the loss does not use it"
+        )
+    for kind, names, found in (
+        ("without gradient", flow.without_gradient, "cut from every output, or unused"),
+        ("zero gradient", flow.zero_gradient, "zero in every element"),
+        ("stuck at zero", flow.stuck, "zero, and so is whatever multiplies it"),
+        ("undone freeze", flow.thawed, "train() or forward() makes it trainable"),
+    ):
+        for name in names:
+            yield Finding(kind=kind, place=name, found=found)
 
 
-def _false_freezes(model: Model) -> Iterator[Finding]:
-    for member, module in named_modules_of(model).items():
+def _false_freezes(case: Case) -> Iterator[Finding]:
+    for member, module in case.modules.items():
         for name, inner in module.named_modules():
             training = [p for p in inner.parameters() if p.requires_grad]
             for word in ("requires_grad", "requires_grad_", "require_grad"):
                 if vars(inner).get(word) is False and training:
+                    verb = "requires" if len(training) == 1 else "require"
                     yield Finding(
-                        "false freeze",
-                        f"{member}.{name}.{word} = False" if name else f"{member}.{word} = False",
-                        f"{counted(training, 'parameter')} below it still "
-                        f"{'requires' if len(training) == 1 else 'require'} gradients",
+                        kind="false freeze",
+                        place=".".join(filter(None, (member, name, f"{word} = False"))),
+                        found=f"{counted(training, 'parameter')} below it still {verb} gradients",
+                        amount=len(training),
                     )
         for name, parameter in module.named_parameters():
             for word in ("requires_grad_", "require_grad"):
                 if vars(parameter).get(word) is False and parameter.requires_grad:
-                    yield Finding(
-                        "false freeze",
-                        f"{member}.{name}.{word} = False",
-                        "the parameter still requires gradients",
-                    )
-
-
-def measure(case: Case, claim: CoverageClaim) -> OptimizerCoverage:
-    """What `coverage` looks at, for this claim."""
-    __tracebackhide__ = True
-    given = case.subject
-    return measure_optimizer_coverage(
-        case.model, given.optimizer, case.batch, outputs=given.outputs, loss=given.loss
-    )
+                    place = f"{member}.{name}.{word} = False"
+                    still = "the parameter still requires gradients"
+                    yield Finding(kind="false freeze", place=place, found=still, amount=1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ensembles.checks.hygiene.hidden_state import Disorder
+from ensembles.findings import Finding
 from ensembles.handling.members import named_modules_of
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import copy_of
@@ -33,8 +33,8 @@ class Averages:
         >>> norm = nn.BatchNorm1d(2)
         >>> averages = Averages(norm, {id(norm)})
         >>> _ = norm.weight.data.add_(1.0)
-        >>> [found.detail for found in averages.findings()]
-        ['its weights are averaged, its statistics stay as they were']
+        >>> [found.found for found in averages.findings()]
+        ['its weights are averaged, but its statistics stay as they were']
     """
 
     def __init__(self, model: Model, used: set[int]) -> None:
@@ -54,20 +54,21 @@ class Averages:
             held = [t for norm in self._all_norms() for t in (norm.weight, *_statistics(norm))]
             self.past.append({self.names[id(t)]: t.detach().clone() for t in held})
 
-    def findings(self) -> Iterator[Disorder]:
+    def findings(self) -> Iterator[Finding]:
         """Called after the last step."""
         after = self._values()
         for norm in self.norms.values():
-            name, weight = self._name(norm), self.names[id(norm.weight)]
+            weight, found = self.names[id(norm.weight)], ""
             if weight in self.trained or not distance(self.start[weight], after[weight]):
                 continue
             statistics = self._statistics(norm)
             if all(torch.equal(self.start[s], after[s]) for s in statistics):
-                detail = "its weights are averaged, its statistics stay as they were"
-                yield Disorder("averaged norm", name, detail)
+                found = "stay as they were"
             elif source := self._source(norm):
-                detail = f"its weights are averaged, its statistics are those of {source}"
-                yield Disorder("averaged norm", name, detail)
+                found = f"are those of {source}"
+            if found:
+                found = f"its weights are averaged, but its statistics {found}"
+                yield Finding(kind="averaged norm", place=self._name(norm), found=found)
         for module in named_modules_of(self.model).values():
             module.eval()
         evaluated = self._values()
@@ -75,8 +76,8 @@ class Averages:
             weight = self.names[id(norm.weight)]
             same = all(torch.equal(after[s], evaluated[s]) for s in self._statistics(norm))
             if same and distance(after[weight], evaluated[weight]):
-                detail = "eval() changes its weights, and leaves its statistics"
-                yield Disorder("averaged norm", self._name(norm), detail)
+                found = "eval() changes its weights, but not its statistics"
+                yield Finding(kind="averaged norm", place=self._name(norm), found=found)
 
     def _values(self) -> dict[str, Tensor]:
         return {e.names[0]: copy_of(e.tensor) for e in self.entries}

@@ -52,10 +52,10 @@ class Usage(TorchFunctionMode):
         self.random: dict[str, None] = {}
 
     def __enter__(self) -> Usage:
-        def called(module: nn.Module, args: Any) -> None:
+        def enters(module: nn.Module, args: Any) -> None:
             self.modules[id(module)] = module
 
-        self._hook = nn.modules.module.register_module_forward_pre_hook(called)
+        self._hook = nn.modules.module.register_module_forward_pre_hook(enters)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

@@ -1,95 +1,58 @@
-"""State of a model at rest: what nothing registers, live snapshots, stale gradients, modes.
-
-A `Disorder` is one place where state is not where PyTorch finds it, or moves when it should not.
-"""
+"""State of a model at rest: what nothing registers, live snapshots, stale gradients, modes."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ensembles.case import Case
+from ensembles.findings import Finding
 from ensembles.handling.members import named_modules_of
 from ensembles.handling.memory import memory_in
 from ensembles.handling.registered_tensors import registered
-from ensembles.handling.state import copy_of, preserved
-from ensembles.handling.training import optimizers_of
+from ensembles.handling.state import copy_of
 from ensembles.instruments.step_effects import distance
-from ensembles.instruments.tensor_locations import things_below
+from ensembles.instruments.tensor_locations import Location, things_below
 from ensembles.message import listed
 from ensembles.subject import Model
 
 __all__ = [
-    "Disorder",
     "left_behind",
     "live_snapshots",
     "memory_of",
-    "mode_disorders",
     "stale_gradients",
     "unlisted_modules",
+    "wrong_modes",
 ]
-
-
-@dataclass(frozen=True, order=True)
-class Disorder:
-    """One place where state is not where it should be, or moves when it should not.
-
-    Attributes:
-        kind: A key of `Disorder.KINDS`.
-        place: Where.
-        detail: What was found there.
-    """
-
-    kind: str
-    place: str
-    detail: str
-
-    KINDS = (
-        "hidden module",
-        "hidden tensor",
-        "stays behind",
-        "mode",
-        "moves in eval",
-        "stale",
-        "random in eval",
-        "global state",
-        "changes the batch",
-        "norm updates",
-        "frozen moves",
-        "drifting",
-        "masked moves",
-        "averaged norm",
-        "alias",
-    )
 
 
 # --- at rest ------------------------------------------------------------------------------------
 
 
-def unlisted_modules(model: Model) -> list[tuple[str, nn.Module]]:
+def unlisted_modules(model: Model) -> list[tuple[Location, nn.Module]]:
     """Modules below the model that nothing registers, each without those inside it.
 
     Example:
         >>> net = nn.Linear(2, 2)
         >>> net.others = [nn.ReLU()]
         >>> unlisted_modules(net)
-        [('model.others[0] (in a Python list)', ReLU())]
+        [(Location(path='model.others[0]', how='in a Python list'), ReLU())]
     """
     known = {id(inner) for module in named_modules_of(model).values() for inner in module.modules()}
     found = []
-    for path, how, thing in things_below(model):
+    for location, thing in things_below(model):
         if isinstance(thing, nn.Module) and id(thing) not in known:
             known.update(id(inner) for inner in thing.modules())
-            found.append((f"{path} ({how})" if how else path, thing))
+            found.append((location, thing))
     return found
 
 
-def live_snapshots(model: Model) -> Iterator[Disorder]:
+def live_snapshots(model: Model) -> Iterator[Finding]:
     """A kept state_dict, or any list or dict of detached weights, that is the live weights.
 
     Example:
@@ -107,7 +70,7 @@ def live_snapshots(model: Model) -> Iterator[Disorder]:
                     memory = memory_of(tensor, name)
                     named[name, memory] = tensor
                     live[memory, tensor.shape] = (name, tensor)
-    for path, _, thing in things_below(model):
+    for (path, _), thing in things_below(model):
         if isinstance(thing, Mapping) and not path.endswith(("._parameters", "._buffers")):
             pairs = list(thing.items())
         elif isinstance(thing, (list, tuple)):
@@ -127,34 +90,37 @@ def live_snapshots(model: Model) -> Iterator[Disorder]:
         if not aliases and trained and len(found) == len(kept):
             aliases = [name for name, _ in found]
         if aliases:
-            yield Disorder("alias", path, f"is the live memory of {listed(aliases, 3)}")
+            told = f"is the live memory of {listed(aliases, 3)}"
+            yield Finding(kind="alias", place=path, found=told, amount=len(aliases))
 
 
-def stale_gradients(model: Model, optimizer: Any) -> Iterator[Disorder]:
+def stale_gradients(case: Case) -> Iterator[Finding]:
     """Frozen parameters that the optimizer holds, with a gradient of before the freeze.
 
     Example:
         >>> net = nn.Linear(2, 2)
         >>> net(torch.ones(1, 2)).sum().backward()
         >>> build = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> [found.place for found in stale_gradients(net.requires_grad_(False), build)]
+        >>> frozen = Case.of(net.requires_grad_(False), optimizer=build)
+        >>> [found.place for found in stale_gradients(frozen)]
         ['weight', 'bias']
     """
     frozen = {
         id(e.tensor): e.names[0]
-        for e in registered(model)
+        for e in registered(case.model)
         if e.kind == "parameter" and not e.tensor.requires_grad and e.tensor.grad is not None
     }
-    if not frozen or optimizer is None:
+    if not frozen or case.subject.optimizer is None:
         return
-    with preserved(model):
-        built = optimizers_of(optimizer, model)
+    with case.preserved():
+        built = case.optimizers()
     for one in built:
         for p in (p for group in one.param_groups for p in group["params"] if id(p) in frozen):
-            yield Disorder("frozen moves", frozen[id(p)], "the optimizer steps its old gradient")
+            found = "the optimizer steps its gradient of before the freeze"
+            yield Finding(kind="frozen moves", place=frozen[id(p)], found=found)
 
 
-def left_behind(model: Model) -> Iterator[Disorder]:
+def left_behind(model: Model) -> Iterator[Finding]:
     """Parameters and buffers that `.to` does not move; looked at in a copy, without its values.
 
     Example:
@@ -175,7 +141,8 @@ def left_behind(model: Model) -> Iterator[Disorder]:
         return
     for entry in registered(copied):
         if not entry.tensor.is_meta:
-            yield Disorder("stays behind", entry.names[0], f"{entry.kind} that .to() leaves")
+            found = f"{entry.kind} that .to() does not move"
+            yield Finding(kind="stays behind", place=entry.names[0], found=found)
 
 
 def _inner_modules(model: Model) -> set[int]:
@@ -212,36 +179,34 @@ def memory_of(tensor: Tensor, place: str = "a tensor") -> tuple[tuple[str, int],
 # --- modes --------------------------------------------------------------------------------------
 
 
-def mode_disorders(given: Mapping[str, nn.Module]) -> list[Disorder]:
+def wrong_modes(modules: Mapping[str, nn.Module]) -> Iterator[Finding]:
     """What train() and eval() do not reach, or change.
 
     Example:
         >>> net = nn.Sequential(nn.Dropout(0.5))
-        >>> mode_disorders({"model": net})
+        >>> list(wrong_modes({"model": net}))
         []
     """
-    found = []
-    for member, module in given.items():
+    for member, module in modules.items():
         before = module.training
         for word, mode in (("eval", False), ("train", True)):
             returned = getattr(module, word)()
             if returned is not module:
-                kind = type(returned).__name__
-                found.append(Disorder("mode", f"{member}.{word}()", f"returns {kind}, not itself"))
+                found = f"returns {type(returned).__name__}, not itself"
+                yield Finding(kind="mode", place=f"{member}.{word}()", found=found)
             values = [(e.names[0], copy_of(e.tensor)) for e in registered(module)]
             for name, inner in _topmost(module, mode):
                 if not (mode and _rightly_in_eval(inner)):
                     place = f"{member}.{name}" if name else member
-                    says = "train" if inner.training else "eval"
-                    found.append(Disorder("mode", place, f"in {says} mode after {word}()"))
+                    found = f"in {'train' if inner.training else 'eval'} mode after {word}()"
+                    yield Finding(kind="mode", place=place, found=found)
             getattr(module, word)()
             now = {name: e.tensor for e in registered(module) for name in e.names}
             for name, value in values:
                 if name not in now or distance(value, now[name]):
-                    place = f"{member}.{name}"
-                    found.append(Disorder("mode", place, f"a second {word}() changes it"))
+                    found = f"a second {word}() changes it"
+                    yield Finding(kind="mode", place=f"{member}.{name}", found=found)
         module.train(before)  # an own train() may keep more than a mode
-    return found
 
 
 def _topmost(module: nn.Module, mode: bool, name: str = "") -> Iterator[tuple[str, nn.Module]]:

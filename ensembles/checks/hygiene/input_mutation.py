@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -12,10 +11,9 @@ from torch.nn.modules.module import (
 )
 from torch.utils import _pytree as pytree
 
-from ensembles.handling.members import is_one_module, named_modules_of
+from ensembles.case import Case
 from ensembles.handling.training import fresh
 from ensembles.instruments.step_effects import distance
-from ensembles.subject import Model
 
 __all__ = ["Write", "Writes"]
 
@@ -35,25 +33,23 @@ class Write(NamedTuple):
 
 
 class Writes:
-    """While it is entered, calls on `batch` are watched; `found` tells what they changed.
+    """While it is entered, calls on its `batch` are watched; `found` tells what they changed.
 
-    Args:
-        model: One module, or the members as a list or dict of modules; it names the modules.
-        batch: What the model will be called with. `self.batch` is a copy, to be given to it.
+    `batch` is a copy of the batch of the case, for its model to be called with.
 
     Example:
         >>> net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 1))
-        >>> with Writes(net, -torch.ones(3, 2)) as writes:
+        >>> with Writes(Case.of(net, -torch.ones(3, 2))) as writes:
         ...     _ = net(writes.batch)
         >>> writes.found()
         [Write(place='batch', by=1.0, module='0 (ReLU)')]
     """
 
-    def __init__(self, model: Model, batch: Any) -> None:
-        self.batch = fresh(batch)
-        self._before = fresh(batch)
+    def __init__(self, case: Case) -> None:
+        self.batch = fresh(case.batch)
+        self._before = fresh(case.batch)
         self._held = [x for x in pytree.tree_leaves(self.batch) if isinstance(x, Tensor)]
-        self._names = _names(model)
+        self._names = _names(case)
         self._entered: list[list[int]] = []
         self._writers: dict[int, str] = {}
 
@@ -64,12 +60,7 @@ class Writes:
         ]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        frames: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
@@ -94,10 +85,10 @@ class Writes:
         ]
 
 
-def _names(model: Model) -> dict[int, str]:
+def _names(case: Case) -> dict[int, str]:
     found: dict[int, str] = {}
-    for member, module in named_modules_of(model).items():
-        prefix = [] if is_one_module(model) else [member]
+    for member, module in case.modules.items():
+        prefix = [] if case.is_one_module else [member]
         for name, inner in module.named_modules():
             found.setdefault(id(inner), ".".join([*prefix, *([name] if name else [])]))
     return found

@@ -11,38 +11,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ensembles.case import Case
 from ensembles.checks.hygiene.averaged_norms import Averages
 from ensembles.checks.hygiene.batchnorm_updates import NormUpdates
 from ensembles.checks.hygiene.call_trace import Usage
-from ensembles.checks.hygiene.hidden_state import Disorder, memory_of
+from ensembles.checks.hygiene.hidden_state import memory_of
 from ensembles.checks.hygiene.input_mutation import Writes
 from ensembles.checks.hygiene.masks import masked_elements
-from ensembles.handling.members import member_outputs, named_modules_of
+from ensembles.findings import Finding
 from ensembles.handling.memory import as_kind_of
 from ensembles.handling.precision import autocasts, dtypes_of
 from ensembles.handling.registered_tensors import Registered, registered
 from ensembles.handling.state import Snapshot, copy_of, seed_generators
-from ensembles.handling.training import (
-    fresh,
-    gradients_of,
-    loss_of,
-    optimizers_of,
-    plain_sgd,
-    projected_gradients,
-    values_of,
-)
+from ensembles.handling.training import gradients_of, projected_gradients, values_of
 from ensembles.instruments.recording import generator_entries
 from ensembles.instruments.step_effects import distance
-from ensembles.instruments.tensor_locations import things_below
+from ensembles.instruments.tensor_locations import Location, things_below
 from ensembles.message import listed
-from ensembles.present_run import seed as present_seed
-from ensembles.subject import Loss, Model, Outputs
 from ensembles.tolerance import tolerance_of
 from ensembles.user_calls import ERRORS, raised
 
 __all__ = ["Trained", "moved_in_eval", "moved_in_training"]
 
-STEPS = 3
+STEPS_LOOKED_AT = 3
 """A loss that is drawn leaves a member out in one of a few steps; momentum needs a step before."""
 
 
@@ -50,104 +41,93 @@ STEPS = 3
 
 
 def moved_in_eval(
-    model: Model,
-    batch: Any,
-    outputs: Outputs | None,
-    hidden: list[tuple[str, nn.Module]],
-    everything: list[nn.Module],
-    start: Snapshot,
-) -> tuple[set[int], list[Disorder]]:
+    case: Case, hidden: Sequence[tuple[Location, nn.Module]], start: Snapshot
+) -> tuple[set[int], list[Finding]]:
     """The modules that a call in eval mode uses, by id, and what it moves or draws.
 
     Args:
-        model: One module, or the members as a list or dict of modules.
-        batch: What the model is called with.
-        outputs: Splits what one module returns into member outputs.
+        case: The case.
         hidden: Modules that nothing registers, with their places.
-        everything: All modules, those too.
-        start: The state that every call begins from.
+        start: The state of all modules that every call begins from.
 
     Example:
         >>> net = nn.Dropout(0.5)
-        >>> used, found = moved_in_eval(net, torch.ones(2, 3), None, [], [net], Snapshot(net))
+        >>> used, found = moved_in_eval(Case.of(net, torch.ones(2, 3)), [], Snapshot(net))
         >>> id(net) in used, found
         (True, [])
     """
+    everything = [*case.modules.values(), *(module for _, module in hidden)]
     held = {id(t) for m in everything for t in (*m.parameters(), *m.buffers())}
-    places: dict[int, tuple[str, str, Tensor]] = {}
-    for path, how, thing in things_below(model):
+    places: dict[int, tuple[Location, Tensor]] = {}
+    for place, thing in things_below(case.model):
         if isinstance(thing, Tensor) and id(thing) not in held:
-            places.setdefault(id(thing), (path, how, thing))
-    named = [(e.names[0], e.tensor) for e in registered(model)]
-    named += [(f"{place}.{n}", b) for place, m in hidden for n, b in m.named_buffers()]
+            places.setdefault(id(thing), (place, thing))
+    named = [(e.names[0], e.tensor) for e in registered(case.model)]
+    named += [(f"{place.path}.{n}", b) for place, m in hidden for n, b in m.named_buffers()]
 
-    def called(seed: int, given: Any, *, after: Callable[[], None] = start.restore) -> list[Tensor]:
-        after()
-        for module in named_modules_of(model).values():
-            module.eval()
-        seed_generators(seed)
-        yielded = member_outputs(model, given, outputs=outputs)
-        return [y.detach().clone() for ys in yielded.values() for y in ys]
-
-    found = []
-    seed = present_seed.get()
-    watched = {key: tensor for key, (_, _, tensor) in places.items()}
-    with Usage(watched) as usage, Writes(model, batch) as writes, autocasts() as cast:
-        for module in named_modules_of(model).values():
-            module.eval()  # which may merge weights
+    found: list[Finding] = []
+    watched = {key: tensor for key, (_, tensor) in places.items()}
+    with Usage(watched) as usage, Writes(case) as writes, autocasts() as cast:
+        _set_eval(case)  # which may merge weights
         before = {name: copy_of(tensor) for name, tensor in named}
-        called(seed, writes.batch)
+        _eval_call(case, case.seed, start.restore, writes.batch)
     found += _written(writes, "eval")
     for name, tensor in named:
         by = distance(before[name], tensor)
         if by:
-            found.append(Disorder("moves in eval", name, f"by {by:.0e} in one call"))
+            told = f"changes by {by:.0e} in one call"
+            found.append(Finding(kind="moves in eval", place=name, found=told, amount=by))
     for key in usage.mixed:
-        path, how, tensor = places[key]
-        what = f"shape {tuple(tensor.shape)}, {how or 'a plain attribute'}"
-        found.append(Disorder("hidden tensor", path, what))
-    found += _woken(model, start)
+        (path, how), tensor = places[key]
+        told = f"shape {tuple(tensor.shape)}, kept {how}"
+        found.append(Finding(kind="hidden tensor", place=path, found=told, amount=tensor.numel()))
+    found += _woken(case, start)
     # Without the recorder, in whose presence PyTorch takes no fused kernels.
-    first, again = (called(seed, fresh(batch)) for _ in range(2))
+    first, again = (_eval_call(case, case.seed, start.restore) for _ in range(2))
     states = [_generators()]
-    other = called(seed + 1, fresh(batch))
+    other = _eval_call(case, case.seed + 1, start.restore)
     states.append(_generators())
     found += _seeded_by(states, "eval")
     unlike = [_most(first, again), _most(first, other)]
-    if any(unlike):
-        drawn = f": {listed(list(usage.random), 3)}" if usage.random else ""
+    if by := max(unlike):
+        drawn = f" because of {listed(list(usage.random), 3)}" if usage.random else ""
         which = "outputs of two calls" if unlike[0] else "outputs under two seeds"
-        found.append(Disorder("random in eval", which, f"differ by {max(unlike):.0e}{drawn}"))
+        told = f"differ by {by:.0e}{drawn}"
+        found.append(Finding(kind="random in eval", place=which, found=told, amount=by))
     elif not any(one.kind == "moves in eval" for one in found):
-        dtypes = dtypes_of(model, batch, first, *cast)
-        found += _kept_from_calls(
-            model, first, lambda after: called(seed, fresh(batch), after=after), start, dtypes
-        )
+        dtypes = dtypes_of(case.model, case.batch, first, *cast)
+        found += _kept_from_calls(case, first, start, dtypes)
     return set(usage.modules), found
 
 
+def _set_eval(case: Case) -> None:
+    for module in case.modules.values():
+        module.eval()
+
+
+def _eval_call(
+    case: Case, seed: int, before: Callable[[], None], batch: Any = None
+) -> list[Tensor]:
+    """The outputs of a call in eval mode under a seed, after what is to be done before."""
+    before()
+    _set_eval(case)
+    seed_generators(seed)
+    return [y.detach().clone() for ys in case.call(batch=batch).values() for y in ys]
+
+
 def _kept_from_calls(
-    model: Model,
-    first: list[Tensor],
-    called: Callable[[Callable[[], None]], list[Tensor]],
-    start: Snapshot,
-    dtypes: set[torch.dtype],
-) -> Iterator[Disorder]:
+    case: Case, first: list[Tensor], start: Snapshot, dtypes: set[torch.dtype]
+) -> Iterator[Finding]:
     """What a call leaves in plain attributes, seen in the next one and after other weights.
 
-    Args:
-        model: One module, or the members as a list or dict of modules.
-        first: The outputs of a first call.
-        called: Calls the model in eval mode under the seed of the first, after what it is given.
-        start: The state that the first call began from.
-        dtypes: What takes part in a call.
+    `first` are the outputs of a call that began from `start`; `dtypes` took part in it.
     """
 
     def trained() -> None:
         """As by training: other weights, in their place."""
-        for module in named_modules_of(model).values():
+        for module in case.modules.values():
             module.train()
-        for entry in registered(model):
+        for entry in registered(case.model):
             p = entry.tensor
             if not (p.requires_grad and p.is_floating_point() and p.layout is torch.strided):
                 continue
@@ -160,27 +140,30 @@ def _kept_from_calls(
         start.restore()
         trained()
 
-    called(start.restore)
-    before = _constants(model)
+    _eval_call(case, case.seed, start.restore)
+    before = _constants(case)
     with torch.enable_grad():
-        second = called(lambda: None)
+        second = _eval_call(case, case.seed, lambda: None)
         switched = not torch.is_grad_enabled()
     if switched:
-        yield Disorder("global state", "gradients", "switched off by a call in eval mode")
+        told = "switched off by a call in eval mode"
+        yield Finding(kind="global state", place="gradients", found=told)
     by = _most(first, second)
     if by > _allowed(dtypes, first):
-        place = "outputs of a second call"
-        yield Disorder("moves in eval", place, f"differ by {by:.0e} from those of the first")
+        told, place = f"differ by {by:.0e} from those of the first", "outputs of a second call"
+        yield Finding(kind="moves in eval", place=place, found=told, amount=by)
         return
-    for name, value in _constants(model).items():
+    for name, value in _constants(case).items():
         if value != before.get(name):
-            yield Disorder("moves in eval", name, f"from {before.get(name)} to {value} in one call")
+            told = f"changes from {before.get(name)} to {value} in one call"
+            yield Finding(kind="moves in eval", place=name, found=told)
     with suppress(ValueError):  # a call that other weights make impossible tells nothing
-        cached, anew = called(trained), called(trained_anew)
+        cached, anew = (_eval_call(case, case.seed, change) for change in (trained, trained_anew))
         by = _most(cached, anew)
         if by > _allowed(dtypes, anew):
-            place, than = "outputs after other weights", "if there was no call before"
-            yield Disorder("stale", place, f"differ by {by:.0e} from what they are {than}")
+            told = f"differ by {by:.0e} from those of a model that was not called before"
+            place = "outputs after other weights"
+            yield Finding(kind="stale", place=place, found=told, amount=by)
 
 
 def _allowed(dtypes: set[torch.dtype], outputs: list[Tensor]) -> float:
@@ -189,61 +172,53 @@ def _allowed(dtypes: set[torch.dtype], outputs: list[Tensor]) -> float:
     return tolerance_of("recomputed", *dtypes) * greatest
 
 
-def _constants(model: Model) -> dict[str, Any]:
+def _constants(case: Case) -> dict[str, Any]:
     """What layers declare as constants, such as the momentum of a norm or the rate of dropout."""
     return {
         ".".join(filter(None, (member, name, constant))): vars(inner)[constant]
-        for member, module in named_modules_of(model).items()
+        for member, module in case.modules.items()
         for name, inner in module.named_modules()
         for constant in getattr(type(inner), "__constants__", ())
         if isinstance(vars(inner).get(constant), (bool, int, float))
     }
 
 
-def _written(writes: Writes, mode: str) -> list[Disorder]:
-    return [
-        Disorder(
-            "changes the batch",
-            place,
-            f"by {by:.0e} in one call in {mode} mode" + (f", first in {where}" if where else ""),
-        )
-        for place, by, where in writes.found()
-    ]
+def _written(writes: Writes, mode: str) -> Iterator[Finding]:
+    for place, by, where in writes.found():
+        told = f"changes by {by:.0e} in one call in {mode} mode"
+        told += f", first in {where}" if where else ""
+        yield Finding(kind="changes the batch", place=place, found=told, amount=by)
 
 
 def _generators() -> dict[str, str]:
     return {entry.name: entry.digest for entry in generator_entries()}
 
 
-def _seeded_by(states: Sequence[Mapping[str, str]], mode: str) -> list[Disorder]:
+def _seeded_by(states: Sequence[Mapping[str, str]], mode: str) -> Iterator[Finding]:
     """Generators that calls under different seeds leave in one state."""
-    return [
-        Disorder(
-            "global state", f"generator {name}", f"in one state after every call in {mode} mode"
-        )
-        for name in (states[0] if len(states) > 1 else ())
-        if len({state.get(name) for state in states}) == 1
-    ]
+    for name in states[0] if len(states) > 1 else ():
+        if len({state.get(name) for state in states}) == 1:
+            told = f"in one state after every call in {mode} mode, whatever the seed"
+            yield Finding(kind="global state", place=f"generator {name}", found=told)
 
 
-def _woken(model: Model, start: Snapshot) -> list[Disorder]:
+def _woken(case: Case, start: Snapshot) -> Iterator[Finding]:
     """Modules that a call in eval mode left in train mode, each without those inside it."""
-    after = _in_train_mode(model)
+    after = _in_train_mode(case)
     start.restore()
-    for module in named_modules_of(model).values():
-        module.eval()
-    woken = [name for name in after if name not in _in_train_mode(model)]
-    return [
-        Disorder("mode", name, "in train mode after a call in eval mode")
-        for name in woken
-        if name.rpartition(".")[0] not in woken
-    ]
+    _set_eval(case)
+    before = _in_train_mode(case)
+    woken = [name for name in after if name not in before]
+    for name in woken:
+        if name.rpartition(".")[0] not in woken:
+            told = "in train mode after a call in eval mode"
+            yield Finding(kind="mode", place=name, found=told)
 
 
-def _in_train_mode(model: Model) -> list[str]:
+def _in_train_mode(case: Case) -> list[str]:
     return [
         f"{member}.{name}" if name else member
-        for member, module in named_modules_of(model).items()
+        for member, module in case.modules.items()
         for name, inner in module.named_modules()
         if inner.training
     ]
@@ -269,52 +244,33 @@ class Trained(NamedTuple):
 
     steps: int
     updates: Mapping[str, int]
-    findings: Sequence[Disorder]
+    findings: Sequence[Finding]
 
 
-def moved_in_training(
-    model: Model,
-    batch: Any,
-    outputs: Outputs | None,
-    everything: list[nn.Module],
-    *,
-    used: set[int],
-    optimizer: Callable[[Any], Any] | None = None,
-    loss: Loss | None = None,
-) -> Trained:
+def moved_in_training(case: Case, everything: Sequence[nn.Module], used: set[int]) -> Trained:
     """Trains for a few steps, and looks after each at what has moved; the model is left moved.
 
     Args:
-        model: One module, or the members as a list or dict of modules.
-        batch: What the model is called with.
-        outputs: Splits what one module returns into member outputs.
+        case: The case.
         everything: All modules, also those that nothing registers.
         used: The ids of modules that a call in eval mode uses.
-        optimizer: Builds the optimizer, or a list of them; by default plain SGD.
-        loss: The training loss; by default a fixed random projection of all outputs.
 
     Raises:
         ValueError: If the model cannot be trained like this.
 
     Example:
         >>> net = nn.BatchNorm1d(3)
-        >>> moved_in_training(net, torch.randn(4, 3), None, [net], used={id(net)}).updates
+        >>> moved_in_training(Case.of(net, torch.randn(4, 3)), [net], {id(net)}).updates
         {'model': 1}
     """
-    entries = registered(model)
+    entries = registered(case.model)
     trainable = {e.names[0]: e.tensor for e in entries if e.tensor.requires_grad}
-    steps = STEPS if trainable else 1
-    optimizers: tuple[Optimizer, ...] = ()
-    if optimizer is not None or trainable:
-        try:
-            optimizers = optimizers_of(optimizer or plain_sgd, model)
-        except ValueError:
-            if trainable:  # else none can be built, and what hides the parameters is found
-                raise
-    averages = Averages(model, used)
-    masked = _masked_in_eval(model, batch, outputs, entries)
+    steps = STEPS_LOOKED_AT if trainable else 1
+    optimizers = _optimizers(case, trainable)
+    averages = Averages(case.model, used)
+    masked = _masked_in_eval(case, entries)
     updates: dict[str, int] = {}
-    found: list[Disorder] = []
+    found: list[Finding] = []
     by_first: dict[str, float] = {}
     ever: set[str] = set()
     states: list[dict[str, str]] = []
@@ -322,18 +278,17 @@ def moved_in_training(
         at_start = Snapshot(everything)
         before = _values(entries)
         norms = NormUpdates(_running_means(entries))
-        with Writes(model, batch) as writes, norms:
-            yielded = _train_call(model, writes.batch, outputs, step)
+        with Writes(case) as writes, norms:
+            yielded = _train_call(case, step, writes.batch)
         states.append(_generators())
         found += _written(writes, "train")
         by_forward = dict(_changed(entries, before))
         by_first = by_first or by_forward
-        flat = [y for ys in yielded.values() for y in ys]
         if masked:
-            now = masked_elements(flat)
+            now = masked_elements(y for ys in yielded.values() for y in ys)
             masked = {k: mask & now[k] for k, mask in masked.items() if k in now}
         try:
-            gradients = _gradients(yielded, loss, list(trainable.values()))
+            gradients = _gradients(case, yielded, list(trainable.values()))
         except RuntimeError:
             if writes.found():  # autograd keeps the batch, and refuses another one
                 break
@@ -350,50 +305,63 @@ def moved_in_training(
         ever |= {*by_forward, *moved}
         found += _behind_masks(entries, between, masked)
         averages.moved({n for n, g in zip(trainable, gradients, strict=True) if g is not None})
-        zero = [
-            name
+        zero = {
+            name: trainable[name]
             for name, gradient in zip(trainable, gradients, strict=True)
             if name in moved and gradient is not None and not values_of(gradient).any()
-        ]
-        if zero and loss is not None:
-            after = Snapshot(everything)
-            at_start.restore()
-            yielded = _train_call(model, fresh(batch), outputs, step)
-            flat = [y for ys in yielded.values() for y in ys]
-            reach = projected_gradients(flat, [trainable[name] for name in zero])
-            after.restore()
-            found += [
-                Disorder("drifting", name, f"gradient zero in step {step + 1}, and it moves")
-                for name, gradient in zip(zero, reach, strict=True)
-                if gradient is not None and values_of(gradient).any()
-            ]
+        }
+        if zero and case.subject.loss is not None:
+            found += _drifting(case, step, zero, at_start, Snapshot(everything))
         del at_start, before, between, gradients  # of a large model, none lives beside its next
         for parameter in trainable.values():
             parameter.grad = None
     # At the end: a teacher that starts as its student's copy follows it from the second step on.
-    found += _frozen_statistics(model, by_first, ever)
+    found += _frozen_statistics(case, by_first, ever)
     found += _seeded_by(states, "train")
     found += averages.findings()
     first_of_each = {(one.kind, one.place): one for one in reversed(found)}
     return Trained(steps, updates, list(first_of_each.values()))
 
 
+def _optimizers(case: Case, trainable: Mapping[str, Tensor]) -> tuple[Optimizer, ...]:
+    if case.subject.optimizer is None and not trainable:
+        return ()
+    try:
+        return case.optimizers()
+    except ValueError:
+        if trainable:
+            raise
+        return ()  # none can be built, and what hides the parameters is found
+
+
+def _drifting(
+    case: Case, step: int, zero: Mapping[str, Tensor], at_start: Snapshot, after: Snapshot
+) -> Iterator[Finding]:
+    """Parameters with gradient zero that would have one if the loss used every output."""
+    at_start.restore()
+    outputs = [y for ys in _train_call(case, step).values() for y in ys]
+    reach = projected_gradients(outputs, list(zero.values()))
+    after.restore()
+    for name, gradient in zip(zero, reach, strict=True):
+        if gradient is not None and values_of(gradient).any():
+            told = f"moves in step {step + 1}, though its gradient is zero"
+            yield Finding(kind="drifting", place=name, found=told)
+
+
 def _gradients(
-    yielded: Mapping[str, tuple[Tensor, ...]], loss: Loss | None, trainable: list[Tensor]
+    case: Case, yielded: Mapping[str, tuple[Tensor, ...]], trainable: list[Tensor]
 ) -> list[Tensor | None]:
-    if loss is None:
+    if case.subject.loss is None:
         return projected_gradients([y for ys in yielded.values() for y in ys], trainable)
-    value = loss_of(loss, yielded)
+    value = case.loss(yielded)
     return gradients_of([value], [torch.ones_like(value)], trainable)
 
 
-def _train_call(
-    model: Model, batch: Any, outputs: Outputs | None, step: int
-) -> dict[str, tuple[Tensor, ...]]:
-    for module in named_modules_of(model).values():
+def _train_call(case: Case, step: int, batch: Any = None) -> dict[str, tuple[Tensor, ...]]:
+    for module in case.modules.values():
         module.train()
-    seed_generators(present_seed.get() + step)
-    return member_outputs(model, batch, outputs=outputs)
+    seed_generators(case.seed + step)
+    return case.call(batch=batch)
 
 
 def _step(optimizer: Optimizer) -> None:
@@ -455,11 +423,11 @@ def _norm_of(name: str) -> str:
 
 
 def _frozen_statistics(
-    model: Model, by_forward: Mapping[str, float], moved: set[str]
-) -> Iterator[Disorder]:
+    case: Case, by_forward: Mapping[str, float], moved: set[str]
+) -> Iterator[Finding]:
     """Buffers that a call moved in modules whose parameters are all frozen and at rest."""
-    first = {id(e.tensor): e.names[0] for e in registered(model)}
-    for module in named_modules_of(model).values():
+    first = {id(e.tensor): e.names[0] for e in registered(case.model)}
+    for module in case.modules.values():
         for name, inner in module.named_modules():
             own = _governing(module, name)
             if not own or any(p.requires_grad or first[id(p)] in moved for p in own):
@@ -467,7 +435,8 @@ def _frozen_statistics(
             for _, buffer in inner.named_buffers(recurse=False):
                 place = first[id(buffer)]
                 if place in by_forward and not place.endswith("num_batches_tracked"):
-                    yield Disorder("frozen moves", place, "its module is frozen, a call moves it")
+                    told = "a call moves it, though its module is frozen"
+                    yield Finding(kind="frozen moves", place=place, found=told)
 
 
 def _governing(module: nn.Module, name: str) -> list[nn.Parameter]:
@@ -481,7 +450,7 @@ def _governing(module: nn.Module, name: str) -> list[nn.Parameter]:
 
 def _frozen_parameters(
     entries: Sequence[Registered], moved: Mapping[str, float], optimizers: Sequence[Optimizer]
-) -> Iterator[Disorder]:
+) -> Iterator[Finding]:
     """Frozen parameters that an optimizer moves, and not a hook that averages into them."""
     held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     stepped = {memory_of(p) for p in held}
@@ -489,27 +458,24 @@ def _frozen_parameters(
         by = moved.get(e.names[0])
         frozen = e.kind == "parameter" and not e.tensor.requires_grad
         if by and frozen and memory_of(e.tensor) in stepped:
-            yield Disorder("frozen moves", e.names[0], f"a step moves it by {by:.0e}")
+            told = f"a step moves it by {by:.0e}"
+            yield Finding(kind="frozen moves", place=e.names[0], found=told, amount=by)
 
 
-def _masked_in_eval(
-    model: Model, batch: Any, outputs: Outputs | None, entries: Sequence[Registered]
-) -> dict[int, Tensor]:
+def _masked_in_eval(case: Case, entries: Sequence[Registered]) -> dict[int, Tensor]:
     """Where masks hide elements in eval mode too: what drops weights at random does not."""
     if not any(e.tensor.requires_grad and e.tensor.ndim for e in entries):
         return {}
-    start = Snapshot(model)
-    for module in named_modules_of(model).values():
-        module.eval()
-    yielded = member_outputs(model, fresh(batch), outputs=outputs)
-    found = masked_elements(y for ys in yielded.values() for y in ys)
+    start = Snapshot(case.model)
+    _set_eval(case)
+    found = masked_elements(y for ys in case.call().values() for y in ys)
     start.restore()
     return found
 
 
 def _behind_masks(
     entries: Sequence[Registered], before: Mapping[str, Tensor], masked: Mapping[int, Tensor]
-) -> Iterator[Disorder]:
+) -> Iterator[Finding]:
     for entry in entries:
         mask = masked.get(id(entry.tensor))
         if mask is None:
@@ -517,5 +483,6 @@ def _behind_masks(
         then, now = before[entry.names[0]][mask], entry.tensor.detach()[mask]
         by = distance(then, now)
         if by:
-            detail = f"{int((then != now).sum())} of {mask.numel()} elements, by {by:.0e}"
-            yield Disorder("masked moves", entry.names[0], detail)
+            number = f"{int((then != now).sum())} of {mask.numel()} elements"
+            told = f"{number} move, by up to {by:.0e}"
+            yield Finding(kind="masked moves", place=entry.names[0], found=told, amount=by)

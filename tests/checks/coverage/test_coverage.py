@@ -11,11 +11,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from ensembles.checks.coverage.measurement import (
-    assert_optimizer_complete,
-    measure_optimizer_coverage,
-)
+from ensembles.case import Case
+from ensembles.checks.coverage.claim import CoverageClaim, parse
+from ensembles.checks.coverage.judgement import _KINDS, assert_optimizer_complete, judge
+from ensembles.checks.coverage.measurement import KINDS, measure, measure_optimizer_coverage
+from ensembles.claims import ClaimError
+from ensembles.findings import Count
 from ensembles.gate.conformance import check_ensemble
+from ensembles.message import Broken
 from ensembles.subject import Subject, whole
 
 
@@ -76,7 +79,7 @@ def plain(net, x):
 @architectures
 def test_an_optimizer_of_all_parameters_holds(make):
     model = make()
-    coverage = measure_optimizer_coverage(model, sgd(model), batch_for(make))
+    coverage = measure_optimizer_coverage(model, batch_for(make), optimizer=sgd(model))
     assert coverage.findings == ()
     assert len(coverage.trainable) == len(list(model.parameters()))
     assert_optimizer_complete(coverage)
@@ -86,14 +89,16 @@ def test_an_optimizer_of_all_parameters_holds(make):
 def test_one_optimizer_for_each_member_holds(make):
     members = [make() for _ in range(3)]
     optimizers = [sgd(member) for member in members]
-    assert_optimizer_complete(measure_optimizer_coverage(members, optimizers, batch_for(make)))
-    assert_optimizer_complete(measure_optimizer_coverage(members, sgd(*members)))
+    assert_optimizer_complete(
+        measure_optimizer_coverage(members, batch_for(make), optimizer=optimizers)
+    )
+    assert_optimizer_complete(measure_optimizer_coverage(members, optimizer=sgd(*members)))
 
 
 def test_a_tied_weight_listed_once_holds():
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
     model[1].weight = model[0].weight
-    coverage = measure_optimizer_coverage(model, sgd(model), torch.tensor([[0, 3]]))
+    coverage = measure_optimizer_coverage(model, torch.tensor([[0, 3]]), optimizer=sgd(model))
     assert (coverage.findings, coverage.trainable) == ((), ("model.0.weight",))
 
 
@@ -107,8 +112,12 @@ def test_frozen_parameters_may_be_in_a_group_or_not():
     model = mlp()
     optimizer = sgd(model)
     model[0].requires_grad_(False)
-    assert_optimizer_complete(measure_optimizer_coverage(model, optimizer, batch_for(mlp)))
-    assert_optimizer_complete(measure_optimizer_coverage(model, sgd(model[2]), batch_for(mlp)))
+    assert_optimizer_complete(
+        measure_optimizer_coverage(model, batch_for(mlp), optimizer=optimizer)
+    )
+    assert_optimizer_complete(
+        measure_optimizer_coverage(model, batch_for(mlp), optimizer=sgd(model[2]))
+    )
 
 
 # --- groups -------------------------------------------------------------------------------------
@@ -117,21 +126,24 @@ def test_frozen_parameters_may_be_in_a_group_or_not():
 @architectures
 def test_a_member_missing_from_the_optimizer_is_broken(make):
     members = [make() for _ in range(3)]
-    coverage = measure_optimizer_coverage(members, sgd(*members[:2]), batch_for(make))
+    coverage = measure_optimizer_coverage(members, batch_for(make), optimizer=sgd(*members[:2]))
     assert coverage.places("missing") == tuple(f"2.{n}" for n, _ in members[2].named_parameters())
     assert len(coverage.findings) == len(coverage.places("missing"))
 
 
 def test_the_message_of_a_missing_member(golden):
     members = [mlp() for _ in range(3)]
-    golden(message_of(members, sgd(*members[:2]), batch_for(mlp)), "messages/coverage_missing.txt")
+    golden(
+        message_of(members, batch_for(mlp), optimizer=sgd(*members[:2])),
+        "messages/coverage_missing.txt",
+    )
 
 
 def test_an_optimizer_older_than_a_layer_is_broken(golden):
     model = conv()
     optimizer = sgd(model)
     model[4] = nn.Linear(36, 5)
-    golden(message_of(model, optimizer, batch_for(conv)), "messages/coverage_stale.txt")
+    golden(message_of(model, batch_for(conv), optimizer=optimizer), "messages/coverage_stale.txt")
 
 
 def test_a_layer_that_the_function_of_the_optimizer_replaces_is_broken():
@@ -144,7 +156,7 @@ def test_a_layer_that_the_function_of_the_optimizer_replaces_is_broken():
         found[4] = nn.Linear(36, 5)
         return optimizer
 
-    coverage = measure_optimizer_coverage(model, set_up, batch_for(conv))
+    coverage = measure_optimizer_coverage(model, batch_for(conv), optimizer=set_up)
     assert coverage.places("missing") == ("model.4.weight", "model.4.bias")
     assert len(coverage.places("stale")) == len(coverage.findings) - 2 == 2
     assert model[4] is head
@@ -164,16 +176,16 @@ def test_an_optimizer_that_the_model_keeps_is_no_home_of_what_it_lists():
         def forward(self, x):
             return self.net(x)
 
-    message = message_of(Keeps(), lambda model: model.optimizer, batch_for(conv))
+    message = message_of(Keeps(), batch_for(conv), optimizer=lambda model: model.optimizer)
     assert "optimizer 0, group 0, position 4   stale:" in message
-    assert "Stale: layers replaced or members added after the optimizer was built" in message
+    assert "layers that were replaced, or members that were added" in " ".join(message.split())
     assert "nn.ModuleList" not in message
 
 
 @architectures
 def test_an_optimizer_of_a_copy_is_stale(make):
     model = make()
-    coverage = measure_optimizer_coverage(model, sgd(copy.deepcopy(model)))
+    coverage = measure_optimizer_coverage(model, optimizer=sgd(copy.deepcopy(model)))
     number = len(list(model.parameters()))
     assert len(coverage.places("missing")) == len(coverage.places("stale")) == number
 
@@ -184,13 +196,18 @@ def test_a_parameter_listed_twice_is_broken(golden):
         warnings.simplefilter("ignore")
         optimizer = torch.optim.SGD([*model.parameters(), model[0].weight], lr=0.1)
     second = torch.optim.Adam(model[2].parameters())
-    golden(message_of(model, [optimizer, second], batch_for(mlp)), "messages/coverage_repeated.txt")
+    golden(
+        message_of(model, batch_for(mlp), optimizer=[optimizer, second]),
+        "messages/coverage_repeated.txt",
+    )
 
 
 @architectures
 def test_one_module_with_several_optimizers_is_repeated(make):
     one = make()
-    coverage = measure_optimizer_coverage([one] * 2, [sgd(one), sgd(one)], batch_for(make))
+    coverage = measure_optimizer_coverage(
+        [one] * 2, batch_for(make), optimizer=[sgd(one), sgd(one)]
+    )
     assert coverage.places("repeated") == coverage.trainable
 
 
@@ -199,16 +216,19 @@ def all_of(members) -> torch.optim.Optimizer:
 
 
 def test_members_that_are_one_network_are_told_as_that(golden):
-    golden(message_of([mlp()] * 3, all_of, batch_for(mlp)), "messages/coverage_one_network.txt")
+    golden(
+        message_of([mlp()] * 3, batch_for(mlp), optimizer=all_of),
+        "messages/coverage_one_network.txt",
+    )
 
 
 def test_a_layer_of_several_members_is_told_as_that():
     members = [mlp(), mlp()]
     members[1][0] = members[0][0]
-    told = " ".join(message_of(members, all_of, batch_for(mlp)).split())
-    assert "0.0.weight repeated: in members 0, 1: optimizer 0, group 0, position 0;" in told
-    assert "a layer made once and passed to several members" in told
-    assert "What is shared by design, list once" in told
+    told = " ".join(message_of(members, batch_for(mlp), optimizer=all_of).split())
+    assert "0.0.weight listed 2 times: optimizer 0, group 0, positions 0, 4" in told
+    assert "a layer that was made once and passed to several members" in told
+    assert "Make it in each member, or list it once." in told
     assert "one network" not in told
     assert "assigning the Parameter" not in told
 
@@ -217,17 +237,18 @@ def test_duplicates_from_a_function_are_reported_and_not_warned_of():
     def twice(model):
         return torch.optim.SGD([*model.parameters(), *model.parameters()], lr=0.1)
 
-    assert len(measure_optimizer_coverage(mlp(), twice).places("repeated")) == 4
+    assert len(measure_optimizer_coverage(mlp(), optimizer=twice).places("repeated")) == 4
 
 
 def test_two_parameters_over_one_memory_are_broken(golden):
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
     model[1].weight = nn.Parameter(model[0].weight.detach())
     golden(
-        message_of(model, sgd(model), torch.tensor([[0, 3]])), "messages/coverage_two_leaves.txt"
+        message_of(model, torch.tensor([[0, 3]]), optimizer=sgd(model)),
+        "messages/coverage_two_leaves.txt",
     )
     model[1].weight.requires_grad_(False)
-    assert measure_optimizer_coverage(model, sgd(model)).places("repeated") == ()
+    assert measure_optimizer_coverage(model, optimizer=sgd(model)).findings == ()
 
 
 @settings(max_examples=25, deadline=None)
@@ -237,7 +258,7 @@ def test_exactly_the_parameters_with_other_than_one_use_are_found(uses):
     named = list(zip(model.named_parameters(), uses, strict=True))
     groups = [p for (_, p), times in named for _ in range(times)]
     optimizers = [torch.optim.SGD([p], lr=0.1) for p in groups] or [sgd(nn.Linear(1, 1))]
-    coverage = measure_optimizer_coverage(model, optimizers)
+    coverage = measure_optimizer_coverage(model, optimizer=optimizers)
     expected = {n: [] for n in (0, 1, 2)}
     for (name, _), times in named:
         expected[times].append(f"model.{name}")
@@ -258,7 +279,10 @@ def test_members_in_a_python_list_are_broken(golden):
             return [member(self.trunk(x)) for member in self.members]
 
     model = Listed()
-    golden(message_of(model, sgd(model), batch_for(mlp)), "messages/coverage_list_members.txt")
+    golden(
+        message_of(model, batch_for(mlp), optimizer=sgd(model)),
+        "messages/coverage_list_members.txt",
+    )
 
 
 def test_a_list_of_members_alone_is_broken_too():
@@ -272,9 +296,9 @@ def test_a_list_of_members_alone_is_broken_too():
 
     model = Listed()
     before = copy.deepcopy(model.members)
-    coverage = measure_optimizer_coverage(model, None, batch_for(conv))
+    coverage = measure_optimizer_coverage(model, batch_for(conv))
     assert len(coverage.places("unregistered")) == 12
-    assert "model.members['b'].0.weight (in a Python dict)" in coverage.places("unregistered")
+    assert "model.members['b'].0.weight" in coverage.places("unregistered")
     for name, member in model.members.items():
         for key, tensor in member.state_dict().items():
             assert torch.equal(tensor, before[name].state_dict()[key])
@@ -287,8 +311,12 @@ def scaled(net, x):
 def test_a_parameter_that_was_converted_is_broken(golden):
     # As .to(device) does, a conversion returns a tensor that is no Parameter.
     model = Net(scaled, scale=nn.Parameter(torch.ones(3)).to(torch.float64))
-    golden(message_of(model, sgd(model), batch_for(mlp)), "messages/coverage_converted.txt")
-    assert len(measure_optimizer_coverage(model, sgd(model), batch_for(mlp)).findings) == 1
+    golden(
+        message_of(model, batch_for(mlp), optimizer=sgd(model)), "messages/coverage_converted.txt"
+    )
+    assert (
+        len(measure_optimizer_coverage(model, batch_for(mlp), optimizer=sgd(model)).findings) == 1
+    )
 
 
 GLOBAL_SCALE = torch.ones(3, requires_grad=True)
@@ -320,27 +348,37 @@ def hidden_in_object():
 
 
 @pytest.mark.parametrize(
-    ("make", "place"),
+    ("make", "place", "found"),
     [
-        (hidden_in_attribute, "model.scale (a plain attribute)"),
-        (hidden_in_tuple, "model.both[1] (in a Python tuple)"),
-        (hidden_in_closure, "scale of model._forward (in a closure)"),
-        (hidden_in_global, "GLOBAL_SCALE of model._forward (a global variable)"),
-        (hidden_in_object, "model.options.scale (in an object of type Options)"),
+        (hidden_in_attribute, "model.scale", "tensor of shape (3,), kept as a plain attribute"),
+        (hidden_in_tuple, "model.both[1]", "Parameter of shape (3,), kept in a Python tuple"),
+        (
+            hidden_in_closure,
+            "scale of model._forward",
+            "Parameter of shape (3,), kept in a closure",
+        ),
+        (
+            hidden_in_global,
+            "GLOBAL_SCALE of model._forward",
+            "tensor of shape (3,), kept as a global variable",
+        ),
+        (
+            hidden_in_object,
+            "model.options.scale",
+            "tensor of shape (3,), kept in an object of type Options",
+        ),
     ],
 )
-def test_unregistered_tensors_are_named_by_where_they_are(make, place):
-    model = make()
-    assert measure_optimizer_coverage(model, None, batch_for(mlp)).places("unregistered") == (
-        place,
-    )
+def test_unregistered_tensors_are_named_by_where_they_are(make, place, found):
+    (one,) = measure_optimizer_coverage(make(), batch_for(mlp)).findings
+    assert (one.kind, one.place, one.found, one.amount) == ("unregistered", place, found, 3)
 
 
 def test_a_leaf_that_lives_nowhere_is_told_by_its_shape():
     model = Net(lambda net, x: plain(net, x) * torch.ones(3, requires_grad=True))
-    assert measure_optimizer_coverage(model, None, batch_for(mlp)).places("unregistered") == (
-        "a leaf of shape (3,)",
-    )
+    (one,) = measure_optimizer_coverage(model, batch_for(mlp)).findings
+    assert (one.kind, one.place) == ("unregistered", "a leaf of shape (3,)")
+    assert one.found == "tensor of shape (3,), kept in a place that was not found"
 
 
 def test_unregistered_members_in_the_optimizer_are_not_stale():
@@ -353,20 +391,20 @@ def test_unregistered_members_in_the_optimizer_are_not_stale():
             return [member(x) for member in self.members]
 
     model = Listed()
-    called = measure_optimizer_coverage(model, sgd(*model.members), batch_for(mlp))
+    called = measure_optimizer_coverage(model, batch_for(mlp), optimizer=sgd(*model.members))
     model.extra = nn.Parameter(torch.ones(1))  # without a call, something must be registered
     at_rest = measure_optimizer_coverage(
-        model, sgd(*model.members, nn.ParameterList([model.extra]))
+        model, optimizer=sgd(*model.members, nn.ParameterList([model.extra]))
     )
     for coverage in (called, at_rest):
         assert len(coverage.places("unregistered")) == 8
         assert len(coverage.findings) == 8
-        assert all("though the optimizer has it" in found.detail for found in coverage.findings)
+        assert all("though the optimizer has it" in found.found for found in coverage.findings)
 
 
 def test_an_input_that_requires_gradients_is_no_finding():
     model, x = mlp(), batch_for(mlp).requires_grad_()
-    assert measure_optimizer_coverage(model, None, x).findings == ()
+    assert measure_optimizer_coverage(model, x).findings == ()
     assert x.grad is None
 
 
@@ -374,7 +412,10 @@ def test_weights_of_the_loss_are_not_stale():
     model, weights = mlp(), nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([*model.parameters(), weights], lr=0.1)
     coverage = measure_optimizer_coverage(
-        model, optimizer, batch_for(mlp), loss=lambda y: (y["model"] * weights).square().sum()
+        model,
+        batch_for(mlp),
+        optimizer=optimizer,
+        loss=lambda y: (y["model"] * weights).square().sum(),
     )
     assert coverage.findings == ()
 
@@ -410,7 +451,7 @@ def from_checkpoint(net, x):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_branch_that_is_cut_is_broken(forward):
     model = Net(forward)
-    coverage = measure_optimizer_coverage(model, sgd(model), batch_for(mlp))
+    coverage = measure_optimizer_coverage(model, batch_for(mlp), optimizer=sgd(model))
     assert coverage.places("without gradient") == ("model.trunk.weight", "model.trunk.bias")
     assert len(coverage.findings) == 2
 
@@ -425,19 +466,21 @@ def test_a_cut_member_is_broken(make):
         def forward(self, x):
             return [self.members[0](x), self.members[1](x).detach()]
 
-    coverage = measure_optimizer_coverage(Cut(), None, batch_for(make))
+    coverage = measure_optimizer_coverage(Cut(), batch_for(make))
     cut = tuple(f"model.members.1.{name}" for name, _ in make().named_parameters())
     assert coverage.places("without gradient") == cut
 
 
 def test_the_message_of_a_cut_branch(golden):
     model = Net(under_no_grad)
-    golden(message_of(model, sgd(model), batch_for(mlp)), "messages/coverage_cut_branch.txt")
+    golden(
+        message_of(model, batch_for(mlp), optimizer=sgd(model)), "messages/coverage_cut_branch.txt"
+    )
 
 
 def test_a_model_that_runs_without_gradients_is_broken():
     model = torch.no_grad()(lambda net, x: plain(net, x))
-    coverage = measure_optimizer_coverage(Net(model), None, batch_for(mlp))
+    coverage = measure_optimizer_coverage(Net(model), batch_for(mlp))
     assert len(coverage.places("without gradient")) == 4
 
 
@@ -449,13 +492,15 @@ def empty_group(net, x):
 
 def test_a_layer_that_reads_an_empty_group_is_broken(golden):
     model = Net(empty_group)
-    golden(message_of(model, sgd(model), batch_for(mlp)), "messages/coverage_empty_group.txt")
+    golden(
+        message_of(model, batch_for(mlp), optimizer=sgd(model)), "messages/coverage_empty_group.txt"
+    )
 
 
 def test_a_frozen_mask_hides_no_cut_branch():
     model = Net(lambda net, x: net.head(net.trunk(x) * net.mask) + x[..., :3])
     model.mask = nn.Parameter(torch.zeros(8), requires_grad=False)
-    assert measure_optimizer_coverage(model, sgd(model), batch_for(mlp)).places(
+    assert measure_optimizer_coverage(model, batch_for(mlp), optimizer=sgd(model)).places(
         "zero gradient"
     ) == ("model.trunk.weight", "model.trunk.bias", "model.head.weight")
 
@@ -466,8 +511,8 @@ def test_a_loss_that_leaves_a_member_out_is_broken(golden):
     golden(
         message_of(
             members,
-            sgd(*members),
             batch_for(mlp),
+            optimizer=sgd(*members),
             loss=lambda y: cross_entropy(y["0"], target),
         ),
         "messages/coverage_loss_of_one.txt",
@@ -481,7 +526,7 @@ def test_a_loss_of_a_random_member_is_complete():
     def loss(outputs):
         return cross_entropy(outputs[str(int(torch.randint(3, ())))], target)
 
-    assert not measure_optimizer_coverage(members, None, batch_for(mlp), loss=loss).findings
+    assert not measure_optimizer_coverage(members, batch_for(mlp), loss=loss).findings
 
 
 # --- freezes ------------------------------------------------------------------------------------
@@ -491,10 +536,10 @@ def test_a_loss_of_a_random_member_is_complete():
 def test_a_freeze_that_froze_nothing_is_broken(make):
     model = make()
     model[0].requires_grad = False
-    coverage = measure_optimizer_coverage(model, sgd(model), batch_for(make))
+    coverage = measure_optimizer_coverage(model, batch_for(make), optimizer=sgd(model))
     assert coverage.places("false freeze") == ("model.0.requires_grad = False",)
     model[0].requires_grad_(False)
-    assert measure_optimizer_coverage(model, sgd(model), batch_for(make)).findings == ()
+    assert measure_optimizer_coverage(model, batch_for(make), optimizer=sgd(model)).findings == ()
 
 
 def test_the_message_of_a_false_freeze(golden):
@@ -502,7 +547,10 @@ def test_the_message_of_a_false_freeze(golden):
     model[0].requires_grad = False
     model[1].requires_grad_ = False
     model[4].weight.requires_grad_ = False
-    golden(message_of(model, sgd(model), batch_for(conv)), "messages/coverage_false_freeze.txt")
+    golden(
+        message_of(model, batch_for(conv), optimizer=sgd(model)),
+        "messages/coverage_false_freeze.txt",
+    )
 
 
 # --- healthy networks ---------------------------------------------------------------------------
@@ -640,18 +688,20 @@ def with_a_teacher():
 def test_healthy_networks_are_complete(make):
     model = make()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    assert measure_optimizer_coverage(model, optimizer, batch_for(mlp)).findings == ()
+    assert measure_optimizer_coverage(model, batch_for(mlp), optimizer=optimizer).findings == ()
 
 
 def test_a_reentrant_checkpoint_in_the_middle_is_healthy():
     model = Net(lambda net, x: checkpoint(net.head, net.trunk(x), use_reentrant=True))
-    assert measure_optimizer_coverage(model, sgd(model), batch_for(mlp)).findings == ()
+    assert measure_optimizer_coverage(model, batch_for(mlp), optimizer=sgd(model)).findings == ()
     assert [p.grad for p in model.parameters()] == [None] * 4
 
 
 def test_sparse_embeddings_are_complete():
     model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Linear(4, 2))
-    assert not measure_optimizer_coverage(model, sgd(model), torch.tensor([[1, 2]])).findings
+    assert not measure_optimizer_coverage(
+        model, torch.tensor([[1, 2]]), optimizer=sgd(model)
+    ).findings
 
 
 def resnet18(models):
@@ -695,7 +745,7 @@ def test_published_networks_are_complete(make, side):
     models = pytest.importorskip("torchvision.models")
     model = make(models)
     x = torch.randn(2, 3, side, side)
-    coverage = measure_optimizer_coverage(model, sgd(model), x, outputs=whole)
+    coverage = measure_optimizer_coverage(model, x, optimizer=sgd(model), outputs=whole)
     assert coverage.findings == ()
     assert len(coverage.trainable) == len(list(model.parameters()))
 
@@ -707,7 +757,9 @@ def test_the_measurement_is_readable():
     model = mlp()
     optimizer = sgd(model[0])
     model[0].requires_grad = False
-    assert str(measure_optimizer_coverage(model, optimizer, batch_for(mlp))).splitlines() == [
+    assert str(
+        measure_optimizer_coverage(model, batch_for(mlp), optimizer=optimizer)
+    ).splitlines() == [
         "4 trainable parameters, 3 findings (1 optimizer and gradients looked at)",
         "  model.2.weight                  missing        in no group",
         "  model.2.bias                    missing        in no group",
@@ -722,7 +774,38 @@ def test_several_kinds_of_findings_are_one_message(golden):
 
     model = Net(forward, extra=[nn.Linear(6, 3)])
     optimizer = sgd(model.trunk, nn.Linear(2, 2))
-    golden(message_of(model, optimizer, batch_for(mlp)), "messages/coverage_several.txt")
+    golden(message_of(model, batch_for(mlp), optimizer=optimizer), "messages/coverage_several.txt")
+
+
+def test_findings_are_data():
+    members = [mlp(), mlp()]
+    members[1][0] = members[0][0]
+    coverage = measure_optimizer_coverage(members, optimizer=all_of)
+    with pytest.raises(Broken) as broken:
+        assert_optimizer_complete(coverage)
+    findings = broken.value.findings
+    assert findings.kinds == ("repeated",)
+    assert [(one.place, one.members, one.amount) for one in findings] == [
+        ("0.0.weight", ("0", "1"), 2),
+        ("0.0.bias", ("0", "1"), 2),
+    ]
+    assert findings[0].cause.startswith("a layer that was made once")
+    assert findings.affected == (Count(2, "trainable parameter", of=6),)
+
+
+def test_gradients_that_were_not_looked_at_are_told():
+    model = mlp()
+    at_rest = judge(measure_optimizer_coverage(model, optimizer=sgd), CoverageClaim())
+    assert at_rest.held
+    assert at_rest.looked_at == (Count(0, "gradient", of=4),)
+    text = message_of(model, optimizer=sgd(model[0]))
+    assert "(2 of 4 trainable parameters)\n  looked at 0 of 4 gradients" in text
+    called = judge(measure_optimizer_coverage(model, batch_for(mlp)), CoverageClaim())
+    assert called.looked_at == ()
+
+
+def test_every_kind_of_finding_is_explained():
+    assert tuple(_KINDS) == KINDS
 
 
 def test_an_unknown_kind_is_an_error():
@@ -743,7 +826,9 @@ def test_looking_changes_nothing():
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
     grads = [p.grad.clone() for p in model.parameters()]
     state, kept = torch.get_rng_state(), x.clone()
-    measure_optimizer_coverage(model, optimizer, x, loss=lambda y: y["model"].square().mean())
+    measure_optimizer_coverage(
+        model, x, optimizer=optimizer, loss=lambda y: y["model"].square().mean()
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(x, kept)
     assert not any(module.training for module in model.modules())
@@ -759,7 +844,7 @@ def test_looking_changes_nothing():
 def test_a_graph_that_the_user_holds_stays_usable():
     weight = nn.Parameter(torch.ones(3))
     model = Net(scaled, scale=weight.exp())
-    measure_optimizer_coverage(model, None, batch_for(mlp))
+    measure_optimizer_coverage(model, batch_for(mlp))
     model.scale.sum().backward()
     assert torch.allclose(weight.grad, torch.full((3,), math.e))
 
@@ -776,7 +861,7 @@ def test_nothing_to_look_at_is_an_error():
 def test_a_model_without_trainable_parameters_is_an_error(batch):
     model = mlp().requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameters"):
-        measure_optimizer_coverage(model, sgd(model), batch)
+        measure_optimizer_coverage(model, batch, optimizer=sgd(model))
 
 
 def test_numbers_are_needed():
@@ -786,13 +871,13 @@ def test_numbers_are_needed():
         (nn.LazyLinear(2), "is lazy"),
     ]:
         with pytest.raises(ValueError, match=told):
-            measure_optimizer_coverage(model, None, batch_for(mlp))
+            measure_optimizer_coverage(model, batch_for(mlp))
 
 
 def test_outputs_that_are_not_finite_are_an_error():
     model = Net(lambda net, x: plain(net, x) / 0)
     with pytest.raises(ValueError, match="output of member model holds NaN or infinity"):
-        measure_optimizer_coverage(model, None, batch_for(mlp))
+        measure_optimizer_coverage(model, batch_for(mlp))
 
 
 def test_a_model_that_changes_its_parameters_is_an_error():
@@ -802,7 +887,7 @@ def test_a_model_that_changes_its_parameters_is_an_error():
         return plain(net, x)
 
     with pytest.raises(ValueError, match=r"changes its own parameter model\.trunk\.weight"):
-        measure_optimizer_coverage(Net(forward), None, batch_for(mlp))
+        measure_optimizer_coverage(Net(forward), batch_for(mlp))
 
 
 def broken_optimizer(model):
@@ -826,7 +911,7 @@ def no_optimizer(model):
 )
 def test_an_optimizer_that_does_not_fit_is_an_error(optimizer, told):
     with pytest.raises(ValueError, match=told):
-        measure_optimizer_coverage(mlp(), optimizer, batch_for(mlp))
+        measure_optimizer_coverage(mlp(), batch_for(mlp), optimizer=optimizer)
 
 
 @pytest.mark.parametrize(
@@ -842,7 +927,7 @@ def test_an_optimizer_that_does_not_fit_is_an_error(optimizer, told):
 )
 def test_a_loss_that_does_not_fit_is_an_error(loss, told):
     with pytest.raises(ValueError, match=told):
-        measure_optimizer_coverage(mlp(), None, batch_for(mlp), loss=loss)
+        measure_optimizer_coverage(mlp(), batch_for(mlp), loss=loss)
 
 
 # --- as a fixture and a claim -------------------------------------------------------------------
@@ -850,10 +935,10 @@ def test_a_loss_that_does_not_fit_is_an_error(loss, told):
 
 def test_the_fixture_asserts_completeness(optimizer_coverage):
     model = mlp()
-    optimizer_coverage.assert_complete(model, sgd(model), batch_for(mlp))
-    optimizer_coverage.assert_complete(model, sgd, batch_for(mlp))
+    optimizer_coverage.assert_complete(model, batch_for(mlp), optimizer=sgd(model))
+    optimizer_coverage.assert_complete(model, batch_for(mlp), optimizer=sgd)
     with pytest.raises(AssertionError, match="in no group"):
-        optimizer_coverage.assert_complete(model, sgd(model[0]), batch_for(mlp))
+        optimizer_coverage.assert_complete(model, batch_for(mlp), optimizer=sgd(model[0]))
 
 
 @pytest.mark.parametrize(
@@ -863,23 +948,31 @@ def test_the_fixture_asserts_completeness(optimizer_coverage):
         ("complete", None, "held"),
         ("complete", lambda model: sgd(model[0]), "broken"),
         ("complete", broken_optimizer, "error"),
-        ("partial", sgd, "error"),
     ],
-    ids=["held", "no_optimizer", "broken", "raises", "unknown"],
+    ids=["held", "no_optimizer", "broken", "raises"],
 )
 def test_claims_are_checked(claim, optimizer, status):
     subject = Subject(
         make=mlp, batch=lambda: batch_for(mlp), optimizer=optimizer, claims={"coverage": claim}
     )
-    (result,) = (r for r in check_ensemble(subject) if r.check == "coverage")
-    assert result.status == status
+    assert check_ensemble(subject)["coverage"].status == status
+
+
+def test_a_claim_without_a_batch_cannot_be_checked():
+    with pytest.raises(ValueError, match="has no batch"):
+        measure(Case.of(mlp(), optimizer=sgd), CoverageClaim())
+
+
+def test_a_claim_that_is_not_known_is_refused():
+    with pytest.raises(ClaimError, match=r"'partial'\. It can be: complete"):
+        parse("partial")
 
 
 # --- what trains is what the loss uses, in train mode -------------------------------------------
 
 
 def found_in(model, **options):
-    found = measure_optimizer_coverage(model, sgd, batch_for(mlp), **options).findings
+    found = measure_optimizer_coverage(model, batch_for(mlp), optimizer=sgd, **options).findings
     return [(finding.kind, finding.place) for finding in found]
 
 
@@ -919,9 +1012,9 @@ def test_a_member_with_weight_zero_in_the_loss_is_broken():
         return sum(w * y.square().mean() for w, y in zip((1.0, 0.0), outputs.values(), strict=True))
 
     found = measure_optimizer_coverage(
-        [mlp(), mlp()], lambda two: [sgd(one) for one in two], batch_for(mlp), loss=loss
+        [mlp(), mlp()], batch_for(mlp), optimizer=lambda two: [sgd(one) for one in two], loss=loss
     )
-    assert found.places("without gradient") == ("output of member 1",)
+    assert found.places("unused output") == ("output of member 1",)
 
 
 def test_an_output_that_the_loss_leaves_out_is_broken():
@@ -953,7 +1046,7 @@ def test_what_the_optimizers_function_freezes_is_frozen():
         return torch.optim.SGD(net.head.parameters(), lr=0.1)
 
     model = Net(lambda net, x: net.head(net.trunk(x)))
-    assert measure_optimizer_coverage(model, of_head, batch_for(mlp)).findings == ()
+    assert measure_optimizer_coverage(model, batch_for(mlp), optimizer=of_head).findings == ()
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -1057,7 +1150,7 @@ def test_an_expert_that_starts_at_zero_and_gets_no_row_is_healthy():
 def test_a_group_with_rate_zero_is_broken(golden):
     model = mlp()
     groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}]
-    text = message_of(model, torch.optim.SGD(groups, lr=0.1), batch_for(mlp))
+    text = message_of(model, batch_for(mlp), optimizer=torch.optim.SGD(groups, lr=0.1))
     golden(text, "messages/coverage_rate_zero.txt")
 
 
@@ -1066,10 +1159,12 @@ def test_a_warm_up_from_zero_and_a_frozen_group_with_rate_zero_are_complete():
     optimizer = sgd(model)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
     assert optimizer.param_groups[0]["lr"] == 0.0
-    assert_optimizer_complete(measure_optimizer_coverage(model, optimizer))
+    assert_optimizer_complete(measure_optimizer_coverage(model, optimizer=optimizer))
     model[0].requires_grad_(False)
     groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}]
-    assert_optimizer_complete(measure_optimizer_coverage(model, torch.optim.SGD(groups, lr=0.1)))
+    assert_optimizer_complete(
+        measure_optimizer_coverage(model, optimizer=torch.optim.SGD(groups, lr=0.1))
+    )
 
 
 @pytest.mark.parametrize("where", ["train", "forward"])
@@ -1088,7 +1183,7 @@ def test_a_freeze_that_is_undone_is_broken(where):
     model = Thaws(*mlp())
     model[0].requires_grad_(False)
     text = message_of(model, batch=batch_for(mlp))
-    assert "model.0.weight   undone freeze:   frozen, until train() or forward" in text
+    assert "model.0.weight   train() or forward() makes it trainable" in text
     assert not model[0].weight.requires_grad
 
 

@@ -2,6 +2,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ensembles.case import Case
 from ensembles.checks.coverage.gradient_flow import gradient_flow
 
 
@@ -19,7 +20,9 @@ class Net(nn.Module):
 
 def test_what_a_call_reaches_and_what_it_does_not():
     net, weight = Net(), torch.ones(2, requires_grad=True)
-    flow = gradient_flow(net, torch.ones(5, 3), loss=lambda y: (y["main"] * weight).square().sum())
+    flow = gradient_flow(
+        Case.of(net, torch.ones(5, 3), loss=lambda y: (y["main"] * weight).square().sum())
+    )
     assert list(flow.lost) == [id(net.scale[0])]
     assert id(weight) in flow.of_loss
     assert flow.without_gradient == ("model.spare.weight", "model.spare.bias")
@@ -32,7 +35,9 @@ def test_a_trained_output_that_the_loss_does_not_use_is_told():
         def forward(self, x):
             return {**super().forward(x), "side": self.trunk(x)}
 
-    flow = gradient_flow(Features(), torch.ones(5, 3), loss=lambda y: y["main"].square().sum())
+    flow = gradient_flow(
+        Case.of(Features(), torch.ones(5, 3), loss=lambda y: y["main"].square().sum())
+    )
     assert flow.unused_members == ("side",)
 
 
@@ -43,7 +48,7 @@ def test_a_reentrant_checkpoint_leaves_no_gradient_behind():
 
     net = Checkpointed(nn.Linear(3, 4), nn.Linear(4, 2))
     net.scale = [torch.ones(4, requires_grad=True)]
-    flow = gradient_flow(net, torch.ones(5, 3))
+    flow = gradient_flow(Case.of(net, torch.ones(5, 3)))
     assert list(flow.lost) == [id(net.scale[0])]
     assert net.scale[0].grad is None
     assert [p.grad for p in net.parameters()] == [None] * 4
@@ -56,4 +61,4 @@ def test_a_tied_parameter_has_its_first_name():
     cut = {"a": first, "b": second}
     for member in cut.values():
         member.register_forward_hook(lambda module, args, y: y.detach())
-    assert gradient_flow(cut, torch.ones(3, 2)).without_gradient == ("a.weight",)
+    assert gradient_flow(Case.of(cut, torch.ones(3, 2))).without_gradient == ("a.weight",)

@@ -7,11 +7,17 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from ensembles.checks.hygiene.measurement import (
+from ensembles.checks.hygiene.claim import HygieneClaim, parse
+from ensembles.checks.hygiene.judgement import (
+    _KINDS,
     assert_snapshot_detached,
     assert_state_clean,
-    measure_state_hygiene,
+    judge,
 )
+from ensembles.checks.hygiene.measurement import KINDS, measure_state_hygiene
+from ensembles.claims import ClaimError
+from ensembles.findings import Count
+from ensembles.message import Broken
 from ensembles.models import Ensemble, NStreams, subnet_resnet18
 from ensembles.subject import whole
 
@@ -245,8 +251,8 @@ class ByDefault(nn.Linear):
 @pytest.mark.parametrize(
     ("kind", "place"),
     [
-        (OfTheClass, "model.mask   hidden tensor:   shape (2,), a class attribute"),
-        (ByDefault, "model.forward   hidden tensor:   shape (2,), a default argument"),
+        (OfTheClass, "model.mask   shape (2,), kept as a class attribute"),
+        (ByDefault, "model.forward   shape (2,), kept as a default argument"),
     ],
 )
 def test_a_mask_outside_of_every_instance_is_broken(kind, place):
@@ -278,7 +284,7 @@ def test_a_train_that_returns_nothing_and_an_eval_that_merges_twice_are_broken()
                 self.weight.data.add_(1.0)
             return super().train(mode)
 
-    assert "model.train()   mode:   returns NoneType, not itself" in message(Forgets(4, 2))
+    assert "model.train()   returns NoneType, not itself" in message(Forgets(4, 2))
     assert "a second eval() changes it" in message(Merges(4, 2))
 
 
@@ -315,8 +321,12 @@ def test_a_call_that_seeds_in_train_mode_only_is_broken():
         return x
 
     found = measure_state_hygiene(Calling(noisy), ROWS)
-    assert [(one.kind, one.place, one.detail) for one in found.findings] == [
-        ("global state", "generator torch", "in one state after every call in train mode")
+    assert [(one.kind, one.place, one.found) for one in found.findings] == [
+        (
+            "global state",
+            "generator torch",
+            "in one state after every call in train mode, whatever the seed",
+        )
     ]
 
 
@@ -334,7 +344,7 @@ def test_a_call_that_switches_gradients_off_is_broken():
         torch.set_grad_enabled(module.training)
         return x
 
-    place = "gradients   global state:   switched off by a call in eval mode"
+    place = "gradients   switched off by a call in eval mode"
     assert place in message(Calling(frozen))
 
 
@@ -349,7 +359,7 @@ def test_a_cache_by_width_that_outlives_its_weights_is_broken():
         cut = module.cache.setdefault(2, module.layer.weight[:2].detach().clone())
         return x[:, :2] @ cut
 
-    assert "outputs after other weights   stale:" in message(Calling(sliced, cache={}))
+    assert "outputs after other weights   differ by" in message(Calling(sliced, cache={}))
 
 
 def test_what_a_call_leaves_in_an_attribute_for_the_next_is_broken():
@@ -363,7 +373,7 @@ def test_what_a_call_leaves_in_an_attribute_for_the_next_is_broken():
         return x
 
     for model in (Calling(counted, calls=0), Calling(mixed, last=None)):
-        assert "outputs of a second call   moves in eval:   differ by" in message(model)
+        assert "outputs of a second call   differ by" in message(model)
 
 
 def test_a_constant_of_a_layer_that_a_call_in_eval_mode_changes_is_broken():
@@ -372,11 +382,11 @@ def test_a_constant_of_a_layer_that_a_call_in_eval_mode_changes_is_broken():
         return module.drop(x)
 
     text = message(Calling(dropped, drop=nn.Dropout(0.0)))
-    assert "model.drop.p   moves in eval:   from 0.125 to 0.25 in one call" in text
+    assert "model.drop.p   changes from 0.125 to 0.25 in one call" in text
 
 
 def test_a_call_that_leaves_train_mode_behind_is_broken():
-    place = "model.layers   mode:   in train mode after a call in eval mode"
+    place = "model.layers   in train mode after a call in eval mode"
     assert place in message(Woken())
 
 
@@ -520,7 +530,7 @@ def test_a_batch_is_watched_in_all_its_parts_and_in_train_mode():
             return self.layer(x * masks["kept"])
 
     told = message(Noisy(), (ROWS, {"kept": torch.ones(5, 4), "second": torch.ones(2)}))
-    place = "batch[1]['kept']   changes the batch:   by 1e+00 in one call in train mode, first in"
+    place = "batch[1]['kept']   changes by 1e+00 in one call in train mode, first in"
     assert place in told
     assert "second" not in told
 
@@ -603,7 +613,9 @@ def test_a_norm_without_weights_in_a_frozen_part_is_frozen_too():
         trunk = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False))
         return nn.Sequential(trunk.requires_grad_(not frozen), nn.Linear(4, 2))
 
-    assert "0.1.running_mean   frozen moves:" in message(with_trunk(frozen=True))
+    assert "0.1.running_mean   a call moves it, though its module is frozen" in message(
+        with_trunk(frozen=True)
+    )
     assert_state_clean(measure_state_hygiene(with_trunk(frozen=False), ROWS))
     # Nothing is frozen of a norm whose neighbours train.
     standardised = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))
@@ -616,7 +628,7 @@ def test_a_gradient_of_before_the_freeze_is_broken():
     model(ROWS).sum().backward()
     model.requires_grad_(False)
     model.bias.requires_grad_(True)
-    assert "weight   frozen moves:   the optimizer steps its old gradient" in message(
+    assert "weight   the optimizer steps its gradient of before the freeze" in message(
         model, optimizer=decaying
     )
 
@@ -662,7 +674,7 @@ USES = {
 def test_decay_of_what_a_mask_hides_is_broken(use):
     found = measure_state_hygiene(Masked(USES[use]), ROWS, optimizer=decaying)
     assert [(one.kind, one.place) for one in found.findings] == [("masked moves", "weight")]
-    assert found.findings[0].detail.startswith("4 of 8 elements")
+    assert found.findings[0].found.startswith("4 of 8 elements")
     # Without decay nothing moves what has no gradient.
     assert measure_state_hygiene(Masked(USES[use]), ROWS).findings == ()
 
@@ -801,7 +813,7 @@ def test_an_average_that_does_not_predict_is_clean():
 )
 def test_an_average_with_statistics_of_other_weights_is_broken(follow, told):
     text = message(Averaging(follow), optimizer=stepping)
-    assert f"average.1   averaged norm:   its weights are averaged, {told}" in text
+    assert f"average.1   its weights are averaged, but {told}" in text
 
 
 class AveragedBefore(nn.Module):
@@ -826,8 +838,8 @@ class AveragedBefore(nn.Module):
 def test_an_average_with_statistics_of_the_step_before_is_broken():
     """PyTorch's AveragedModel copies the buffers of the model, and averages its weights."""
     text = message(AveragedBefore())
-    told = "its weights are averaged, its statistics are those of live.1"
-    assert f"average.module.1   averaged norm:   {told}" in text
+    told = "its weights are averaged, but its statistics are those of live.1"
+    assert f"average.module.1   {told}" in text
 
 
 def test_a_snapshot_of_weights_and_statistics_that_predicts_is_clean():
@@ -875,7 +887,7 @@ def test_a_snapshot_that_a_model_keeps_under_any_name_is_told(keep, names):
     model = nn.Linear(4, 2)
     model.kept = keep(model)
     found = measure_state_hygiene(model, ROWS)
-    assert [(one.kind, one.place, one.detail) for one in found.findings] == [
+    assert [(one.kind, one.place, one.found) for one in found.findings] == [
         ("alias", "model.kept", f"is the live memory of {names}")
     ]
 
@@ -914,6 +926,56 @@ def test_a_snapshot_of_nothing_is_refused():
         assert_snapshot_detached({"epoch": 3}, net())
 
 
+# --- as data --------------------------------------------------------------------------------------
+
+
+def test_findings_are_data_and_every_kind_is_told():
+    """A mask that is an attribute, and a norm that two streams go through."""
+
+    class Streams(NStreams):
+        def forward(self, x):
+            return [y * self.mask for y in super().forward(x)]
+
+    model = Streams(net(), 2)
+    model.mask = torch.ones(2)
+    hygiene = measure_state_hygiene(model, ROWS)
+    with pytest.raises(Broken) as broken:
+        assert_state_clean(hygiene)
+    hidden, norm = broken.value.findings
+    assert (hidden.kind, hidden.place, hidden.amount) == ("hidden tensor", "model.mask", 2)
+    assert (norm.kind, norm.place, norm.amount) == ("norm updates", "network.1", 2)
+    assert (norm.expected, norm.found) == ("1 update a step", "2 updates a step")
+    assert broken.value.findings.affected == (Count(1, "norm", of=1),)
+    assert "Hidden tensor: A tensor that is no buffer" in str(broken.value)
+    assert "Norm updates: Where running statistics" in str(broken.value)
+    assert judge(hygiene, HygieneClaim(updates=2)).kinds == ("hidden tensor",)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (net, "norms update their statistics once a step"),
+        (lambda: NStreams(net(), 2), "norms update their statistics twice a step"),
+        (lambda: NStreams(net(), 4), "norms update their statistics 4 times a step"),
+        (lambda: net(FrozenNorm(4)), "norms update their statistics once a step or not at all"),
+        (lambda: FrozenNorm(4), "norms do not update their statistics in a step"),
+    ],
+)
+def test_the_measurement_says_how_often_norms_update(make, told):
+    head = str(measure_state_hygiene(make(), ROWS)).splitlines()[0]
+    assert head.endswith(f"0 findings; {told}")
+
+
+def test_every_kind_of_finding_is_explained():
+    assert tuple(_KINDS) == KINDS
+
+
+def test_a_claim_that_is_not_known_is_refused():
+    assert parse("clean") == HygieneClaim(updates=1)
+    with pytest.raises(ClaimError, match="cannot be claimed to be 'tidy'"):
+        parse("tidy")
+
+
 # --- wrong use ------------------------------------------------------------------------------------
 
 
@@ -945,5 +1007,5 @@ def test_looking_changes_nothing():
 def test_the_fixture_does_the_same(state_hygiene):
     state_hygiene.assert_clean(NStreams(net(), 3), ROWS, updates=3)
     state_hygiene.assert_detached(copy.deepcopy(net()), net())
-    with pytest.raises(AssertionError, match="claimed 1"):
+    with pytest.raises(AssertionError, match="expected 1 update a step   found 3 updates a step"):
         state_hygiene.assert_clean(NStreams(net(), 3), ROWS)
