@@ -289,9 +289,18 @@ class Case:
             seed_generators(self.seed + 1)
             yield self
 
-    def having(self, model: Model) -> Case:
-        """The same case with another model in place of its own: a copy, or what it became."""
-        other = Case(replace(self.subject, make=lambda: model), seed=self.seed)
+    def having(self, model: Model, **recipe: Unpack[Recipe]) -> Case:
+        """The same case with another model: a copy, what it became, or some of its members.
+
+        Args:
+            model: In place of the case's own.
+            **recipe: Fields of `Subject` in place of the case's own.
+        """
+        seed = recipe.pop("seed", None)
+        other = Case(
+            replace(self.subject, make=lambda: model, **recipe),
+            seed=self.seed if seed is None else seed,
+        )
         other._model, other._batch = model, self._batch
         return other
 

@@ -135,7 +135,7 @@ _ROWS = (
             "measurement.measure_determinism",
             "judgement.assert_deterministic",
             "loaders.measure_loader_determinism",
-            "loaders.assert_loader_deterministic",
+            "judgement.assert_loader_deterministic",
         ),
     ),
     Promise(
@@ -149,7 +149,7 @@ _ROWS = (
             "measurement.measure_member_trajectories",
             "judgement.assert_members_trained_alone",
             "runs.measure_training_trajectory",
-            "runs.assert_trajectories_equal",
+            "judgement.assert_trajectories_equal",
         ),
     ),
     Promise(

@@ -1,10 +1,12 @@
-"""Where two recorded runs part: every value that differs, in the order of computation."""
+"""Where two recorded runs diverge: every value that differs, in the order of computation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,34 +14,53 @@ from torch import Tensor
 from ensembles.instruments.recording import KINDS, Entry
 from ensembles.tolerance import Kind, tolerance_of
 
-__all__ = ["Parting", "partings", "tolerated"]
+__all__ = ["Divergence", "divergences", "tolerated"]
 
 MADE = ("parameter", "buffer", "generator", "batch")
 """The kinds of step 0, in the order in which they come to be."""
 
 
+How = Literal["first only", "second only", "value", "share", "zero", "bits", "norm"]
+
+
 @dataclass(frozen=True)
-class Parting:
+class Divergence:
     """A recorded value that differs between two runs.
 
     Attributes:
         step: 0 for what construction left, then the number of the optimizer step.
         kind: As in `Entry`.
         place: Member and name.
-        told: How it differs, in a few words.
-        ratio: The norm in the first run, divided by that in the second.
+        how: "first only" and "second only" where one run has none; "value" where they cannot be
+            subtracted; "share" beyond a tolerance; "zero" in one of them; "bits" where the norm is
+            the same; "norm" where it is another.
+        ratio: The norm in the first run, divided by that in the second; NaN where there is none.
+        share: The greatest difference, as a share of the greatest element of its kind; NaN where
+            that was not compared.
     """
 
     step: int
     kind: str
     place: str
-    told: str
-    ratio: float
+    how: How
+    ratio: float = math.nan
+    share: float = math.nan
 
     @property
-    def row(self) -> tuple[str, str, str]:
-        """A row of a message's table."""
-        return f"step {self.step}", f"{self.kind} {self.place}".strip(), self.told
+    def what(self) -> str:
+        """Kind and place."""
+        return f"{self.kind} {self.place}".strip()
+
+    def __str__(self) -> str:
+        return {
+            "first only": "in the first run only",
+            "second only": "in the second run only",
+            "value": "another value",
+            "share": f"by {self.share:.0e} of the greatest {self.kind}",
+            "zero": "zero in one run",
+            "bits": "same norm, other bits",
+            "norm": f"norm {self.ratio:.3g} times the other's",
+        }[self.how]
 
 
 def tolerated(tolerance: float | Kind, *runs: Sequence[Entry]) -> float:
@@ -68,13 +89,9 @@ def tolerated(tolerance: float | Kind, *runs: Sequence[Entry]) -> float:
     return tolerance_of(tolerance, *values)
 
 
-def partings(
-    one: Sequence[Entry],
-    two: Sequence[Entry],
-    tolerance: float = 0.0,
-    *,
-    other: str = "the other's",
-) -> list[Parting]:
+def divergences(
+    one: Sequence[Entry], two: Sequence[Entry], tolerance: float = 0.0
+) -> list[Divergence]:
     """Every value that differs, first what was computed first.
 
     Args:
@@ -84,15 +101,14 @@ def partings(
             has of the same kind in the same step: a bias before BatchNorm has a gradient that is
             nothing but roundings, whose own size says nothing. 0.0 compares bits, and so does
             every tolerance for numbers that are not floating.
-        other: What the norm in the second run is called.
 
     Raises:
         ValueError: If a tolerance is given and values were not kept.
 
     Example:
-        >>> [p.row for p in partings([Entry(1, "loss", "", "", "a1", 3.0)],
-        ...                          [Entry(1, "loss", "", "", "b2", 2.0)])]
-        [('step 1', 'loss', "norm 1.5 times the other's")]
+        >>> [str(found) for found in divergences([Entry(1, "loss", "", "", "a1", 3.0)],
+        ...                                      [Entry(1, "loss", "", "", "b2", 2.0)])]
+        ["norm 1.5 times the other's"]
     """
     pairs: dict[tuple[int, str, str, str], list[Entry | None]] = {}
     for side, entries in enumerate((one, two)):
@@ -107,21 +123,18 @@ def partings(
     for key in sorted(pairs, key=lambda key: (key[0], _rank(*key[:2]))):
         a, b = pairs[key]
         step, kind, member, name = key
+        differs = partial(Divergence, step, kind, ".".join(filter(None, (member, name))))
         if a is None or b is None:
-            told, ratio = f"in the {'second' if a is None else 'first'} run only", math.nan
+            found.append(differs("second only" if a is None else "first only"))
         elif a.digest == b.digest:
             continue
         elif tolerance:
             share = _distance(a, b, greatest[_group(b)])
-            if share <= tolerance:
-                continue
-            told, ratio = "another value", math.nan
-            if math.isfinite(share):
-                told = f"by {share:.0e} of the greatest {kind}"
+            if share > tolerance:
+                found.append(differs("share" if math.isfinite(share) else "value", share=share))
         else:
-            told, ratio = _told(a, b, other), a.norm / b.norm if b.norm else math.nan
-        place = ".".join(part for part in (member, name) if part)
-        found.append(Parting(step, kind, place, told, ratio))
+            ratio = a.norm / b.norm if b.norm else math.nan
+            found.append(differs(_how(a.norm, b.norm), ratio=ratio))
     return found
 
 
@@ -130,11 +143,10 @@ def _rank(step: int, kind: str) -> int:
     return MADE.index(kind) if step == 0 else KINDS.index(kind)
 
 
-def _told(one: Entry, two: Entry, other: str) -> str:
-    if not one.norm or not two.norm:
-        return "zero in one run" if one.norm != two.norm else "other bits"
-    ratio = f"{one.norm / two.norm:.3g}"
-    return "same norm, other bits" if ratio == "1" else f"norm {ratio} times {other}"
+def _how(one: float, two: float) -> How:
+    if not one or not two:
+        return "zero" if one != two else "bits"
+    return "bits" if f"{one / two:.3g}" == "1" else "norm"
 
 
 def _group(entry: Entry) -> tuple[str, ...]:

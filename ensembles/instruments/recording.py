@@ -17,32 +17,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from ensembles.case import Case
 from ensembles.handling.members import (
     is_one_module,
-    member_outputs,
     named_members,
     named_modules_of,
     new_model,
 )
 from ensembles.handling.memory import as_kind_of, inner_tensors, is_shell, numbers_in
-from ensembles.handling.state import generators_kept, preserved, seed_generators
+from ensembles.handling.state import generators_kept, seed_generators
 from ensembles.handling.training import (
-    fresh,
-    hidden_modules,
     loss_of,
     optimizers_of,
     plain_sgd,
 )
 from ensembles.instruments.learning_rates import advances_of
 from ensembles.message import counted, listed
-from ensembles.subject import Loss, Members, Model, Outputs, Subject
+from ensembles.subject import Members, Model, Subject
 from ensembles.user_calls import ERRORS, asked, raised
 
 __all__ = [
     "KINDS",
     "Entry",
-    "Recipe",
-    "Run",
+    "RunOptions",
     "digest",
     "generator_entries",
     "recorded",
@@ -110,31 +107,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a model is trained: the fields of a `Subject` of the same names.
-
-    Attributes:
-        batch: What the model is called with, in every step.
-        outputs: Splits what one module returns into member outputs.
-        members: Finds the member modules inside one module.
-        optimizer: Builds the optimizer for a model; by default SGD with momentum on everything.
-        loss: Of the dict of member outputs; by default the sum over members of the mean squared
-            distance to fixed random targets.
-        clip: What training does to gradients before each step, a function of the model.
-        scheduler: A function of one optimizer, to what is called after each step.
-    """
-
-    batch: Any = None
-    outputs: Outputs | None = None
-    members: Members | None = None
-    optimizer: Callable[[Any], Any] | None = None
-    loss: Loss | None = None
-    clip: Callable[[Any], Any] | None = None
-    scheduler: Callable[[Any], Any] | None = None
-
-
-@dataclass(frozen=True)
-class Run:
+class RunOptions:
     """How a recorded run is done.
 
     Attributes:
@@ -152,58 +125,54 @@ class Run:
     values: bool = False
 
 
-def recorded(model: Model, recipe: Recipe, run: Run) -> tuple[Entry, ...]:
-    """Trains the model for some steps and records them; the model is as before afterwards.
+def recorded(case: Case, run: RunOptions) -> tuple[Entry, ...]:
+    """Trains the case's model for some steps and records them; the model is as before afterwards.
+
+    Where the subject has none, the optimizer is SGD with momentum on everything, and the loss is
+    the sum over members of the mean squared distance to fixed random targets.
 
     Args:
-        model: One module, or the members as a list or dict of modules.
-        recipe: How to train it.
+        case: The model and how it is trained; without a batch, only what it holds is recorded.
         run: How many steps, and what to record.
 
     Raises:
         ValueError: If the model cannot be trained like this.
 
     Example:
-        >>> entries = recorded(nn.Linear(2, 1), Recipe(torch.ones(3, 2)), Run(seed=0, steps=1))
+        >>> case = Case.of(nn.Linear(2, 1), torch.ones(3, 2))
+        >>> entries = recorded(case, RunOptions(seed=0, steps=1))
         >>> [f"{e.step} {e.kind} {e.place}" for e in entries][:4]
         ['0 parameter model.weight', '0 parameter model.bias', '1 output model.0', '1 loss ']
     """
-    return tuple(_train(model, recipe, run))
+    return tuple(_train(case, run))
 
 
-def recorded_anew(subject: Subject, run: Run) -> tuple[Model, tuple[Entry, ...]]:
+def recorded_anew(subject: Subject, run: RunOptions) -> tuple[Model, tuple[Entry, ...]]:
     """Makes the model with the present generators, and records construction, batch and run.
 
     Returns:
         The model, and its entries. A subject without a batch is constructed only.
 
     Example:
-        >>> _, entries = recorded_anew(Subject(make=nn.Identity), Run(seed=0, steps=3))
+        >>> _, entries = recorded_anew(Subject(make=nn.Identity), RunOptions(seed=0, steps=3))
         >>> {entry.kind for entry in entries}
         {'generator'}
     """
     model = new_model(subject.make)
     named_modules_of(model)
     made = list(generator_entries())
-    then = "It takes nothing, and returns what the model is called with."
-    batch = None if subject.batch is None else asked("batch", subject.batch, then=then)
-    if batch is None:
-        run = replace(run, steps=0)
+    batch = None
+    if subject.batch is not None:
+        then = "It takes nothing, and returns what the model is called with."
+        batch = asked("batch", subject.batch, then=then)
     made += [
         Entry(0, "batch", "", str(i), digest(leaf))
         for i, leaf in enumerate(pytree.tree_leaves(batch))
         if isinstance(leaf, Tensor)
     ]
-    recipe = Recipe(
-        batch,
-        subject.outputs,
-        subject.members,
-        subject.optimizer,
-        subject.loss,
-        subject.clip,
-        subject.scheduler,
-    )
-    return model, (*made, *recorded(model, recipe, run))
+    case = Case(replace(subject, make=lambda: model, batch=lambda: batch), seed=run.seed)
+    run = run if batch is not None else replace(run, steps=0)
+    return model, (*made, *recorded(case, run))
 
 
 def digest(value: Any) -> str:
@@ -260,14 +229,14 @@ def tensor_entries(
 # --- the run ------------------------------------------------------------------------------------
 
 
-def _train(model: Model, recipe: Recipe, run: Run) -> Iterator[Entry]:
-    modules = list(named_modules_of(model).values())
+def _train(case: Case, run: RunOptions) -> Iterator[Entry]:
+    model, recipe, modules = case.model, case.subject, list(case.modules.values())
     # Generators too, because a step's draws are seeded where members are to draw alike.
     with (
         generators_kept(),
         torch.inference_mode(False),
         torch.enable_grad(),
-        preserved([*modules, *hidden_modules(modules)]),
+        case.preserved(),
         ExitStack() as stack,
     ):
         tensors = _Tensors(model, recipe.members, run.values)
@@ -292,10 +261,10 @@ def _train(model: Model, recipe: Recipe, run: Run) -> Iterator[Entry]:
             for p in {*_held(optimizers), *(p for m in modules for p in m.parameters())}:
                 p.grad = None
             outputs: dict[str, tuple[Tensor, ...]] = {}
-            for called in [model] if is_one_module(model) else _each_alone(model):
+            for called in [model] if case.is_one_module else _each_alone(model):
                 if run.alike:
                     clock.rewind()
-                outputs |= member_outputs(called, fresh(recipe.batch), outputs=recipe.outputs)
+                outputs |= case.call(called)
             # One output of several members, as their mean, is nobody's: only runs in which each
             # member is followed need to know whose it is.
             pair = len(outputs) > 1 or run.alike if recipe.members else not is_one_module(model)
@@ -326,7 +295,7 @@ def _train(model: Model, recipe: Recipe, run: Run) -> Iterator[Entry]:
             yield from tensors.states(step, optimizers)
 
 
-def _loss(recipe: Recipe, outputs: Mapping[str, tuple[Tensor, ...]], step: int) -> Tensor:
+def _loss(recipe: Subject, outputs: Mapping[str, tuple[Tensor, ...]], step: int) -> Tensor:
     try:
         return loss_of(recipe.loss or _distance, outputs)
     except ValueError as error:

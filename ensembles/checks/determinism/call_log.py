@@ -21,14 +21,18 @@ from ensembles.instruments.recording import digest
 
 __all__ = ["CallLog", "first_unlike"]
 
-PROBES = ("ensembles.probes.", "ensembles.checks.", "ensembles.subject.", "ensembles.user_calls.")
+OURS = tuple(
+    f"ensembles.{room}."
+    for room in ("case", "checks", "gate", "handling", "instruments", "subject", "user_calls")
+)
+"""Code that looks; what `ensembles.models` does is looked at."""
 
 Call = tuple[str, str]
 """The name of the operation with its caller, and the digest of what it returned."""
 
 
 class CallLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, every operation on tensors is written down, but for those of the probes themselves.
+    """Inside, every operation on tensors is written down, except for those of the checks.
 
     Example:
         >>> with CallLog() as log:
@@ -81,11 +85,11 @@ def first_unlike(one: Sequence[Call], two: Sequence[Call]) -> str:
 
 
 def _caller(frame: FrameType | None) -> str | None:
-    """The innermost function that is not PyTorch's; None where it is one of the probes."""
+    """The innermost function that is not PyTorch's; None where it is one of a check."""
     by_pytorch = False
     while frame is not None:
         module = f"{frame.f_globals.get('__name__', '')}."
-        if module.startswith(PROBES):
+        if module.startswith(OURS):
             # They call modules, backward passes and optimizers of PyTorch, which do the rest.
             return "" if by_pytorch else None
         if not module.startswith("torch."):

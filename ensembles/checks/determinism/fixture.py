@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from typing import Unpack
 
+    from ensembles.case import Case
     from ensembles.checks.determinism.measurement import Determinism
-    from ensembles.subject import Members, Model, Outputs
+    from ensembles.subject import Model, Recipe
 
 __all__ = ["DeterminismFixture", "seeded_determinism"]
 
@@ -21,48 +22,27 @@ class DeterminismFixture:
 
     def measure(
         self,
-        make: Callable[[], Model],
+        model: Case | Callable[[], Model],
         batch: Any = None,
         *,
-        outputs: Outputs | None = None,
-        members: Members | None = None,
-        optimizer: Callable[[Any], Any] | None = None,
-        loss: Callable[[dict[str, Any]], Tensor] | None = None,
-        clip: Callable[[Any], Any] | None = None,
-        scheduler: Callable[[Any], Any] | None = None,
         steps: int = 2,
         factory: str | None = None,
+        **recipe: Unpack[Recipe],
     ) -> Determinism:
         """What two runs from one seed have in common: `measure_determinism`."""
         from ensembles.checks.determinism.measurement import measure_determinism
 
-        return measure_determinism(
-            make,
-            batch,
-            outputs=outputs,
-            members=members,
-            optimizer=optimizer,
-            loss=loss,
-            clip=clip,
-            scheduler=scheduler,
-            steps=steps,
-            factory=factory,
-        )
+        return measure_determinism(model, batch, steps=steps, factory=factory, **recipe)
 
     def assert_bitwise(
         self,
-        make: Callable[[], Model],
+        model: Case | Callable[[], Model],
         batch: Any = None,
         *,
-        outputs: Outputs | None = None,
-        members: Members | None = None,
-        optimizer: Callable[[Any], Any] | None = None,
-        loss: Callable[[dict[str, Any]], Tensor] | None = None,
-        clip: Callable[[Any], Any] | None = None,
-        scheduler: Callable[[Any], Any] | None = None,
         steps: int = 2,
         factory: str | None = None,
         loaded: bool = False,
+        **recipe: Unpack[Recipe],
     ) -> None:
         """Checks that one seed gives the same bits, and another seed other weights.
 
@@ -70,20 +50,9 @@ class DeterminismFixture:
         `loaded` the weights come from a file, and need not depend on the seed.
         """
         __tracebackhide__ = True
-        from ensembles.checks.determinism.measurement import assert_deterministic
+        from ensembles.checks.determinism.judgement import assert_deterministic
 
-        measured = self.measure(
-            make,
-            batch,
-            outputs=outputs,
-            members=members,
-            optimizer=optimizer,
-            loss=loss,
-            clip=clip,
-            scheduler=scheduler,
-            steps=steps,
-            factory=factory,
-        )
+        measured = self.measure(model, batch, steps=steps, factory=factory, **recipe)
         assert_deterministic(measured, loaded=loaded)
 
     def assert_loader(
@@ -98,10 +67,8 @@ class DeterminismFixture:
         Without `augmented`, nothing random is expected to happen to a sample, or to their order.
         """
         __tracebackhide__ = True
-        from ensembles.checks.determinism.loaders import (
-            assert_loader_deterministic,
-            measure_loader_determinism,
-        )
+        from ensembles.checks.determinism.judgement import assert_loader_deterministic
+        from ensembles.checks.determinism.loaders import measure_loader_determinism
 
         measured = measure_loader_determinism(make_loader, epochs=epochs)
         assert_loader_deterministic(measured, augmented=augmented)
@@ -109,7 +76,8 @@ class DeterminismFixture:
 
 @pytest.fixture
 def seeded_determinism() -> Iterator[DeterminismFixture]:
-    """Promises that one seed gives the same bits, in construction and in every training step.
+    """One seed gives the same bits in construction and in every training step, and another seed
+    gives other weights.
 
     Catches weights drawn at import or before seeding, a factory that ignores the seed, a
     constructor that calls `torch.manual_seed(0)`, seeds from the clock, the order of sets,
@@ -125,11 +93,11 @@ def seeded_determinism() -> Iterator[DeterminismFixture]:
 
     Prints on failure::
 
-        one seed is claimed to give the same bits, and two runs from seed 1729 part in step 1
+        one seed is claimed to give the same bits, but two runs from seed 1729 differ from step 1 on
 
-          step 1   operation forward of model.layer1.0.drop (NoiseLayer)   94 differ
+          step 1, operation forward of model.layer1.0.drop (NoiseLayer)   94 differ
           ...
-    """
+    """  # noqa: D205
     from ensembles.checks.determinism.seeding import seeded
     from ensembles.present_run import seed
 

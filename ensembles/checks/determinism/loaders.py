@@ -1,12 +1,4 @@
-"""Promise: a data loader gives the same batches from one seed, and no augmentation twice.
-
-Catches the random stream that every worker repeats, and that starts anew in every epoch: a
-generator held by the data set, which each worker copies, or a `worker_init_fn` with a fixed seed;
-and the shuffled order that every epoch repeats, as `DistributedSampler` does without `set_epoch`.
-The loss looks normal, and the data is augmented, or shuffled, far less than it seems.
-
-How workers are asked is told in `ensembles.instruments.loader_rng`.
-"""
+"""What a data loader repeats: the same batches from one seed, but no random stream."""
 
 from __future__ import annotations
 
@@ -20,17 +12,16 @@ from torch.utils.data import DataLoader
 
 from ensembles.checks.determinism.seeding import seeded
 from ensembles.instruments.loader_rng import (
-    DRAWS,
-    INDICES,
+    RepeatedStream,
     can_be_asked,
     digest_of_batch,
     orders_of,
     streams_of,
 )
-from ensembles.message import aligned, broken, counted, listed
+from ensembles.message import aligned, counted, listed
 from ensembles.present_run import seed as present_seed
 
-__all__ = ["LoaderDeterminism", "assert_loader_deterministic", "measure_loader_determinism"]
+__all__ = ["LoaderDeterminism", "measure_loader_determinism"]
 
 EPOCHS = 2
 """Epochs of a pass: an order, or a stream, may be the same in each."""
@@ -49,12 +40,11 @@ class LoaderDeterminism:
         workers: The number of worker processes; 0 where the main process loads.
         epochs: How many epochs.
         batches: How many batches a pass has, over all epochs.
-        parted: (epoch, batch) of the first batch that differs between two passes from one seed.
+        differs: (epoch, batch) of the first batch that differs between two passes from one seed.
         differing: How many batches differ.
         random: What draws random numbers while a sample is loaded: "the augmented samples", and
             generators by name. Empty where nothing does, or where no sample can be asked for.
-        repeated: (what, places): one stream that several workers, or a worker in several epochs,
-            have in common.
+        repeated: Streams that several workers, or a worker in several epochs, have in common.
         asked: Whether samples could be asked for; an `IterableDataset` gives what it gives.
         shuffled: Whether samples come in another order than that of their indices.
         one_order: Whether they come in one order in every epoch.
@@ -64,22 +54,24 @@ class LoaderDeterminism:
     workers: int
     epochs: int
     batches: int
-    parted: tuple[int, int] | None
+    differs: tuple[int, int] | None
     differing: int
     random: tuple[str, ...]
-    repeated: tuple[tuple[str, tuple[str, ...]], ...]
+    repeated: tuple[RepeatedStream, ...]
     asked: bool
     shuffled: bool
     one_order: bool
 
     def __str__(self) -> str:
         head = (
-            f"{self.differing} of {self.batches} batches differ between two passes from seed "
-            f"{self.seed}, {counted(range(self.workers), 'worker')}, "
-            f"{len(self.repeated)} repeated streams"
+            f"{self.differing or 'none'} of {self.batches} batches differ between two passes from "
+            f"seed {self.seed}, {counted(range(self.workers), 'worker')}, "
+            f"{counted(self.repeated, 'repeated stream')}"
             + (", shuffled once for all epochs" if self.shuffled and self.one_order else "")
         )
-        lines = aligned(_rows(self.repeated))
+        lines = aligned(
+            [(each.what, f"one stream in {listed(each.places, 3)}") for each in self.repeated]
+        )
         return "\n".join([head, *(f"  {line}" for line in lines)])
 
 
@@ -103,7 +95,7 @@ def measure_loader_determinism(
         >>> data = [torch.full((2,), float(i)) for i in range(4)]
         >>> print(measure_loader_determinism(
         ...     lambda: torch.utils.data.DataLoader(data, batch_size=2, shuffle=True), seed=0))
-        0 of 4 batches differ between two passes from seed 0, 0 workers, 0 repeated streams
+        none of 4 batches differ between two passes from seed 0, 0 workers, 0 repeated streams
     """
     if not callable(make_loader):
         raise ValueError(
@@ -131,7 +123,7 @@ def measure_loader_determinism(
         workers=loader.num_workers if isinstance(loader, DataLoader) else 0,
         epochs=epochs,
         batches=len(places),
-        parted=differing[0] if differing else places[-1] if surplus else None,
+        differs=differing[0] if differing else places[-1] if surplus else None,
         differing=len(differing) + surplus,
         random=drawn.random if drawn else (),
         repeated=drawn.repeated if drawn else (),
@@ -139,86 +131,6 @@ def measure_loader_determinism(
         shuffled=any(_is_shuffled(order) for order in orders),
         one_order=len(set(orders)) == 1,
     )
-
-
-def assert_loader_deterministic(loading: LoaderDeterminism, *, augmented: bool = True) -> None:
-    """Checks that batches repeat under the seed, and that no worker or epoch repeats another.
-
-    Args:
-        loading: From `measure_loader_determinism`.
-        augmented: Whether samples are claimed to be augmented at random, as in training. Without,
-            only that batches repeat under the seed is checked.
-
-    Raises:
-        ValueError: If augmentation is claimed and nothing random was found.
-        AssertionError: If batches differ between two passes, two streams are one, or a shuffled
-            order is that of every epoch.
-
-    Example:
-        >>> data = [torch.full((2,), float(i)) for i in range(4)]
-        >>> assert_loader_deterministic(measure_loader_determinism(
-        ...     lambda: torch.utils.data.DataLoader(data, shuffle=True)), augmented=False)
-    """
-    __tracebackhide__ = True
-    if loading.parted is not None:
-        epoch, batch = loading.parted
-        raise AssertionError(
-            broken(
-                f"batches are claimed to repeat from seed {loading.seed}, and do not",
-                [(f"epoch {epoch}, batch {batch}", "the first that differs")],
-                total=f"{loading.differing} of {loading.batches} batches",
-                meaning="Two runs from one seed see other data.",
-                remedy="Usual cause: augmentation from numpy.random.default_rng() or random() "
-                "seeded by the clock, or a data set in the order of a set or of os.listdir. "
-                "Draw from torch's generator in the worker.",
-            )
-        )
-    if not augmented:
-        return
-    if not loading.random:
-        raise ValueError(
-            "augmentation is claimed, and "
-            + (
-                f"{INDICES} samples were the same each of {DRAWS} times: nothing random is drawn. "
-                if loading.asked
-                else "an IterableDataset, or what is no DataLoader, cannot be asked for one "
-                "sample several times. "
-            )
-            + "For data without augmentation check augmented=False."
-        )
-    if loading.repeated:
-        held = any(what.startswith("dataset") for what, _ in loading.repeated)
-        raise AssertionError(
-            broken(
-                "workers and epochs are claimed to augment each in its own way, and repeat "
-                "each other",
-                _rows(loading.repeated),
-                total=f"{counted(loading.repeated, 'repeated stream')}, "
-                f"{counted(range(loading.workers), 'worker')}, {loading.epochs} epochs",
-                meaning="The same random numbers augment other samples over and over.",
-                remedy=(
-                    "Usual cause: a generator that is made with the data set: each worker copies "
-                    "it, in each epoch anew. "
-                    if held
-                    else "Usual cause: a worker_init_fn that seeds with a constant or with the "
-                    "worker number, or a generator in a place that was not looked through. "
-                )
-                + "In worker_init_fn, seed it with torch.initial_seed(), which is another in "
-                "every worker and epoch.",
-            )
-        )
-    if loading.shuffled and loading.one_order:
-        raise AssertionError(
-            broken(
-                "epochs are claimed to differ, and are shuffled into one order",
-                [("order of the samples", f"the same in all {loading.epochs} epochs")],
-                total=f"{loading.batches} batches",
-                meaning="Every epoch makes the same batches of the same samples.",
-                remedy="Usual cause: a DistributedSampler without sampler.set_epoch(epoch), or a "
-                "sampler that seeds its generator in __iter__(). An order that is meant to stay "
-                "is claimed with augmented=False.",
-            )
-        )
 
 
 # --- passes -------------------------------------------------------------------------
@@ -243,7 +155,3 @@ def _is_shuffled(order: Sequence[Any]) -> bool:
         return False
     falls = len([1 for before, after in pairwise(order) if after < before])
     return falls > max(1, FALLING * len(order))
-
-
-def _rows(repeated: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, str]]:
-    return [(what, f"one stream in {listed(places, 3)}") for what, places in repeated]

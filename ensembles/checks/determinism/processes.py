@@ -17,7 +17,7 @@ import torch
 from ensembles.checks.determinism.seeding import seeded
 from ensembles.handling.state import seed_generators
 from ensembles.instruments.processes import answer_of
-from ensembles.instruments.recording import Entry, Run, recorded_anew
+from ensembles.instruments.recording import Entry, RunOptions, recorded_anew
 from ensembles.subject import Subject
 
 __all__ = ["run_of_factory", "runs_in_processes"]
@@ -27,7 +27,7 @@ TIMEOUT = 600
 
 
 def runs_in_processes(
-    factory: str, batch: Any, run: Run, *, algorithms: bool = True
+    factory: str, batch: Any, run: RunOptions, *, algorithms: bool = True
 ) -> list[tuple[Entry, ...]]:
     """Records one run in each of two processes, with other hash seeds and other states at import.
 
@@ -41,7 +41,8 @@ def runs_in_processes(
         ValueError: If a process fails; with the last line of its error.
 
     Example:
-        >>> first, second = runs_in_processes("torch.nn:Identity", None, Run(seed=0, steps=0))
+        >>> run = RunOptions(seed=0, steps=0)
+        >>> first, second = runs_in_processes("torch.nn:Identity", None, run)
         >>> first == second
         True
     """
@@ -99,7 +100,7 @@ def run_of_factory(folder: str, number: int) -> None:
     for part in attribute.split("."):
         made = getattr(made, part)
     batch: Any = torch.load(Path(folder, "batch.pt"), weights_only=False)
-    run = Run(**asked["run"])
+    run = RunOptions(**asked["run"])
     with seeded(run.seed, algorithms=asked["algorithms"]):
         subject = made if isinstance(made, Subject) else None
         if subject is None:

@@ -4,10 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
-from ensembles.checks.determinism.loaders import (
-    assert_loader_deterministic,
-    measure_loader_determinism,
-)
+from ensembles.checks.determinism.judgement import assert_loader_deterministic
+from ensembles.checks.determinism.loaders import measure_loader_determinism
 
 numpy = pytest.importorskip("numpy")
 
@@ -275,7 +273,7 @@ def test_looking_changes_nothing():
 
 def test_the_fixture_checks_loaders(seeded_determinism):
     seeded_determinism.assert_loader(Loader(lambda: Augmented(from_torch), num_workers=0))
-    with pytest.raises(ValueError, match="check augmented=False"):
+    with pytest.raises(ValueError, match="claim augmented=False"):
         seeded_determinism.assert_loader(Loader(lambda: Augmented(nothing), num_workers=0))
 
 
