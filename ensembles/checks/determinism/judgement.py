@@ -112,7 +112,7 @@ def _affected(
     assert determinism is not None
     if determinism.diverged:
         return (Count(len(determinism.diverged), "recorded value", of=determinism.compared),)
-    if determinism.drawn:
+    if determinism.drawn and items[0].kind != "refused":
         unseeded = len(determinism.unseeded)
         return (Count(unseeded, "parameter of the same values", of=len(determinism.drawn)),)
     return ()

@@ -285,7 +285,7 @@ def test_an_absolute_rate_of_a_schedule_is_not_that_of_a_mean():
 def test_one_norm_that_is_told_as_clip_is_broken():
     with pytest.raises(AssertionError, match="step 1   parameter") as broken:
         assert_alone(partial(several, 2), clip=clip_all)
-    assert "one gradient norm clipped over all members" in str(broken.value)
+    assert "one gradient norm that is clipped over all members" in str(broken.value)
 
 
 @pytest.mark.parametrize(("clip", "status"), [(clip_each, "held"), (clip_all, "broken")])
