@@ -3,7 +3,7 @@
 Catches parameters that the optimizer never got or got twice, optimizers of a model that has
 changed since, members in a Python list, tensors that forward uses and nothing registers, branches
 that are cut from the loss, pairs of factors that are both zero, rates of zero, and freezes that
-froze nothing.
+froze nothing, or what forward has used.
 
 Healthy networks stay silent: a gradient that is zero or missing at the present values is a
 finding only where the parameter reaches no output by structure either, in train or in eval mode.
@@ -63,6 +63,7 @@ class Finding:
         "rate zero",
         "false freeze",
         "undone freeze",
+        "frozen in forward",
     )
 
 
@@ -252,6 +253,7 @@ _MEANINGS = {
     "rate zero": "What is stepped at rate 0 keeps its initial values.",
     "false freeze": "What seems frozen is trained.",
     "undone freeze": "What was frozen is trained after all.",
+    "frozen in forward": "What is frozen when backward() runs gets nothing from it.",
 }
 
 _REMEDIES = {
@@ -275,6 +277,8 @@ _REMEDIES = {
     "module.requires_grad_(False).",
     "undone freeze": "Undone freeze: an own train() or forward calls requires_grad_(True) on more "
     "than it means to. Leave what is frozen out of it.",
+    "frozen in forward": "Frozen in forward: forward calls requires_grad_(False) on what it has "
+    "used. Before it returns, put the flags back as they were.",
 }
 
 
@@ -412,6 +416,8 @@ def _cut(flow: Flow) -> Iterator[Finding]:
         yield Finding("stuck at zero", name, "zero, and so is whatever multiplies it")
     for name in flow.thawed:
         yield Finding("undone freeze", name, "frozen, until train() or forward")
+    for name in flow.refrozen:
+        yield Finding("frozen in forward", name, "used while it was trainable, and frozen since")
     for member in flow.unused_members:
         yield Finding("without gradient", f"output of member {member}", "the loss does not use it")
 

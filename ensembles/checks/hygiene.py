@@ -3,10 +3,10 @@
 Catches modules and tensors in lists, dicts and closures, masks that are plain attributes, eval()
 and train() that do not reach everything, tensors that .to() leaves behind, a forward pass that
 changes buffers or modes in eval mode, drops out in it, keeps something for the next call, or writes
-into the batch, one that seeds the global generators, caches that outlive the weights that they were
-made of, BatchNorm statistics that move several times a step or though their layer is frozen,
-weights that drift in steps whose loss does not use them or behind a mask, averaged weights with
-statistics of others, and snapshots that alias live weights.
+into the batch, one that freezes what it has used, or seeds the global generators, caches that
+outlive the weights that they were made of, BatchNorm statistics that move several times a step or
+though their layer is frozen, weights that drift in steps whose loss does not use them or behind a
+mask, averaged weights with statistics of others, and snapshots that alias live weights.
 
 Healthy networks stay silent: a frozen BatchNorm kept in eval mode by an own train(), a teacher
 that forward moves, dropped paths, and branches that start at zero are no findings.
@@ -257,6 +257,8 @@ _MEANINGS = {
     "not saved.",
     "stays behind": "A move of the model leaves part of it on the device where it was.",
     "mode": "Part of the model stays in another mode than the rest.",
+    "requires_grad": "A call changes what is trained: what is frozen when backward() runs gets "
+    "nothing, and an optimizer that is built afterwards gets another set.",
     "moves in eval": "Evaluation changes the model: what it reports depends on how often and on "
     "what it was called before.",
     "stale": "Evaluation predicts with what was computed from weights of before the training.",
@@ -278,6 +280,8 @@ _REMEDIES = {
     "nothing back.",
     "mode": "Mode: an own train() sets the mode of every child and returns self; call "
     "super().train(mode). forward() sets no mode.",
+    "requires_grad": "requires_grad: freeze where the model is built; what forward freezes for a "
+    "while, it thaws before it returns.",
     "moves in eval": "Moves in eval: change buffers only if self.training.",
     "stale": "Stale: drop in train() what was computed from weights, or compute it in each call.",
     "random in eval": "Random in eval: F.dropout(x, p, training=self.training).",

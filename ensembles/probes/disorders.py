@@ -53,6 +53,7 @@ class Disorder:
         "hidden tensor",
         "stays behind",
         "mode",
+        "requires_grad",
         "moves in eval",
         "stale",
         "random in eval",

@@ -109,7 +109,7 @@ def moved_in_eval(
         path, how, tensor = places[key]
         what = f"shape {tuple(tensor.shape)}, {how or 'a plain attribute'}"
         found.append(Disorder("hidden tensor", path, what))
-    found += _woken(model, start)
+    found += _left_otherwise(model, start)
     # Without the recorder, in whose presence PyTorch takes no fused kernels.
     first, again = (called(seed, fresh(batch)) for _ in range(2))
     states = [_generators()]
@@ -142,14 +142,15 @@ def _kept_from_calls(
         called: Calls the model in eval mode under the seed of the first, after what it is given.
         start: The state that the first call began from.
     """
+    start.restore()
+    _train(model)
+    trainable = [e.tensor for e in registered(model) if e.tensor.requires_grad]
 
     def trained() -> None:
         """As by training: other weights, in their place."""
-        for module in named_modules_of(model).values():
-            module.train()
-        for entry in registered(model):
-            p = entry.tensor
-            if not (p.requires_grad and p.is_floating_point() and p.layout is torch.strided):
+        _train(model)
+        for p in trainable:
+            if not (p.is_floating_point() and p.layout is torch.strided):
                 continue
             # What is expanded is one number in several places, and cannot be written.
             if all(size < 2 or step for size, step in zip(p.shape, p.stride(), strict=True)):
@@ -228,18 +229,36 @@ def _seeded_by(states: Sequence[Mapping[str, str]], mode: str) -> list[Disorder]
     ]
 
 
-def _woken(model: Model, start: Snapshot) -> list[Disorder]:
-    """Modules that a call in eval mode left in train mode, each without those inside it."""
-    after = _in_train_mode(model)
+def _left_otherwise(model: Model, start: Snapshot) -> list[Disorder]:
+    """Modules that a call in eval mode left in train mode, each without those inside it; flags."""
+    after, flags = _in_train_mode(model), _flags(model)
     start.restore()
     for module in named_modules_of(model).values():
         module.eval()
     woken = [name for name in after if name not in _in_train_mode(model)]
     return [
-        Disorder("mode", name, "in train mode after a call in eval mode")
-        for name in woken
-        if name.rpartition(".")[0] not in woken
+        *(
+            Disorder("mode", name, "in train mode after a call in eval mode")
+            for name in woken
+            if name.rpartition(".")[0] not in woken
+        ),
+        *_switched(_flags(model), flags, "eval"),
     ]
+
+
+def _flags(model: Model) -> dict[str, bool]:
+    entries = registered(model)
+    return {e.names[0]: e.tensor.requires_grad for e in entries if e.kind == "parameter"}
+
+
+def _switched(
+    before: Mapping[str, bool], after: Mapping[str, bool], mode: str
+) -> Iterator[Disorder]:
+    """Parameters that a call froze or made trainable."""
+    for name, flag in after.items():
+        if before.get(name, flag) is not flag:
+            detail = f"{before[name]}, and {flag} after a call in {mode} mode"
+            yield Disorder("requires_grad", name, detail)
 
 
 def _in_train_mode(model: Model) -> list[str]:
@@ -324,10 +343,13 @@ def moved_in_training(
         at_start = Snapshot(everything)
         before = _values(entries)
         norms = NormUpdates(_running_means(entries))
+        _train(model)  # an own train() may freeze
+        flags = _flags(model)
         with Writes(model, batch) as writes, norms:
             yielded = _train_call(model, writes.batch, outputs, step)
         states.append(_generators())
         found += _written(writes, "train")
+        found += _switched(flags, _flags(model), "train")
         by_forward = dict(_changed(entries, before))
         by_first = by_first or by_forward
         flat = [y for ys in yielded.values() for y in ys]
@@ -392,10 +414,14 @@ def _gradients(
 def _train_call(
     model: Model, batch: Any, outputs: Outputs | None, step: int
 ) -> dict[str, tuple[Tensor, ...]]:
-    for module in named_modules_of(model).values():
-        module.train()
+    _train(model)
     seed_generators(present_seed.get() + step)
     return member_outputs(model, batch, outputs=outputs)
+
+
+def _train(model: Model) -> None:
+    for module in named_modules_of(model).values():
+        module.train()
 
 
 def _step(optimizer: Optimizer) -> None:

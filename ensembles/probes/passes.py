@@ -167,7 +167,8 @@ def _trained(outputs: Mapping[str, tuple[Tensor, ...]]) -> list[Tensor]:
     """The leaves that a backward pass from all outputs reaches."""
     roots = [y.grad_fn for tensors in outputs.values() for y in tensors if y.grad_fn is not None]
     nodes = postorder(roots, lambda node: [n for n, _ in node.next_functions if n is not None])
-    return [node.variable for node in nodes if hasattr(node, "variable")]
+    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
+    return [leaf for leaf in leaves if leaf.requires_grad]  # a call may freeze what it has used
 
 
 def _backward(outputs: Mapping[str, tuple[Tensor, ...]], trained: list[Tensor]) -> None:

@@ -136,21 +136,28 @@ def gradients_of(
 ) -> list[Tensor | None]:
     """Gradients of the weighted outputs; None where there is none. No `.grad` is left behind.
 
+    As in backward(), what a call has frozen after it was used has none.
+
     Example:
         >>> x = torch.ones(2, requires_grad=True)
         >>> gradients_of([3 * x], [torch.ones(2)], [x]), x.grad
         ([tensor([3., 3.])], None)
     """
     live = [(y, w) for y, w in zip(outputs, weights, strict=True) if y.requires_grad]
-    if not live or not parameters:
+    asked_for = [parameter for parameter in parameters if parameter.requires_grad]
+    if not live or not asked_for:
         return [None] * len(parameters)
-    tensors, factors = [y for y, _ in live], [w for _, w in live]
+    found = iter(_gradients([y for y, _ in live], [w for _, w in live], asked_for))
+    return [next(found) if parameter.requires_grad else None for parameter in parameters]
+
+
+def _gradients(
+    tensors: list[Tensor], factors: list[Tensor], parameters: list[Tensor]
+) -> list[Tensor | None]:
     try:
         # The graph may hold nodes that the user made: they stay usable.
         return list(
-            torch.autograd.grad(
-                tensors, list(parameters), factors, allow_unused=True, retain_graph=True
-            )
+            torch.autograd.grad(tensors, parameters, factors, allow_unused=True, retain_graph=True)
         )
     except RuntimeError as error:
         if "checkpoint" not in str(error).lower():

@@ -375,6 +375,34 @@ def test_a_constant_of_a_layer_that_a_call_in_eval_mode_changes_is_broken():
     assert "model.drop.p   moves in eval:   from 0.125 to 0.25 in one call" in text
 
 
+@pytest.mark.parametrize("trained", [3, 1])
+def test_a_call_that_freezes_what_it_has_used_is_broken(trained, freezing_heads):
+    model = freezing_heads(4, put_back=False)
+    model.heads[trained:].requires_grad_(False)
+    text = message(model)
+    assert "heads.0.weight   requires_grad:   True, and False after a call in eval mode" in text
+    assert (
+        "A call changes what is trained: what is frozen when backward() runs gets nothing" in text
+    )
+    assert "stale" not in text
+    assert [p.requires_grad for head in model.heads for p in head.parameters()] == [
+        i < trained for i in range(3) for _ in range(2)
+    ]
+
+
+def test_a_call_that_freezes_in_train_mode_is_broken():
+    def frozen(module, x):
+        module.layer.requires_grad_(not module.training)
+        return x
+
+    text = message(Calling(frozen))
+    assert "layer.weight   requires_grad:   True, and False after a call in train mode" in text
+
+
+def test_a_call_that_puts_its_freezes_back_is_clean(freezing_heads):
+    assert_state_clean(measure_state_hygiene(freezing_heads(4, put_back=True), ROWS))
+
+
 def test_a_call_that_leaves_train_mode_behind_is_broken():
     place = "model.layers   mode:   in train mode after a call in eval mode"
     assert place in message(Woken())
