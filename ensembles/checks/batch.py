@@ -54,6 +54,7 @@ class BatchIndependence:
     Attributes:
         members: The members' names.
         rows: How many rows the batch has.
+        looked_at: How many of them were replaced and followed, one by one.
         training: Whether modules were in training mode (BatchNorm was not).
         reaches: Every row that reaches others.
         moved: Members whose output for a row changes with its place in the batch.
@@ -66,6 +67,7 @@ class BatchIndependence:
 
     members: tuple[str, ...]
     rows: int
+    looked_at: int
     training: bool
     reaches: tuple[RowReach, ...]
     moved: tuple[str, ...]
@@ -87,11 +89,16 @@ class BatchIndependence:
         looks += ["one row alone"] if self.alone else []
         mode = "training mode without BatchNorm" if self.training else "eval mode"
         head = (
-            f"{counted(self.members, 'member')}, {self.rows} rows, "
+            f"{counted(self.members, 'member')}, {_looked_at(self)}, "
             f"{_pairs(self.reaches)} pairs of different rows reach each other in {mode} "
             f"({', '.join(looks)} compared)"
         )
         return "\n".join([head, *(f"  {line}" for line in aligned(_rows(self)))])
+
+
+def _looked_at(independence: BatchIndependence) -> str:
+    few = independence.looked_at < independence.rows
+    return (f"looked at {independence.looked_at} of " if few else "") + f"{independence.rows} rows"
 
 
 def measure_batch_independence(
@@ -134,6 +141,7 @@ def measure_batch_independence(
     return BatchIndependence(
         members=look.members,
         rows=look.rows,
+        looked_at=look.looked_at,
         training=training,
         reaches=tuple(_reaches(look)),
         moved=look.moved,
@@ -175,6 +183,8 @@ def assert_rows_independent(independence: BatchIndependence) -> None:
         if len(independence.members) > 1:
             among = {reach.member for reach in independence.reaches}
             total += f", in {len(among)} of {len(independence.members)} members"
+        if independence.looked_at < rows:
+            total += f"; {_looked_at(independence)}"
     elif independence.moved:
         found = f"and an output depends on the place of its row {mode}"
         total = f"{len(independence.moved)} of {counted(independence.members, 'member')}"

@@ -18,7 +18,7 @@ another object, or in another kind of mapping, answers both calls alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from ensembles.probes.disorders import (
     stale_gradients,
     unlisted_modules,
 )
+from ensembles.probes.homes import Search
 from ensembles.probes.motions import moved_in_eval, moved_in_training
 from ensembles.probes.registers import registered
 from ensembles.probes.state import generators_kept, preserved
@@ -60,6 +61,8 @@ class StateHygiene:
         updates: How often each norm updated its statistics in one training step, as its counter
             or the calls of batch_norm say.
         findings: All that is not in order, kind by kind.
+        searched: How many objects below the model were searched for what is hidden.
+        all_searched: Whether there are no more.
     """
 
     modules: int
@@ -67,6 +70,8 @@ class StateHygiene:
     steps: int
     updates: tuple[tuple[str, int], ...]
     findings: tuple[Disorder, ...]
+    searched: int = field(default=0, compare=False)
+    all_searched: bool = True
 
     def places(self, kind: str) -> tuple[str, ...]:
         """The places of one kind of finding, such as "hidden tensor".
@@ -83,7 +88,7 @@ class StateHygiene:
         norms = f", statistics updated {' or '.join(map(str, often))} times a step" if often else ""
         head = (
             f"{counted(range(self.modules), 'module')}, {self.tensors} parameters and buffers, "
-            f"{counted(self.findings, 'finding')}{norms}"
+            f"{counted(self.findings, 'finding')}{norms}{_unsearched(self)}"
         )
         rows = aligned([(found.place, found.kind, found.detail) for found in self.findings])
         return "\n".join([head, *(f"  {row}" for row in rows)])
@@ -127,7 +132,8 @@ def measure_state_hygiene(
     """
     checked_numbers(model)
     given = named_modules_of(model)
-    hidden = unlisted_modules(model)
+    search = Search()
+    hidden = unlisted_modules(model, search)
     everything = [*given.values(), *(module for _, module in hidden)]
     found = [*live_snapshots(model), *stale_gradients(model, optimizer)]
     with (
@@ -140,7 +146,7 @@ def measure_state_hygiene(
         found += mode_disorders(given)
         start.restore()
         with torch.no_grad():
-            used, in_eval = moved_in_eval(model, batch, outputs, hidden, everything, start)
+            used, in_eval = moved_in_eval(model, batch, outputs, hidden, everything, start, search)
         found += in_eval
         start.restore()
         with torch.enable_grad():
@@ -163,6 +169,8 @@ def measure_state_hygiene(
         findings=tuple(
             sorted(dict.fromkeys(found), key=lambda one: (kinds.index(one.kind), one.place))
         ),
+        searched=search.objects,
+        all_searched=search.ended,
     )
 
 
@@ -181,6 +189,7 @@ def assert_state_clean(hygiene: StateHygiene, *, updates: int = 1) -> None:
             go through one network. A norm that the step does not call is let pass.
 
     Raises:
+        ValueError: If there is none, and not all below the model was searched for what is hidden.
         AssertionError: If there is any finding, or a norm updates another number of times.
 
     Example:
@@ -193,6 +202,12 @@ def assert_state_clean(hygiene: StateHygiene, *, updates: int = 1) -> None:
         if count not in (0, updates)
     ]
     findings = sorted([*hygiene.findings, *wrong], key=lambda one: Disorder.KINDS.index(one.kind))
+    if not findings and not hygiene.all_searched:
+        raise ValueError(
+            f"the first {hygiene.searched:,} objects below the model were searched for hidden "
+            "modules and tensors, and there are more: nothing can be said of those. Usual cause: "
+            "a data set that is an attribute of the model. Keep it outside, or in tensors."
+        )
     if not findings:
         return
     kinds = list(dict.fromkeys(one.kind for one in findings))
@@ -201,11 +216,18 @@ def assert_state_clean(hygiene: StateHygiene, *, updates: int = 1) -> None:
         broken(
             "the model is claimed to keep its state in order, and does not",
             [(one.place, f"{one.kind}:", one.detail) for one in findings],
-            total=f"{counts}; {hygiene.modules} modules, {hygiene.tensors} parameters and buffers",
+            total=f"{counts}; {hygiene.modules} modules, {hygiene.tensors} parameters and buffers"
+            f"{_unsearched(hygiene)}",
             meaning="\n".join(_MEANINGS[kind] for kind in kinds),
             remedy="\n".join(_REMEDIES[kind] for kind in kinds),
         )
     )
+
+
+def _unsearched(hygiene: StateHygiene) -> str:
+    if hygiene.all_searched:
+        return ""
+    return f"; hidden ones searched for in the first {hygiene.searched:,} objects, of more"
 
 
 def assert_snapshot_detached(snapshot: Any, model: Model) -> None:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ensembles.memory import memory_in
 from ensembles.message import listed
-from ensembles.probes.homes import things_below
+from ensembles.probes.homes import Search, things_below
 from ensembles.probes.registers import registered
 from ensembles.probes.state import copy_of, preserved
 from ensembles.probes.steps import distance
@@ -71,8 +71,12 @@ class Disorder:
 # --- at rest ------------------------------------------------------------------------------------
 
 
-def unlisted_modules(model: Model) -> list[tuple[str, nn.Module]]:
+def unlisted_modules(model: Model, search: Search | None = None) -> list[tuple[str, nn.Module]]:
     """Modules below the model that nothing registers, each without those inside it.
+
+    Args:
+        model: One module, or the members as a list or dict of modules.
+        search: Is told how far the search came.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -82,7 +86,7 @@ def unlisted_modules(model: Model) -> list[tuple[str, nn.Module]]:
     """
     known = {id(inner) for module in named_modules_of(model).values() for inner in module.modules()}
     found = []
-    for path, how, thing in things_below(model):
+    for path, how, thing in things_below(model, search):
         if isinstance(thing, nn.Module) and id(thing) not in known:
             known.update(id(inner) for inner in thing.modules())
             found.append((f"{path} ({how})" if how else path, thing))

@@ -17,7 +17,7 @@ from ensembles.message import listed
 from ensembles.message import seed as present_seed
 from ensembles.probes.averages import Averages
 from ensembles.probes.disorders import Disorder, memory_of
-from ensembles.probes.homes import things_below
+from ensembles.probes.homes import Search, things_below
 from ensembles.probes.masks import masked_elements
 from ensembles.probes.norms import NormUpdates
 from ensembles.probes.recording import generator_entries
@@ -59,6 +59,7 @@ def moved_in_eval(
     hidden: list[tuple[str, nn.Module]],
     everything: list[nn.Module],
     start: Snapshot,
+    search: Search | None = None,
 ) -> tuple[set[int], list[Disorder]]:
     """The modules that a call in eval mode uses, by id, and what it moves or draws.
 
@@ -69,6 +70,7 @@ def moved_in_eval(
         hidden: Modules that nothing registers, with their places.
         everything: All modules, those too.
         start: The state that every call begins from.
+        search: Is told how far the search for hidden tensors came.
 
     Example:
         >>> net = nn.Dropout(0.5)
@@ -78,7 +80,7 @@ def moved_in_eval(
     """
     held = {id(t) for m in everything for t in (*m.parameters(), *m.buffers())}
     places: dict[int, tuple[str, str, Tensor]] = {}
-    for path, how, thing in things_below(model):
+    for path, how, thing in things_below(model, search):
         if isinstance(thing, Tensor) and id(thing) not in held:
             places.setdefault(id(thing), (path, how, thing))
     named = [(e.names[0], e.tensor) for e in registered(model)]

@@ -45,6 +45,7 @@ class Look:
     Attributes:
         members: The members' names.
         rows: How many rows the batch has.
+        looked_at: How many of them were replaced and followed, one by one.
         pairs: (member, row of the input, row of the output) of rows that should be strangers.
         changes: For (member, row of the input), the largest change of a row that it should not
             reach, as a part of the largest output.
@@ -58,6 +59,7 @@ class Look:
 
     members: tuple[str, ...]
     rows: int
+    looked_at: int
     pairs: tuple[tuple[str, int, int], ...]
     changes: Mapping[tuple[str, int], float]
     moved: tuple[str, ...]
@@ -131,6 +133,7 @@ def look_at_rows(
     return Look(
         members=tuple(base),
         rows=bench.rows,
+        looked_at=len(bench.chosen(bench.rows)),
         pairs=tuple(sorted(pairs)),
         changes=changes,
         moved=moved,

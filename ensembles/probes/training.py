@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ensembles.calling import asked, called
 from ensembles.memory import as_kind_of
 from ensembles.message import listed
+from ensembles.probes.atoms import holds_nothing
 from ensembles.probes.autograd import postorder
 from ensembles.subject import LISTED, Model, named_modules_of
 
@@ -106,7 +107,7 @@ def hidden_modules(modules: Sequence[nn.Module]) -> list[nn.Module]:
                 found.append(value)
                 known.update(id(inner) for inner in value.modules())
                 stack.extend(vars(inner) for inner in value.modules())
-            elif isinstance(value, (list, tuple, dict)):
+            elif isinstance(value, (list, tuple, dict)) and not holds_nothing(value):
                 stack.append(value)
     return found
 

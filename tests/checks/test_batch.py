@@ -54,6 +54,15 @@ def test_members_whose_rows_are_independent_hold():
     )
 
 
+@pytest.mark.parametrize(("rows", "told"), [(8, "8 rows"), (9, "looked at 8 of 9 rows")])
+def test_how_many_rows_were_looked_at_is_told(rows, told):
+    batch = torch.randn(rows, 4)
+    assert str(measure_batch_independence(classifier(), batch)).startswith(f"1 member, {told}, 0 ")
+    mixing = classifier(Call(lambda x: x - x.mean(0)))
+    text = message(mixing, batch)
+    assert ("looked at 8 of 9 rows" in text) is (rows == 9)
+
+
 def test_batch_norm_is_the_exception_in_training_mode():
     model = classifier()
     assert_rows_independent(measure_batch_independence(model, torch.randn(5, 4), training=True))

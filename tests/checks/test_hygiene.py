@@ -13,6 +13,7 @@ from ensembles.checks.hygiene import (
     measure_state_hygiene,
 )
 from ensembles.models import Ensemble, NStreams, subnet_resnet18
+from ensembles.probes import homes
 from ensembles.subject import whole
 
 ROWS = torch.linspace(-1, 1, 5 * 4).sin().view(5, 4)
@@ -401,6 +402,39 @@ def test_a_call_that_freezes_in_train_mode_is_broken():
 
 def test_a_call_that_puts_its_freezes_back_is_clean(freezing_heads):
     assert_state_clean(measure_state_hygiene(freezing_heads(4, put_back=True), ROWS))
+
+
+class Entry:
+    """Of a data set; it may hold anything."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def test_where_not_all_was_searched_nothing_holds(monkeypatch, golden):
+    monkeypatch.setattr(homes, "MOST_OBJECTS", 500)
+    monkeypatch.setattr(homes, "AT_ONCE", 100)
+    mask = torch.ones(4)
+    clean, hidden = Calling(lambda m, x: x), Calling(lambda m, x: x * m.near[0]["mask"])
+    hidden.near = [{"mask": mask}]
+    for model in (clean, hidden):
+        assert measure_state_hygiene(model, ROWS).all_searched
+        model.entries = [Entry(i) for i in range(2_000)]
+    assert_state_clean(measure_state_hygiene(Calling(lambda m, x: x), ROWS))
+    measured = measure_state_hygiene(clean, ROWS)
+    assert str(measured) == (
+        "2 modules, 2 parameters and buffers, 0 findings; hidden ones searched for in the first "
+        "500 objects, of more"
+    )
+    with pytest.raises(ValueError, match="the first 500 objects below the model were") as error:
+        assert_state_clean(measured)
+    golden(str(error.value), "messages/hygiene_not_all.txt")
+    assert (
+        "(1 hidden tensor; 2 modules, 2 parameters and buffers; hidden ones searched for in the "
+        "first 500 objects, of more)" in message(hidden)
+    )
 
 
 def test_a_call_that_leaves_train_mode_behind_is_broken():
