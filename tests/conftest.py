@@ -81,3 +81,33 @@ def parent_and_subnet() -> Callable[[], tuple[nn.Module, dict[str, object]]]:
         return network, {"x": torch.randn(2, 3, 8, 8), "members": ("parent", "subnet_0_1")}
 
     return make
+
+
+class _Heads(nn.Module):
+    def __init__(self, inputs: int, *, put_back: bool, trained: int = 3, leak: bool = False):
+        super().__init__()
+        self.put_back, self.leak = put_back, leak
+        self.heads = nn.ModuleList(nn.Linear(inputs, 2) for _ in range(3))
+        self.heads[trained:].requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        outputs: list[torch.Tensor] = []
+        for head in self.heads:
+            self.heads.requires_grad_(False)
+            head.requires_grad_(True)
+            outputs.append(head(x))
+            if self.leak and head is self.heads[1]:
+                outputs[0] = outputs[0] + head(x)
+        if self.put_back:
+            self.heads.requires_grad_(True)
+        return outputs
+
+
+@pytest.fixture
+def freezing_heads() -> Callable[..., nn.Module]:
+    """Builds adapters, of which forward makes only the one trainable that it runs.
+
+    It may put the flags back before it returns; the first few may be trainable before; and the
+    second may leak into the first.
+    """
+    return _Heads

@@ -52,6 +52,7 @@ INSTRUMENTS = [
     "processes",
     "autograd",
     "storage",
+    "atoms",
     "tensor_locations",
     "learning_rates",
     "recording",

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ensembles.handling.members import named_modules_of
 from ensembles.handling.memory import as_kind_of
+from ensembles.instruments.atoms import holds_nothing
 from ensembles.message import listed
 from ensembles.subject import LISTED, Loss, Model
 from ensembles.user_calls import asked, called
@@ -101,7 +102,7 @@ def hidden_modules(modules: Sequence[nn.Module]) -> list[nn.Module]:
                 found.append(value)
                 known.update(id(inner) for inner in value.modules())
                 stack.extend(vars(inner) for inner in value.modules())
-            elif isinstance(value, (list, tuple, dict)):
+            elif isinstance(value, (list, tuple, dict)) and not holds_nothing(value):
                 stack.append(value)
     return found
 
@@ -131,21 +132,28 @@ def gradients_of(
 ) -> list[Tensor | None]:
     """Gradients of the weighted outputs; None where there is none. No `.grad` is left behind.
 
+    As in backward(), what a call has frozen after it was used has none.
+
     Example:
         >>> x = torch.ones(2, requires_grad=True)
         >>> gradients_of([3 * x], [torch.ones(2)], [x]), x.grad
         ([tensor([3., 3.])], None)
     """
     live = [(y, w) for y, w in zip(outputs, weights, strict=True) if y.requires_grad]
-    if not live or not parameters:
+    asked_for = [parameter for parameter in parameters if parameter.requires_grad]
+    if not live or not asked_for:
         return [None] * len(parameters)
-    tensors, factors = [y for y, _ in live], [w for _, w in live]
+    found = iter(_gradients([y for y, _ in live], [w for _, w in live], asked_for))
+    return [next(found) if parameter.requires_grad else None for parameter in parameters]
+
+
+def _gradients(
+    tensors: list[Tensor], factors: list[Tensor], parameters: list[Tensor]
+) -> list[Tensor | None]:
     try:
         # The graph may hold nodes that the user made: they stay usable.
         return list(
-            torch.autograd.grad(
-                tensors, list(parameters), factors, allow_unused=True, retain_graph=True
-            )
+            torch.autograd.grad(tensors, parameters, factors, allow_unused=True, retain_graph=True)
         )
     except RuntimeError as error:
         if "checkpoint" not in str(error).lower():

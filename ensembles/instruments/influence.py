@@ -38,6 +38,7 @@ from ensembles.handling.memory import is_shell, memory_in, told_type
 from ensembles.handling.numbers import checked_numbers
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import parameters_kept, preserved
+from ensembles.handling.training import leaves_of
 from ensembles.instruments.transparency import transparent_backward, transparent_forward
 from ensembles.present_run import seed
 from ensembles.subject import Model, Outputs
@@ -183,7 +184,7 @@ def probing(
         for module in modules.values():
             module.train(training)
         every = [entry for entry in registered(modules) if entry.kind == "parameter"]
-        frozen = {id(entry.tensor) for entry in every if not entry.tensor.requires_grad}
+        frozen = frozenset(id(e.tensor) for e in every if not e.tensor.requires_grad)
         found: dict[str, tuple[Tensor, ...]] = {}
         for gain in GAINS if values != "present" else GAINS[:1]:
             torch.manual_seed(seed.get() + draw)
@@ -194,8 +195,10 @@ def probing(
                 _set_values(modules, gain, signed=values == "signed", held=held)
                 inputs = pytree.tree_map(_signed if values == "signed" else _generic, batch)
             seen = nullcontext() if values == "present" else transparent_forward()
+            asked = [entry.tensor for entry in every if entry.tensor.requires_grad]
             with parameters_kept(model, frozen=frozen), seen:
                 found = member_outputs(model, inputs, outputs=outputs)
+            frozen = _thawed_again(asked, found, frozen)
             if all(_usable(tensors) for tensors in found.values()):
                 break
         else:
@@ -228,6 +231,25 @@ def probing(
             frozen=frozenset(e.names[0] for e in looked_at if id(e.tensor) in frozen),
             homes={e.names[0]: homes[id(e.tensor)] for e in looked_at if homes},
         )
+
+
+def _thawed_again(
+    asked: Sequence[Tensor], outputs: Mapping[str, tuple[Tensor, ...]], frozen: frozenset[int]
+) -> frozenset[int]:
+    """Makes trainable again what forward has frozen, as adapters freeze what they do not run.
+
+    Returns:
+        Ids of what is frozen: also what forward froze before it used it, and not what it used
+        before.
+    """
+    now = [parameter for parameter in asked if not parameter.requires_grad]
+    if not now:
+        return frozen
+    used = {id(leaf) for leaf in leaves_of(y for ys in outputs.values() for y in ys)}
+    for parameter in now:
+        parameter.requires_grad = True
+    of_forward = frozenset(id(parameter) for parameter in now)
+    return (frozen | of_forward) - (of_forward & used)
 
 
 def _not_zero(gradient: Tensor, name: str) -> Tensor:

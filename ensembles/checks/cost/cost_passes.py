@@ -67,7 +67,8 @@ def actual_pass(case: Case, *, training: bool, check: bool) -> ActualPass:
         with parameters_kept(case.model) if check else nullcontext():
             found = case.call(batch=batch)
         kept = meter.kept()
-        trained = list(dict.fromkeys(leaves_of(y for tensors in found.values() for y in tensors)))
+        leaves = dict.fromkeys(leaves_of(y for tensors in found.values() for y in tensors))
+        trained = [leaf for leaf in leaves if leaf.requires_grad]  # a call may freeze what it used
         if trained:
             meter.backward = True
             _backward(found, trained)

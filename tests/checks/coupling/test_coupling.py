@@ -836,3 +836,10 @@ def test_a_loss_that_couples_by_a_decision_is_broken(loss):
     measured = measure_gradient_coupling(model, torch.randn(5, 6), loss=loss)
     with pytest.raises(AssertionError, match="the loss trains each by what others predict"):
         assert_members_uncoupled(measured)
+
+
+def test_members_that_forward_freezes_after_use_cannot_be_looked_at(freezing_heads):
+    batch = torch.randn(5, 6)
+    with pytest.raises(ValueError, match="there is no training step on member 0: its output has"):
+        measure_gradient_coupling(freezing_heads(6, put_back=False), batch)
+    assert_members_uncoupled(measure_gradient_coupling(freezing_heads(6, put_back=True), batch))

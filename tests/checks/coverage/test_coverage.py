@@ -1187,6 +1187,25 @@ def test_a_freeze_that_is_undone_is_broken(where):
     assert not model[0].weight.requires_grad
 
 
+def test_what_forward_freezes_after_use_is_broken(golden, freezing_heads):
+    model = freezing_heads(6, put_back=False)
+    golden(message_of(model, sgd, torch.randn(5, 6)), "messages/coverage_frozen_in_forward.txt")
+    assert all(p.requires_grad for p in model.parameters())
+    assert_optimizer_complete(
+        measure_optimizer_coverage(freezing_heads(6, put_back=True), sgd, torch.randn(5, 6))
+    )
+
+
+def test_what_forward_freezes_before_use_is_cut():
+    def forward(net, x):
+        net.trunk.requires_grad_(False)
+        return net.head(net.trunk(x))
+
+    text = message_of(Net(forward), batch=torch.randn(5, 6))
+    assert "model.trunk.weight   without gradient:   cut from every output, or unused" in text
+    assert "frozen in forward" not in text
+
+
 def test_a_model_that_freezes_itself_in_eval_mode_is_complete():
     class Sleeps(nn.Sequential):
         def train(self, mode=True):

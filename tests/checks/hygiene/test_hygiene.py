@@ -17,6 +17,7 @@ from ensembles.checks.hygiene.judgement import (
 from ensembles.checks.hygiene.measurement import KINDS, measure_state_hygiene
 from ensembles.claims import ClaimError
 from ensembles.findings import Count
+from ensembles.instruments import tensor_locations as homes
 from ensembles.message import Broken
 from ensembles.models import Ensemble, NStreams, subnet_resnet18
 from ensembles.subject import whole
@@ -383,6 +384,67 @@ def test_a_constant_of_a_layer_that_a_call_in_eval_mode_changes_is_broken():
 
     text = message(Calling(dropped, drop=nn.Dropout(0.0)))
     assert "model.drop.p   changes from 0.125 to 0.25 in one call" in text
+
+
+@pytest.mark.parametrize("trained", [3, 1])
+def test_a_call_that_freezes_what_it_has_used_is_broken(trained, freezing_heads):
+    model = freezing_heads(4, put_back=False)
+    model.heads[trained:].requires_grad_(False)
+    text = message(model)
+    assert "heads.0.weight   requires_grad:   True, and False after a call in eval mode" in text
+    assert (
+        "A call changes what is trained: what is frozen when backward() runs gets nothing" in text
+    )
+    assert "stale" not in text
+    assert [p.requires_grad for head in model.heads for p in head.parameters()] == [
+        i < trained for i in range(3) for _ in range(2)
+    ]
+
+
+def test_a_call_that_freezes_in_train_mode_is_broken():
+    def frozen(module, x):
+        module.layer.requires_grad_(not module.training)
+        return x
+
+    text = message(Calling(frozen))
+    assert "layer.weight   requires_grad:   True, and False after a call in train mode" in text
+
+
+def test_a_call_that_puts_its_freezes_back_is_clean(freezing_heads):
+    assert_state_clean(measure_state_hygiene(freezing_heads(4, put_back=True), ROWS))
+
+
+class Entry:
+    """Of a data set; it may hold anything."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def test_where_not_all_was_searched_nothing_holds(monkeypatch, golden):
+    monkeypatch.setattr(homes, "MOST_OBJECTS", 500)
+    monkeypatch.setattr(homes, "AT_ONCE", 100)
+    mask = torch.ones(4)
+    clean, hidden = Calling(lambda m, x: x), Calling(lambda m, x: x * m.near[0]["mask"])
+    hidden.near = [{"mask": mask}]
+    for model in (clean, hidden):
+        assert measure_state_hygiene(model, ROWS).all_searched
+        model.entries = [Entry(i) for i in range(2_000)]
+    assert_state_clean(measure_state_hygiene(Calling(lambda m, x: x), ROWS))
+    measured = measure_state_hygiene(clean, ROWS)
+    assert str(measured) == (
+        "2 modules, 2 parameters and buffers, 0 findings; hidden ones searched for in the first "
+        "500 objects, of more"
+    )
+    with pytest.raises(ValueError, match="the first 500 objects below the model were") as error:
+        assert_state_clean(measured)
+    golden(str(error.value), "messages/hygiene_not_all.txt")
+    assert (
+        "(1 hidden tensor; 2 modules, 2 parameters and buffers; hidden ones searched for in the "
+        "first 500 objects, of more)" in message(hidden)
+    )
 
 
 def test_a_call_that_leaves_train_mode_behind_is_broken():

@@ -645,6 +645,40 @@ def test_sets_of_members_are_those_that_were_added(seed, members, size):
     assert found.digest() == at_once.digest()
 
 
+@pytest.mark.parametrize("put_back", [True, False])
+@pytest.mark.parametrize("trained", [3, 1, 0])
+def test_what_forward_freezes_after_use_is_looked_at(put_back, trained, freezing_heads):
+    model = freezing_heads(4, put_back=put_back, trained=trained)
+    flags = [p.requires_grad for p in model.parameters()]
+    measured = owned(model, torch.randn(3, 4))
+    assert str(measured).startswith("3 members, 30 elements, parameters: 6 independent\n")
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+@pytest.mark.parametrize("trained", [3, 1, 0])
+def test_a_leak_of_what_forward_freezes_after_use_is_broken(trained, freezing_heads):
+    model = freezing_heads(4, put_back=False, trained=trained, leak=True)
+    with pytest.raises(AssertionError, match="leak into other members") as broken:
+        owned(model, torch.randn(3, 4))
+    found = "all   expected one member   found members 0, 1\n"
+    assert f"heads.1.weight   {found}  heads.1.bias     {found}" in str(broken.value)
+
+
+def test_what_forward_freezes_before_use_may_be_common(freezing_heads):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.heads = nn.Linear(4, 4), freezing_heads(4, put_back=True)
+
+        def forward(self, x):
+            self.trunk.requires_grad_(False)
+            return self.heads(self.trunk(x))
+
+    measured = owned(Frozen(), torch.randn(3, 4))
+    assert measured.owners["model.trunk.weight"] == {(): 16}
+    assert measured.frozen == {"model.trunk.weight", "model.trunk.bias"}
+
+
 def test_members_may_have_dots_in_their_names():
     members = {"fold.0": nn.Linear(4, 2), "fold.1": nn.Linear(4, 2), "model": nn.Linear(4, 2)}
     assert owned(members, torch.randn(3, 4)).owners["fold.1.weight"] == {("fold.1",): 8}
