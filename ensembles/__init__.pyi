@@ -43,10 +43,8 @@ from ensembles.checks.graph.measurement import measure_autograd_graph as measure
 from ensembles.checks.hygiene.judgement import assert_snapshot_detached as assert_snapshot_detached
 from ensembles.checks.hygiene.judgement import assert_state_clean as assert_state_clean
 from ensembles.checks.hygiene.measurement import measure_state_hygiene as measure_state_hygiene
-from ensembles.checks.loss_scale.effective_rates import (
-    assert_rates_effective as assert_rates_effective,
-)
 from ensembles.checks.loss_scale.judgement import assert_loss_scaled as assert_loss_scaled
+from ensembles.checks.loss_scale.judgement import assert_rates_effective as assert_rates_effective
 from ensembles.checks.loss_scale.measurement import measure_loss_scale as measure_loss_scale
 from ensembles.checks.ownership.judgement import assert_ownership as assert_ownership
 from ensembles.checks.ownership.measurement import measure_ownership_map as measure_ownership_map

@@ -175,7 +175,7 @@ _ROWS = (
         public=(
             "measurement.measure_loss_scale",
             "judgement.assert_loss_scaled",
-            "effective_rates.assert_rates_effective",
+            "judgement.assert_rates_effective",
         ),
     ),
     Promise(

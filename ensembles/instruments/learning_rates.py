@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,31 +14,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ensembles.handling.members import named_modules_of
-from ensembles.handling.state import preserved
-from ensembles.handling.training import hidden_modules, optimizers_of
-from ensembles.subject import Model
+from ensembles.case import Case
 from ensembles.user_calls import ERRORS, called, raised
 
 __all__ = [
-    "Group",
     "Rate",
     "Response",
     "advances_of",
     "close",
-    "fraction",
-    "groups_of",
     "near",
     "rates_of",
+    "rates_of_members",
     "response_of",
 ]
 
-STEPS = 12
-"""Steps of the experiment: RAdam changes its rule after five."""
+TRIAL_STEPS = 12
+"""Steps of the experiment with an optimizer: RAdam changes its rule after five."""
 
-RATE = 1e-3
+TRIAL_RATE = 1e-3
 """Learning rate of the experiment, because warm-up may start at a rate of zero."""
-
 
 NEAR = 1e-3
 """Relative difference of multiples that are the same: less than one member in a thousand makes."""
@@ -106,24 +100,24 @@ class Rate:
 
     Attributes:
         group: Where in the optimizers: "0" for its group, "1.0" for group 0 of optimizer 1.
-        optimizer: The optimizer's class.
-        kind: What it makes of a scaled gradient: "proportional", "invariant" or "neither".
+        response: What the optimizer makes of a scaled gradient.
         built: The learning rate that the optimizer was built with.
         scheduled: The rate at every step.
         decay: The weight decay that is set.
         effective: The rates at which the member alone trains the same; None if there are none.
+        effective_built: The rate that the optimizer would be built with for that.
         effective_decay: The weight decay at which it does.
         alone: The rates of the schedule when it is built at the effective rate, as it would be
             for the member alone: others than `effective` where it holds absolute rates.
     """
 
     group: str
-    optimizer: str
-    kind: str
+    response: Response
     built: float
     scheduled: tuple[float, ...]
     decay: float
     effective: tuple[float, ...] | None
+    effective_built: float | None
     effective_decay: float | None
     alone: tuple[float, ...] | None
 
@@ -140,13 +134,8 @@ class Rate:
         if not off:
             return None
         step, by = max(off, key=lambda found: abs(found[1]))
-        return step, by * self.scheduled[step] / self.effective[step] if self.effective[
-            step
-        ] else by
-
-    def at(self, lr: float, multiple: float | None) -> float:
-        """What a learning rate acts as in this group, for this multiple of the gradient."""
-        return lr * multiple if self.kind == "proportional" and multiple is not None else lr
+        scaled = self.effective[step]
+        return step, by * self.scheduled[step] / scaled if scaled else by
 
 
 def response_of(optimizer: Optimizer, group: dict[str, Any]) -> Response:
@@ -164,13 +153,13 @@ def response_of(optimizer: Optimizer, group: dict[str, Any]) -> Response:
         whole = _moved(optimizer, group, scale=1.0, decay=0.0)
         half = _moved(optimizer, group, scale=0.5, decay=0.0)
         shrunk = _moved(optimizer, group, scale=0.0, decay=0.1)
-    except Exception:  # optimizers that need a closure, or more than parameters and options
+    except ERRORS:  # optimizers that need a closure, or more than parameters and options
         return Response(name, "neither", False)
     if torch.allclose(half, whole / 2, rtol=IN_PROPORTION, atol=0):
         kind = "proportional"
     else:
         kind = "invariant" if torch.allclose(half, whole, rtol=INVARIANT, atol=0) else "neither"
-    alone = _start() * ((1 - RATE * 0.1) ** STEPS - 1)
+    alone = _start() * ((1 - TRIAL_RATE * 0.1) ** TRIAL_STEPS - 1)
     return Response(name, kind, bool(torch.allclose(shrunk, alone, rtol=INVARIANT, atol=0)))
 
 
@@ -186,15 +175,13 @@ def rates_of(
         steps: How many training steps to look at.
 
     Raises:
-        ValueError: If the scheduler raises, or is none.
+        ValueError: If the scheduler raises, or returns none.
 
     Example:
         >>> sgd = torch.optim.SGD([torch.ones(1)], lr=1.0)
         >>> rates_of([sgd], lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5), 4)
         [[1.0, 1.0, 0.5, 0.5]]
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: a schedule is looked at for at least one step.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # schedulers are stepped here without their optimizer
         try:
@@ -217,58 +204,19 @@ def rates_of(
     return rates
 
 
-@dataclass(frozen=True)
-class Group:
-    """An optimizer's group with all that does not depend on the member."""
-
-    name: str
-    response: Response
-    built: float
-    decay: float
-    scheduled: tuple[float, ...]
-    rebuilt: Mapping[float, tuple[float, ...]]
-    """Multiple of the built rate to the schedule that is then built with it."""
-    parameters: frozenset[int]
-
-    def holds(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether it trains a member with these parameters; one without any is in all groups."""
-        return not parameters or any(id(p) in self.parameters for p in parameters)
-
-    def rate(self, multiple: float | None) -> Rate:
-        """The rates of a member whose gradient is this multiple of its gradient alone."""
-        s, response = multiple, self.response
-        rates = [] if s is None else [response.lr(lr, s) for lr in self.scheduled]
-        known = tuple(rate for rate in rates if rate is not None)
-        alone = self.rebuilt[s] if s and response.kind == "proportional" else known
-        return Rate(
-            self.name,
-            response.name,
-            response.kind,
-            self.built,
-            self.scheduled,
-            self.decay,
-            known or None,
-            None if s is None else response.decay(self.decay, s),
-            alone or None,
-        )
-
-
-def groups_of(
-    model: Model,
-    optimizer: Any,
-    scheduler: Callable[[Any], Any] | None,
+def rates_of_members(
+    case: Case,
+    multiples: Mapping[str, float | None],
+    parameters: Mapping[str, Sequence[Tensor]],
     steps: int,
-    *,
-    multiples: Iterable[float | None],
-) -> list[Group]:
-    """Every group of the optimizers of a model, with its schedule, and what scaling makes of both.
+) -> dict[str, tuple[Rate, ...]]:
+    """The rates at which every member is trained, by the optimizers and schedules of the case.
 
     Args:
-        model: One module, or the members as a list or dict of modules.
-        optimizer: A function of the model: its optimizer, or a list of them.
-        scheduler: As in `rates_of`.
-        steps: How many training steps to look at.
-        multiples: The schedule is built for these multiples of the built rate too.
+        case: Whose optimizers are built: once, and once for each multiple other than 1.
+        multiples: By member, what its gradient is of its gradient alone; None where it is none.
+        parameters: By member, those that it has for itself; one without any is in all groups.
+        steps: How many training steps of the schedule are looked at.
 
     Raises:
         ValueError: If optimizer or scheduler do not fit.
@@ -276,41 +224,61 @@ def groups_of(
     Example:
         >>> sgd = lambda model: torch.optim.SGD(model.parameters(), lr=0.4)
         >>> cosine = lambda sgd: torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 4, eta_min=0.01)
-        >>> (group,) = groups_of(nn.Linear(2, 2), sgd, cosine, 5, multiples=[0.25])
-        >>> rate = group.rate(0.25)
+        >>> case = Case.of(nn.Linear(2, 2), optimizer=sgd, scheduler=cosine)
+        >>> (rate,) = rates_of_members(case, {"model": 0.25}, {"model": []}, 5)["model"]
         >>> round(rate.effective[-1], 6), round(rate.alone[-1], 6)
         (0.0025, 0.01)
     """
-    modules = list(named_modules_of(model).values())
-    with preserved([*modules, *hidden_modules(modules)]):
-        built = optimizers_of(optimizer, model)
+    scheduler = case.subject.scheduler
+    with case.preserved():
+        built = case.optimizers()
         with _kept(built):
-            rates = rates_of(built, scheduler, steps)
-        scaled: dict[float, list[list[float]]] = {}
-        for multiple in {m for m in multiples if m}:
-            again = optimizers_of(optimizer, model)
+            scheduled = rates_of(built, scheduler, steps)
+        rebuilt = {1.0: scheduled}
+        for share in {m for m in multiples.values() if m} - {1.0}:
+            again = case.optimizers()
             with _kept(again):
-                for one in again:
-                    for group in one.param_groups:
-                        group["lr"] = float(group["lr"]) * multiple
-                scaled[multiple] = rates_of(again, scheduler, steps)
-        named = [
-            (f"{i}.{j}" if len(built) > 1 else str(j), one, group)
-            for i, one in enumerate(built)
-            for j, group in enumerate(one.param_groups)
-        ]
-        return [
-            Group(
-                name,
-                response_of(one, group),
-                float(group["lr"]),
-                float(group.get("weight_decay") or 0.0),
-                tuple(rates[i]),
-                {multiple: tuple(series[i]) for multiple, series in scaled.items()},
-                frozenset(id(p) for p in group["params"]),
-            )
-            for i, (name, one, group) in enumerate(named)
-        ]
+                for group in (group for one in again for group in one.param_groups):
+                    group["lr"] = float(group["lr"]) * share
+                rebuilt[share] = rates_of(again, scheduler, steps)
+        found: dict[str, tuple[Rate, ...]] = dict.fromkeys(multiples, ())
+        groups = [(i, j) for i, one in enumerate(built) for j in range(len(one.param_groups))]
+        for number, (i, j) in enumerate(groups):
+            name, group = f"{i}.{j}" if len(built) > 1 else str(j), built[i].param_groups[j]
+            response, held = response_of(built[i], group), {id(p) for p in group["params"]}
+            for member, multiple in multiples.items():
+                own = [id(p) for p in parameters[member]]
+                if not own or not held.isdisjoint(own):
+                    series = tuple(scheduled[number])
+                    alone = tuple(rebuilt[multiple][number]) if multiple else None
+                    found[member] += (_rate(name, response, group, multiple, series, alone),)
+        return found
+
+
+def _rate(
+    name: str,
+    response: Response,
+    group: Mapping[str, Any],
+    multiple: float | None,
+    scheduled: tuple[float, ...],
+    rebuilt: tuple[float, ...] | None,
+) -> Rate:
+    """The rates of a group for a member whose gradient is this multiple of its gradient alone."""
+    built, decay = float(group["lr"]), float(group.get("weight_decay") or 0.0)
+    if multiple is None or response.kind == "neither":
+        return Rate(name, response, built, scheduled, decay, None, None, None, None)
+    first, *effective = (response.lr(lr, multiple) or 0.0 for lr in (built, *scheduled))
+    return Rate(
+        name,
+        response,
+        built,
+        scheduled,
+        decay,
+        tuple(effective),
+        first,
+        response.decay(decay, multiple),
+        rebuilt if rebuilt and response.kind == "proportional" else tuple(effective),
+    )
 
 
 @contextmanager
@@ -368,12 +336,12 @@ def _start() -> Tensor:
 def _moved(optimizer: Optimizer, group: dict[str, Any], *, scale: float, decay: float) -> Tensor:
     parameter = nn.Parameter(_start())
     options = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
-    options["lr"] = RATE
+    options["lr"] = TRIAL_RATE
     if "weight_decay" in options:
         options["weight_decay"] = decay
     own = _rebuilt(optimizer, {**options, "params": [parameter]})
     generator = torch.Generator().manual_seed(0)
-    for _ in range(STEPS):
+    for _ in range(TRIAL_STEPS):
         gradient = torch.rand(4, generator=generator, dtype=torch.float64) + 0.5
         parameter.grad = scale * gradient
         own.step()
@@ -384,7 +352,7 @@ def _rebuilt(optimizer: Optimizer, group: dict[str, Any]) -> Optimizer:
     try:
         built: Any = type(optimizer)
         return cast(Optimizer, built([group]))
-    except Exception:  # it takes more than groups: a copy whose groups are exchanged
+    except ERRORS:  # it takes more than groups: a copy whose groups are exchanged
         own = copy.copy(optimizer)
         own.state = type(optimizer.state)(dict)
         own.param_groups = [group]
@@ -392,21 +360,6 @@ def _rebuilt(optimizer: Optimizer, group: dict[str, Any]) -> Optimizer:
 
 
 # --- numbers ---------------------------------------------------------------------------------
-
-
-def fraction(multiple: float | None) -> str:
-    """A multiple as a person reads it.
-
-    Example:
-        >>> fraction(0.25), fraction(0.3), fraction(None)
-        ('1/4', '0.3', 'no multiple')
-    """
-    if multiple is None:
-        return "no multiple"
-    over = round(1 / multiple) if multiple and abs(multiple) < 1 else 0
-    if over and near(multiple, 1 / over):
-        return f"1/{over}"
-    return f"{multiple:.4g}"
 
 
 def near(multiple: float | None, wanted: float, precision: float = 0.0) -> bool:

@@ -168,7 +168,7 @@ def of_probabilities(outputs, labels=LABELS):
 @of_every_size
 def test_a_cross_entropy_of_logits_holds(dtype, size):
     members = several(dtype, size)
-    assert_loss_scaled(measure_loss_scale(members, batch(dtype), of_logits), "sum")
+    assert_loss_scaled(measure_loss_scale(members, batch(dtype), loss=of_logits), "sum")
 
 
 @in_every_dtype
@@ -178,13 +178,13 @@ def test_a_softmax_of_a_softmax_is_found(dtype, classes, size):
     labels = torch.arange(8) % classes
     scale = partial(measure_loss_scale, members, batch(dtype))
     twice = partial(of_logits, labels=labels)
-    with pytest.raises(AssertionError, match="which are probabilities, and takes them for logits"):
+    with pytest.raises(AssertionError, match="but takes their probabilities for logits"):
         assert_loss_scaled(
-            scale(twice, member_loss=lambda y: functional.cross_entropy(y, labels)), "sum"
+            scale(loss=twice, member_loss=lambda y: functional.cross_entropy(y, labels)), "sum"
         )
     once = partial(of_probabilities, labels=labels)
     assert_loss_scaled(
-        scale(once, member_loss=lambda y: functional.nll_loss(y.log(), labels)), "sum"
+        scale(loss=once, member_loss=lambda y: functional.nll_loss(y.log(), labels)), "sum"
     )
 
 
@@ -197,7 +197,7 @@ def test_a_brier_score_of_two_probabilities_is_no_softmax(dtype):
 
     members = several(dtype, 1.0, nn.Softmax(1), network=lambda: nn.Linear(12, 2))
     scale = measure_loss_scale(
-        members, batch(dtype), lambda ys: sum(map(own, ys.values())), member_loss=own
+        members, batch(dtype), loss=lambda ys: sum(map(own, ys.values())), member_loss=own
     )
     assert_loss_scaled(scale, "sum")
 
@@ -209,10 +209,10 @@ def test_a_clamp_before_the_second_softmax_hides_it_not(dtype):
     scale = measure_loss_scale(
         members,
         batch(dtype),
-        clamped,
+        loss=clamped,
         member_loss=lambda y: functional.cross_entropy(y.clamp(0, 1), LABELS),
     )
-    with pytest.raises(AssertionError, match="which are probabilities, and takes them for logits"):
+    with pytest.raises(AssertionError, match="but takes their probabilities for logits"):
         assert_loss_scaled(scale, "sum")
 
 
@@ -226,9 +226,9 @@ def test_a_mean_is_told_from_a_sum(dtype, size, count):
     def mean(outputs):
         return of_logits(outputs) / len(outputs)
 
-    scale = measure_loss_scale(several(dtype, size, count=count), batch(dtype), mean)
+    scale = measure_loss_scale(several(dtype, size, count=count), batch(dtype), loss=mean)
     assert_loss_scaled(scale, "mean")
-    with pytest.raises(AssertionError, match="and train on their mean"):
+    with pytest.raises(AssertionError, match="but train on their mean"):
         assert_loss_scaled(scale, "sum")
 
 
@@ -238,9 +238,9 @@ def test_a_loss_of_the_mean_prediction_couples_members(dtype, size):
     def loss(outputs):
         return functional.cross_entropy(torch.stack([*outputs.values()]).mean(0), LABELS)
 
-    scale = measure_loss_scale(several(dtype, size), batch(dtype), loss)
+    scale = measure_loss_scale(several(dtype, size), batch(dtype), loss=loss)
     assert_loss_scaled(scale, "joint")
-    with pytest.raises(AssertionError, match="and the loss couples them"):
+    with pytest.raises(AssertionError, match="but the loss couples them"):
         assert_loss_scaled(scale, "sum")
 
 
@@ -257,12 +257,12 @@ def test_weights_of_members_are_known_as_well_as_the_dtype_allows(dtype):
     scale = measure_loss_scale(
         several(dtype),
         batch(dtype),
-        loss,
+        loss=loss,
         member_loss=lambda y: functional.cross_entropy(y, LABELS),
         optimizer=lambda m: [torch.optim.SGD(one.parameters(), 0.1) for one in m],
     )
     assert_loss_scaled(scale, weights)
-    with pytest.raises(AssertionError, match="and train on other multiples"):
+    with pytest.raises(AssertionError, match="but train on other multiples"):
         assert_loss_scaled(scale, [0.31, 0.44, 0.25])
     for member, weight in zip(scale.members, weights, strict=True):
         (rate,) = member.rates
@@ -278,7 +278,7 @@ def test_effective_rates_are_those_of_the_mean(dtype):
     scale = measure_loss_scale(
         several(dtype),
         batch(dtype),
-        mean,
+        loss=mean,
         optimizer=lambda m: [torch.optim.SGD(one.parameters(), 0.3) for one in m],
     )
     assert_rates_effective(scale, lr=0.1)
@@ -295,9 +295,9 @@ def test_clipping_by_one_norm_couples_members(dtype):
         for member in members:
             nn.utils.clip_grad_norm_(member.parameters(), 0.01)
 
-    measured = partial(measure_loss_scale, several(dtype), batch(dtype), of_logits)
+    measured = partial(measure_loss_scale, several(dtype), batch(dtype), loss=of_logits)
     assert_loss_scaled(measured(clip=each), "sum")
-    with pytest.raises(AssertionError, match="and one norm couples them"):
+    with pytest.raises(AssertionError, match="but one norm couples them"):
         assert_loss_scaled(measured(clip=joint), "sum")
 
 

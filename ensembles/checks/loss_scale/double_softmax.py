@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ensembles.handling.state import generators_kept, seed_generators
 from ensembles.handling.training import output_gradients
 from ensembles.subject import Loss
 from ensembles.tolerance import PROBABILITY_SUM, tolerance_of
@@ -35,7 +34,8 @@ def taken_for_logits(loss: Loss, values: Mapping[str, Sequence[Tensor]]) -> dict
     All of them are looked at together, so that a loss of their mean is seen too.
 
     Args:
-        loss: The training loss, a function of the dict of member outputs.
+        loss: The training loss, a function of the dict of member outputs, which draws the same
+            random numbers in every call.
         values: The members' outputs; those of one tensor are looked at.
 
     Example:
@@ -118,10 +118,8 @@ def _gradient(
     loss: Loss, values: Mapping[str, Sequence[Tensor]], names: Sequence[str], point: Tensor
 ) -> Tensor:
     """Summed over the members, all of which emit this."""
-    with generators_kept():
-        seed_generators(0)
-        given = {n: (point,) if n in names else tuple(ys) for n, ys in values.items()}
-        found = output_gradients(loss, given)
+    given = {n: (point,) if n in names else tuple(ys) for n, ys in values.items()}
+    found = output_gradients(loss, given)
     total = torch.zeros_like(point, dtype=torch.float64)
     for name in names:
         gradient = found[name][0]

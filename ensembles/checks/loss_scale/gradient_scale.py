@@ -8,42 +8,32 @@ members reach, they add up: that is a measurement of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
+from ensembles.case import Case
 from ensembles.checks.loss_scale.double_softmax import taken_for_logits
-from ensembles.handling.members import member_outputs, named_modules_of
 from ensembles.handling.memory import as_kind_of
 from ensembles.handling.precision import autocasts, dtypes_of
 from ensembles.handling.registered_tensors import registered
-from ensembles.handling.state import generators_kept, preserved, seed_generators
-from ensembles.handling.training import (
-    fresh,
-    gradients_of,
-    hidden_modules,
-    loss_of,
-    output_gradients,
-    values_of,
-)
+from ensembles.handling.state import seed_generators
+from ensembles.handling.training import gradients_of, loss_of, output_gradients, values_of
+from ensembles.instruments.learning_rates import Rate
 from ensembles.message import listed
-from ensembles.subject import SPLIT, Loss, Model, Outputs
+from ensembles.subject import SPLIT, Loss
 from ensembles.tolerance import tolerance_of
 from ensembles.user_calls import asked
 
-__all__ = ["Clip", "MemberLoss", "Overlap", "Scale", "scales_of"]
+__all__ = ["MemberScale", "Overlap", "scales_of"]
 
-MemberLoss = Callable[[Any], Tensor]
-"""The loss of one member: a function of its output, to a scalar tensor."""
-
-Clip = Callable[[Any], Any]
-"""What training does to gradients before the step: a function of the model."""
+Values = Mapping[str, tuple[Tensor, ...]]
+"""The outputs of every member."""
 
 Dtypes = tuple[torch.dtype, ...]
 """What took part in the forward pass and in the loss."""
@@ -81,136 +71,171 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class Scale:
-    """What becomes of one member's gradient.
+class MemberScale:
+    """What becomes of one member's gradient in the ensemble.
 
     Attributes:
+        member: The member's name.
         multiple: Of its gradient alone; None where it points elsewhere, or alone is unknown.
-        exact: Whether it is the simple multiple bit by bit.
+        exact: Whether it is that multiple bit by bit.
         coupled: The members whose predictions change it.
         clipped: Whether clipping changes it when other members' gradients are loud; None where
             there is no clipping.
-        parameters: The parameters that the member has for itself.
         precision: To what a multiple is known, as a part of it.
         classes: Of the probabilities that the loss takes for logits; None where it does not.
         shared: The parameters in which its gradient and those of other members add up.
+        rates: One for each optimizer group that holds parameters of the member.
     """
 
+    member: str
     multiple: float | None
     exact: bool
     coupled: tuple[str, ...]
     clipped: bool | None
-    parameters: tuple[Tensor, ...]
-    precision: float
+    precision: float = 0.0
     classes: int | None = None
     shared: tuple[Overlap, ...] = ()
+    rates: tuple[Rate, ...] = ()
 
 
-def scales_of(
-    model: Model,
-    batch: Any,
-    loss: Loss,
-    *,
-    outputs: Outputs | None = None,
-    member_loss: MemberLoss | None = None,
-    clip: Clip | None = None,
-) -> dict[str, Scale]:
+def scales_of(case: Case) -> tuple[list[MemberScale], dict[str, list[Tensor]]]:
     """Compares every member's gradient in the ensemble with its gradient alone, in train mode.
 
+    The model is called once. All calls of a loss draw the same random numbers.
+
+    Returns:
+        One scale for each member, without rates; and by member the parameters that it has for
+        itself.
+
     Raises:
-        ValueError: If the loss is random, or alone is not known: `member_loss` was not given, and
-            the loss is no cross-entropy of each member.
+        ValueError: If there are fewer than two members, the subject has no loss, the loss is
+            random, or alone is not known: `member_loss` was not given, and the loss is no
+            cross-entropy of each member.
 
     Example:
         >>> y = torch.tensor([0, 1])
-        >>> scale = scales_of([nn.Linear(3, 2), nn.Linear(3, 2)], torch.randn(2, 3),
-        ...     lambda outputs: sum(nn.functional.cross_entropy(o, y) for o in outputs.values()) / 2)
-        >>> scale["0"].multiple, scale["0"].exact, scale["0"].coupled
-        (0.5, True, ())
-    """  # noqa: E501
-    modules = list(named_modules_of(model).values())
-    everything = [*modules, *hidden_modules(modules)]
-    with preserved(everything), torch.inference_mode(False), torch.enable_grad():
-        for module in modules:
+        >>> def mean_of_losses(outputs):
+        ...     return sum(nn.functional.cross_entropy(o, y) for o in outputs.values()) / 2
+        >>> two = [nn.Linear(3, 2), nn.Linear(3, 2)]
+        >>> (scale, _), own = scales_of(Case.of(two, torch.randn(2, 3), loss=mean_of_losses))
+        >>> scale.multiple, scale.exact, scale.coupled, len(own["0"])
+        (0.5, True, (), 2)
+    """
+    with case.preserved(), torch.inference_mode(False), torch.enable_grad():
+        for module in case.modules.values():
             module.train()
-        with _rewound(), autocasts() as cast:
-            found = member_outputs(model, fresh(batch), outputs=outputs)
+        seed_generators(case.seed)
+        with autocasts() as cast:
+            found = case.call()
         values = {name: tuple(y.detach().clone() for y in ys) for name, ys in found.items()}
         _check_members(values)
+        seed_generators(case.seed)
         with autocasts() as cast_by_loss:
-            together = _output_gradients(loss, values)
-        dtypes = tuple(dtypes_of(model, batch, values, *cast, *cast_by_loss))
-        _check_deterministic(loss, values, together, dtypes)
+            whole = case.loss(_copies(found))
+        dtypes = tuple(dtypes_of(case.model, case.batch, values, *cast, *cast_by_loss))
+        loss, again = (_seeded(case.subject.loss, case.seed + i) for i in range(2))
+        together = output_gradients(loss, values)
+        _check_deterministic(again, values, together, dtypes)
         axes = taken_for_logits(loss, values)
-        classes = {name: values[name][0].shape[axis] for name, axis in axes.items()}
-        coupled = {name: _coupled(loss, values, together, name, dtypes) for name in values}
-        single = _member_losses(member_loss, values, together, any(coupled.values()), dtypes)
-        parameters = [p for module in everything for p in module.parameters() if p.requires_grad]
-        parameters = list({id(p): p for p in parameters}.values())
-        with _rewound():
-            whole = loss_of(loss, found)
+        coupled = _coupled(loss, values, together, dtypes)
+        single = _member_losses(case, values, together, any(coupled.values()), dtypes)
+        every = {id(p): p for m in case.everything for p in m.parameters() if p.requires_grad}
+        parameters: list[Tensor] = list(every.values())
         total = gradients_of([whole], [torch.ones_like(whole)], parameters)
-        alone = _alone(single, found, parameters)
-        scales = {}
+        alone = {
+            name: _alone(None if single is None else single[name], {name: ys}, parameters)
+            for name, ys in found.items()
+        }
+        reached = [
+            [name for name in values if alone[name][i] is not None] for i in range(len(parameters))
+        ]
+        scales, own = [], {}
         for name in values:
-            own = [
-                i
-                for i in range(len(parameters))
-                if alone[name][i] is not None
-                and all(alone[other][i] is None for other in values if other != name)
-            ]
+            mine = [i for i, names in enumerate(reached) if names == [name]]
             multiple, exact = None, False
             if single is not None:
-                pairs = [(total[i], alone[name][i]) for i in own]
-                multiple, exact = _multiple(pairs, name, dtypes) if own else (None, False)
+                pairs = [(total[i], alone[name][i]) for i in mine]
+                multiple, exact = _multiple(pairs, name, dtypes) if mine else (None, False)
                 # Or a penalty on the weights is added, which has no multiple; whether it couples
                 # members is for the coupling check to say.
                 if multiple is None:
-                    apart = _output_gradients(
-                        partial(_of_one, single[name], name), {name: values[name]}
-                    )
+                    apart = output_gradients(single[name], {name: values[name]})
                     pairs = list(zip(together[name], apart[name], strict=True))
                     multiple, exact = _multiple(pairs, name, dtypes)
-            held = tuple(parameters[i] for i in own)
-            clipped = (
-                None
-                if clip is None
-                else _clipped(clip, model, parameters, total, own, name, dtypes)
+            scales.append(
+                MemberScale(
+                    name,
+                    multiple,
+                    exact,
+                    coupled[name],
+                    _clipped(case, parameters, total, mine, name, dtypes),
+                    SIMPLE * tolerance_of("rescaled", *dtypes),
+                    values[name][0].shape[axes[name]] if name in axes else None,
+                )
             )
-            scales[name] = Scale(
-                multiple,
-                exact,
-                coupled[name],
-                clipped,
-                held,
-                SIMPLE * tolerance_of("rescaled", *dtypes),
-                classes.get(name),
-            )
-        if single is None:
-            return scales
-        names = {id(entry.tensor): entry.names for entry in registered(model)}
-        overlaps = _overlaps(scales, alone, total, parameters, names, dtypes)
-        return {n: replace(scale, shared=tuple(overlaps[n])) for n, scale in scales.items()}
+            own[name] = [parameters[i] for i in mine]
+        if single is not None:
+            names = {id(entry.tensor): entry.names for entry in registered(case.model)}
+            places = [names.get(id(parameter), ()) for parameter in parameters]
+            trained = [scale.member for scale in scales if scale.multiple != 0]
+            overlaps = _overlaps(trained, alone, total, places, dtypes)
+            scales = [replace(s, shared=tuple(overlaps.get(s.member, ()))) for s in scales]
+        return scales, own
+
+
+def _check_members(values: Values) -> None:
+    if len(values) < 2:
+        raise ValueError(
+            f"loss scale compares members, but only one was found ({listed(list(values))}). {SPLIT}"
+        )
+
+
+def _copies(outputs: Values) -> dict[str, tuple[Tensor, ...]]:
+    """For a loss that changes what it is given in place."""
+    return {name: tuple(y.clone() for y in ys) for name, ys in outputs.items()}
+
+
+def _seeded(loss: Any, seed: int) -> Loss:
+    """The same loss, which draws the same random numbers in every call."""
+
+    @wraps(loss)
+    def seeded(outputs: dict[str, Any]) -> Tensor:
+        seed_generators(seed)
+        return loss(outputs)  # type: ignore[no-any-return]
+
+    return seeded
+
+
+def _check_deterministic(
+    again: Loss, values: Values, before: Mapping[str, Any], dtypes: Dtypes
+) -> None:
+    after = output_gradients(again, values)
+    if not all(_equal(before[name], after[name], dtypes) for name in values):
+        raise ValueError(
+            "the loss draws random numbers, so that members' gradients differ from step to step "
+            "and have no multiple. Give the loss of one draw, or without what is drawn."
+        )
 
 
 # --- coupling -----------------------------------------------------------------------------------
 
 
 def _coupled(
-    loss: Loss,
-    values: Mapping[str, tuple[Tensor, ...]],
-    before: Mapping[str, Any],
-    name: str,
-    dtypes: Dtypes,
-) -> tuple[str, ...]:
-    """The members whose predictions change this one's gradient."""
-    found = []
-    for other in values:
-        if other != name:
-            after = _output_gradients(loss, {**values, other: _nudged(values[other])})
-            if not _equal(before[name], after[name], dtypes):
-                found.append(other)
-    return tuple(found)
+    loss: Loss, values: Values, before: Mapping[str, Any], dtypes: Dtypes
+) -> dict[str, tuple[str, ...]]:
+    """By member, those whose predictions change its gradient."""
+    after = {
+        other: output_gradients(loss, {**values, other: _nudged(ys)})
+        for other, ys in values.items()
+    }
+    return {
+        name: tuple(
+            other
+            for other in values
+            if other != name and not _equal(before[name], after[other][name], dtypes)
+        )
+        for name in values
+    }
 
 
 def _nudged(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -240,20 +265,20 @@ def _equal(one: Sequence[Tensor | None], two: Sequence[Tensor | None], dtypes: D
 
 
 def _member_losses(
-    member_loss: MemberLoss | None,
-    values: Mapping[str, tuple[Tensor, ...]],
+    case: Case,
+    values: Values,
     gradients: Mapping[str, Sequence[Tensor | None]],
     coupled: bool,
     dtypes: Dtypes,
-) -> dict[str, MemberLoss] | None:
-    """Each member's own loss; a cross-entropy is recognised by its gradient.
+) -> dict[str, Loss] | None:
+    """Each member's own loss, of its output in a dict; a cross-entropy is known by its gradient.
 
     The gradient of a cross-entropy in the logits is a multiple of softmax(z) - onehot(label), so
     it shows the labels, and the multiple needs no word of the user's. Without that, a loss that is
     divided by a number written down could not be told from a smaller loss.
     """
-    if member_loss is not None:
-        return dict.fromkeys(values, member_loss)
+    if case.subject.member_loss is not None:
+        return {name: _given(case.subject.member_loss, name, case.seed) for name in values}
     if coupled:
         return None
     labels = {
@@ -274,10 +299,15 @@ def _member_losses(
             "cross-entropy. Give member_loss=a function of one member's output."
         )
 
-    def of(target: Tensor) -> MemberLoss:
-        return lambda y: cross_entropy(y, target)
+    def of(name: str, target: Tensor) -> Loss:
+        return lambda ys: cross_entropy(ys[name], target)
 
-    return {n: of(found if found is not None else known[0]) for n, found in labels.items()}
+    return {n: of(n, found if found is not None else known[0]) for n, found in labels.items()}
+
+
+def _given(member_loss: Callable[[Any], Tensor], name: str, seed: int) -> Loss:
+    then = "It takes the output of one member and returns its loss, a scalar tensor."
+    return _seeded(lambda ys: asked("member_loss", member_loss, ys[name], then=then), seed)
 
 
 def _labels(logits: Tensor, gradient: Tensor | None, dtypes: Dtypes) -> Tensor | None:
@@ -287,36 +317,26 @@ def _labels(logits: Tensor, gradient: Tensor | None, dtypes: Dtypes) -> Tensor |
     # A prediction that is right and sure has a gradient that rounds to zero.
     labels = torch.where(gradient.amin(1) < 0, gradient.argmin(1), logits.argmax(1))
     found = gradient.double()
-    direction = logits.double().softmax(1)
-    direction = direction - torch.nn.functional.one_hot(labels, logits.shape[1])
+    direction = logits.double().softmax(1) - one_hot(labels, logits.shape[1])
     share = (found * direction).sum() / direction.square().sum()
     off = (found - share * direction).norm() / found.norm()
     return labels if float(off) < tolerance_of("rewritten", *dtypes) else None
 
 
-def _alone(
-    single: Mapping[str, MemberLoss] | None,
-    found: Mapping[str, tuple[Tensor, ...]],
-    parameters: Sequence[Tensor],
-) -> dict[str, list[Tensor | None]]:
-    """The gradient of every member's own loss; of its output's sum where that is not known."""
-    gradients = {}
-    for name, ys in found.items():
-        with _rewound():
-            if single is None:
-                value = torch.stack([y.sum() for y in ys]).sum()
-            else:
-                value = loss_of(partial(_of_one, single[name], name), {name: ys})
-        gradients[name] = gradients_of([value], [torch.ones_like(value)], parameters)
-    return gradients
+def _alone(loss: Loss | None, output: Values, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradient of one member's own loss; of its output's sum where that is not known."""
+    if loss is None:
+        value = torch.stack([y.sum() for ys in output.values() for y in ys]).sum()
+    else:
+        value = loss_of(loss, _copies(output))
+    return gradients_of([value], [torch.ones_like(value)], parameters)
 
 
 def _overlaps(
-    scales: Mapping[str, Scale],
+    trained: Sequence[str],
     alone: Mapping[str, Sequence[Tensor | None]],
     total: Sequence[Tensor | None],
-    parameters: Sequence[Tensor],
-    names: Mapping[int, tuple[str, ...]],
+    places: Sequence[tuple[str, ...]],
     dtypes: Dtypes,
 ) -> dict[str, list[Overlap]]:
     """Where others that are trained send gradients to elements in which a member has its own.
@@ -324,12 +344,11 @@ def _overlaps(
     Who is not trained sends none. Elements are looked at, and not tensors: packed members have
     slices of one.
     """
-    trained = [name for name, scale in scales.items() if scale.multiple != 0]
     norms = {name: [_norm(gradient) for gradient in alone[name]] for name in trained}
-    found: dict[str, list[Overlap]] = {name: [] for name in scales}
+    found: dict[str, list[Overlap]] = {name: [] for name in trained}
     # One parameter is less than all, and its roundings cancel less: as outputs do.
     one, all_of_them = (tolerance_of(kind, *dtypes) for kind in ("recomputed", "rescaled"))
-    for i, parameter in enumerate(parameters):
+    for i, names in enumerate(places):
         dense = {m: g for m in trained if (g := _dense(alone[m][i])) is not None}
         for name, mine in dense.items():
             # Of a bias before a norm, rounding is all that there is.
@@ -348,7 +367,7 @@ def _overlaps(
                 by = float((sent * mine).sum() / mine.square().sum())
                 along = float((sent - by * mine).norm()) <= one * float(sent.norm())
                 multiple = (_simple(by, SIMPLE * one) if by else 0.0) if along else None
-                found[name].append(Overlap(names.get(id(parameter), ()), tuple(among), multiple))
+                found[name].append(Overlap(names, tuple(among), multiple))
     return found
 
 
@@ -361,10 +380,6 @@ def _dense(gradient: Tensor | None) -> Tensor | None:
     if gradient is None:
         return None
     return (gradient.to_dense() if gradient.is_sparse else gradient).detach().double()
-
-
-def _of_one(loss: MemberLoss, name: str, outputs: dict[str, Any]) -> Tensor:
-    return loss(outputs[name])
 
 
 def _multiple(
@@ -403,70 +418,31 @@ def _simple(multiple: float, tolerance: float) -> float:
 
 
 def _clipped(
-    clip: Clip,
-    model: Model,
+    case: Case,
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
     own: Sequence[int],
     name: str,
     dtypes: Dtypes,
-) -> bool:
+) -> bool | None:
     """Whether this member's clipped gradient changes when those of others are loud."""
+    clip = case.subject.clip
+    if clip is None:
+        return None
     if not own:
         raise ValueError(
             f"member {name} has no parameters of its own, so that clipping cannot be compared. "
             "Leave clip= out where members share all parameters."
         )
+    then = "It takes the model, and changes its gradients as training does before a step."
     seen = []
     for loudness in (0.0, LOUD):
         for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
             others = torch.full_like(parameter, min(loudness, torch.finfo(parameter.dtype).max / 2))
             given = gradient.detach().clone() if gradient is not None else None
             parameter.grad = given if i in own else others
-        then = (
-            "It takes the model, whose gradients are set, and changes them as training does before "
-            "a step."
-        )
-        asked("clip", clip, model, then=then)
+        asked("clip", clip, case.model, then=then)
         seen.append([None if (g := parameters[i].grad) is None else g.clone() for i in own])
     for parameter in parameters:
         parameter.grad = None
     return not _equal(seen[0], seen[1], dtypes)
-
-
-# --- randomness ---------------------------------------------------------------------------------
-
-
-def _output_gradients(loss: Loss, values: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Any]:
-    with _rewound():
-        return output_gradients(loss, values)
-
-
-def _check_deterministic(
-    loss: Loss,
-    values: Mapping[str, tuple[Tensor, ...]],
-    before: Mapping[str, Any],
-    dtypes: Dtypes,
-) -> None:
-    with _rewound(1):
-        after = output_gradients(loss, values)
-    if not all(_equal(before[name], after[name], dtypes) for name in values):
-        raise ValueError(
-            "the loss draws random numbers, so that members' gradients differ from step to step "
-            "and have no multiple. Give the loss of one draw, or without what is drawn."
-        )
-
-
-@contextmanager
-def _rewound(seed: int = 0) -> Iterator[None]:
-    """Every call draws the same random numbers."""
-    with generators_kept():
-        seed_generators(seed)
-        yield
-
-
-def _check_members(values: Mapping[str, Any]) -> None:
-    if len(values) < 2:
-        raise ValueError(
-            f"loss scale compares members, and only one was found ({listed(list(values))}). {SPLIT}"
-        )

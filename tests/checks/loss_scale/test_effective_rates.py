@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW
 from torch.optim import lr_scheduler as schedules
 
-from ensembles.checks.loss_scale.effective_rates import assert_rates_effective
+from ensembles.checks.loss_scale.judgement import assert_rates_effective
 from ensembles.checks.loss_scale.measurement import measure_loss_scale
 from ensembles.instruments.learning_rates import response_of
 
@@ -49,7 +49,7 @@ def scale_of(loss=sum_of_losses, *, optimizer=None, scheduler=None, count: int =
     return measure_loss_scale(
         members(count),
         X,
-        loss,
+        loss=loss,
         optimizer=optimizer or sgd(),
         scheduler=scheduler,
         **{"steps": STEPS, **kinds},
@@ -231,7 +231,7 @@ def test_a_warm_up_of_length_zero_that_does_not_start_at_the_full_rate_is_broken
     def schedule(optimizer):
         return schedules.LambdaLR(optimizer, lambda step: min(1.0, step / max(1, 0)))
 
-    with pytest.raises(AssertionError, match=r"expected 0\.1 at step 0   found 0\n") as broken:
+    with pytest.raises(AssertionError, match=r"step 0   expected lr 0\.1   found 0\n") as broken:
         assert_rates_effective(scale_of(scheduler=schedule), warmup=0)
     assert "no warm-up for a length of 0" in str(broken.value)
 
@@ -239,7 +239,7 @@ def test_a_warm_up_of_length_zero_that_does_not_start_at_the_full_rate_is_broken
 def test_a_warm_up_that_does_not_happen_or_end_is_broken():
     with pytest.raises(AssertionError, match="found the full rate at once"):
         assert_rates_effective(scale_of(), warmup=5)
-    with pytest.raises(AssertionError, match=r"expected 0\.1 at step 5   found 0\.06"):
+    with pytest.raises(AssertionError, match=r"step 5   expected lr 0\.1   found 0\.06"):
         assert_rates_effective(scale_of(scheduler=warm_up(10)), warmup=5)
 
 
@@ -258,7 +258,7 @@ def test_nothing_claimed_is_an_error():
 
 
 def test_no_optimizer_is_an_error():
-    scale = measure_loss_scale(members(), X, sum_of_losses)
+    scale = measure_loss_scale(members(), X, loss=sum_of_losses)
     with pytest.raises(
         ValueError, match="no optimizer group holds parameters of member 0, 1, 2, 3"
     ):
@@ -294,8 +294,36 @@ def test_a_scheduler_that_does_not_fit_is_an_error(words, scheduler):
     assert words in str(refused.value)
 
 
+def test_a_warm_up_of_any_optimizer_can_be_looked_at():
+    def optimizer(model):
+        return torch.optim.RAdam(model.parameters(), lr=0.1)
+
+    scale = scale_of(mean_of_losses, optimizer=optimizer, scheduler=warm_up(5))
+    assert_rates_effective(scale, warmup=5)
+    with pytest.raises(AssertionError, match="but warm up in another way"):
+        assert_rates_effective(scale, warmup=3)
+
+
+def test_a_schedule_of_a_single_model_that_raises_is_told_by_its_name():
+    with pytest.raises(ValueError, match=r"^lr=\.\.\. raised ZeroDivisionError"):
+        assert_rates_effective(scale_of(), lr=lambda parameters: 1 / 0)
+
+
+def test_optimizers_are_built_once_and_once_for_each_multiple():
+    builds = []
+
+    def optimizer(model):
+        builds.append(model)
+        return SGD(model.parameters(), lr=0.1)
+
+    scale_of(sum_of_losses, optimizer=optimizer)
+    assert len(builds) == 1
+    scale_of(mean_of_losses, optimizer=optimizer)
+    assert len(builds) == 1 + 2
+
+
 def test_rates_that_do_not_fit_are_errors():
-    with pytest.raises(ValueError, match="lr= has 3 rates, and 40 steps were measured"):
+    with pytest.raises(ValueError, match="lr= has 3 rates, but 40 steps were measured"):
         assert_rates_effective(scale_of(), lr=[0.1, 0.1, 0.1])
     with pytest.raises(ValueError, match="an object of type int"):
         assert_rates_effective(scale_of(), lr=lambda parameters: 3)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ensembles.checks.loss_scale.effective_rates import assert_rates_effective
+from ensembles.checks.loss_scale.judgement import assert_rates_effective
 from ensembles.checks.loss_scale.measurement import measure_loss_scale
 from ensembles.experiments.training.schedules import Schedule, make_scheduler
 
@@ -98,7 +98,7 @@ def test_the_suite_finds_the_claimed_warm_up(warmup):
 
 def test_the_suite_would_find_another_warm_up():
     scale = scaled(Schedule(warmup_epochs=2), lr=0.1, reduce=sum)
-    with pytest.raises(AssertionError, match="a warm-up of 5 steps, and do not"):
+    with pytest.raises(AssertionError, match="a warm-up of 5 steps, but warm up in another way"):
         assert_rates_effective(scale, warmup=5)
 
 
@@ -115,7 +115,7 @@ def test_mean_loss_at_m_times_the_rate_goes_through_m_times_the_same_schedule(me
 
 def test_mean_loss_at_the_rate_of_one_is_found():
     scale = scaled(Schedule(), lr=0.1, reduce=lambda losses: sum(losses) / 2)
-    with pytest.raises(AssertionError, match="do not"):
+    with pytest.raises(AssertionError, match="but train at other rates"):
         assert_rates_effective(scale, lr=rates(Schedule(), lr=0.1))
 
 
@@ -128,7 +128,7 @@ def scaled(schedule, *, lr, reduce, members=2):
     return measure_loss_scale(
         nn.ModuleList([nn.Linear(4, 2) for _ in range(members)]),
         torch.linspace(-1, 1, 12).view(3, 4),
-        loss,
+        loss=loss,
         optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=lr),
         scheduler=lambda sgd: make_scheduler(sgd, schedule, epochs=EPOCHS, steps_per_epoch=STEPS),
         steps=EPOCHS * STEPS,
