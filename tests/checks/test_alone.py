@@ -311,7 +311,10 @@ class ClippedSGD(torch.optim.SGD):
 
 def test_a_norm_clipped_over_all_members_is_broken(golden):
     with pytest.raises(AssertionError) as broken:
-        assert_alone(lambda: [mlp(), mlp()], optimizer=for_all(lambda p: ClippedSGD(p, lr=0.1)))
+        # No bias before a norm: its gradient is a rounding, and whether it moves is up to the CPU.
+        assert_alone(
+            lambda: [convnet(), convnet()], optimizer=for_all(lambda p: ClippedSGD(p, lr=0.1))
+        )
     golden(str(broken.value), "messages/alone_clipped.txt")
 
 
