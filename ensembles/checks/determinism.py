@@ -120,7 +120,8 @@ def measure_determinism(
         optimizer: Builds the optimizer, or a list of them, for the model. By default SGD with
             momentum on all parameters.
         loss: The training loss of the dict of member outputs. By default a distance to fixed
-            random targets.
+            random targets. Unless both loss and optimizer are given, a gradient that is larger
+            than its parameter is scaled down to its size before the step.
         clip: What training does to gradients before each step, a function of the model.
         scheduler: A function of one optimizer: its scheduler, a list of them, or a function to be
             called after each step.
@@ -136,7 +137,7 @@ def measure_determinism(
 
     Raises:
         ValueError: If `make` is no function, returns one object twice, or the model cannot be
-            trained like this.
+            trained like this: the loss, or a parameter, becomes NaN or infinite.
 
     Example:
         >>> print(measure_determinism(lambda: nn.Linear(4, 2), torch.randn(3, 4), seed=0))

@@ -107,13 +107,15 @@ def measure_state_hygiene(
         outputs: Splits what one module returns into member outputs.
         optimizer: Builds the optimizer, or a list of them, for the model; by default plain SGD.
         loss: The training loss, a function of the dict of member outputs; by default a fixed
-            random projection of all outputs.
+            random projection of all outputs. Unless both loss and optimizer are given, a gradient
+            that is larger than its parameter is scaled down to its size before the step.
 
     Returns:
         The measurement. The model, its gradients and the random generators are as before.
 
     Raises:
-        ValueError: If the model cannot be called or trained so.
+        ValueError: If the model cannot be called or trained so: the loss, or a parameter, becomes
+            NaN or infinite.
 
     Example:
         >>> class Masked(nn.Linear):

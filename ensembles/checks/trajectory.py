@@ -125,7 +125,9 @@ def measure_training_trajectory(
         optimizer: Builds the optimizer, or a list of them, for the model. By default SGD with
             momentum on all parameters.
         loss: The training loss of the dict of member outputs. By default the sum over members of
-            the mean squared distance of their outputs to fixed random targets.
+            the mean squared distance of their outputs to fixed random targets. Unless both loss
+            and optimizer are given, a gradient that is larger than its parameter is scaled down to
+            its size before the step; recorded is what it was.
         clip: What training does to gradients before each step, a function of the model.
         scheduler: A function of one optimizer: its scheduler, a list of them, or a function to be
             called after each step.
@@ -137,7 +139,8 @@ def measure_training_trajectory(
         The trajectory; without `values` it holds digests only, whatever the model's size.
 
     Raises:
-        ValueError: If the model cannot be trained like this.
+        ValueError: If the model cannot be trained like this: the loss, or a parameter, becomes NaN
+            or infinite.
 
     Example:
         >>> print(measure_training_trajectory(lambda: nn.Linear(2, 1), torch.ones(3, 2), seed=0))

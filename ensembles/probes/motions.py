@@ -24,10 +24,10 @@ from ensembles.probes.registers import Registered, registered
 from ensembles.probes.state import Snapshot, copy_of, seed_generators
 from ensembles.probes.steps import distance
 from ensembles.probes.training import (
+    Given,
     Loss,
     fresh,
     gradients_of,
-    loss_of,
     optimizers_of,
     plain_sgd,
     projected_gradients,
@@ -312,6 +312,7 @@ def moved_in_training(
         except ValueError:
             if trainable:  # else none can be built, and what hides the parameters is found
                 raise
+    given = Given(loss=loss is not None, optimizer=optimizer is not None)
     averages = Averages(model, used)
     masked = _masked_in_eval(model, batch, outputs, entries)
     updates: dict[str, int] = {}
@@ -334,7 +335,13 @@ def moved_in_training(
             now = masked_elements(flat)
             masked = {k: mask & now[k] for k, mask in masked.items() if k in now}
         try:
-            gradients = _gradients(yielded, loss, list(trainable.values()))
+            if loss is None:
+                gradients = projected_gradients(flat, list(trainable.values()))
+            else:
+                value = given.loss_of(loss, yielded, step + 1)
+                gradients = gradients_of(
+                    [value], [torch.ones_like(value)], list(trainable.values())
+                )
         except RuntimeError:
             if writes.found():  # autograd keeps the batch, and refuses another one
                 break
@@ -344,8 +351,10 @@ def moved_in_training(
         between = _values(entries)
         for parameter, gradient in zip(trainable.values(), gradients, strict=True):
             parameter.grad = gradient
+        given.restrain(trainable.values())
         for each in optimizers:
             _step(each)
+        given.check_finite(trainable, step + 1)
         moved = dict(_changed(entries, between))
         found += _frozen_parameters(entries, moved, optimizers)
         ever |= {*by_forward, *moved}
@@ -377,15 +386,6 @@ def moved_in_training(
     found += averages.findings()
     first_of_each = {(one.kind, one.place): one for one in reversed(found)}
     return Trained(steps, updates, list(first_of_each.values()))
-
-
-def _gradients(
-    yielded: Mapping[str, tuple[Tensor, ...]], loss: Loss | None, trainable: list[Tensor]
-) -> list[Tensor | None]:
-    if loss is None:
-        return projected_gradients([y for ys in yielded.values() for y in ys], trainable)
-    value = loss_of(loss, yielded)
-    return gradients_of([value], [torch.ones_like(value)], trainable)
 
 
 def _train_call(

@@ -22,10 +22,11 @@ from ensembles.message import counted, listed
 from ensembles.probes.rates import advances_of
 from ensembles.probes.state import generators_kept, preserved, seed_generators
 from ensembles.probes.training import (
+    Given,
     Loss,
+    NotFiniteError,
     fresh,
     hidden_modules,
-    loss_of,
     optimizers_of,
     plain_sgd,
 )
@@ -133,6 +134,11 @@ class Recipe:
     loss: Loss | None = None
     clip: Callable[[Any], Any] | None = None
     scheduler: Callable[[Any], Any] | None = None
+
+    @property
+    def given(self) -> Given:
+        """Whose loss and optimizer it is trained with."""
+        return Given(loss=self.loss is not None, optimizer=self.optimizer is not None)
 
 
 @dataclass(frozen=True)
@@ -281,6 +287,7 @@ def _train(model: Model, recipe: Recipe, run: Run) -> Iterator[Entry]:
         if run.alike and is_one_module(model) and recipe.members is not None:
             for member, module in holders.items():
                 stack.enter_context(_hooked(member, module, clock))
+        finite = tensors.finite_parameters()
         log: list[Entry] = []
         if run.operations:
             stack.enter_context(_watched(model, clock, log))
@@ -311,27 +318,22 @@ def _train(model: Model, recipe: Recipe, run: Run) -> Iterator[Entry]:
             yield from found
             yield replace(tensors.entry(step, "loss", "", "", loss), norm=float(loss.detach()))
             yield from tensors.gradients(step)
-            if recipe.clip is not None:
-                with _told("clip", CLIP):
-                    recipe.clip(model)
-            for optimizer in optimizers:
-                _step(optimizer)
-            with _told("scheduler", SCHEDULER):
-                for advance in advances:
-                    advance()
+            _move(model, recipe, optimizers, advances)
+            recipe.given.check_finite(finite, step)
             yield from tensors.entries(step)
             yield from tensors.states(step, optimizers)
 
 
 def _loss(recipe: Recipe, outputs: Mapping[str, tuple[Tensor, ...]], step: int) -> Tensor:
     try:
-        return loss_of(recipe.loss or _distance, outputs)
-    except ValueError as error:
-        if step == 1:
+        return recipe.given.loss_of(recipe.loss or _distance, outputs, step)
+    except NotFiniteError as error:
+        if recipe.loss is not None:
             raise
         raise ValueError(
-            f"in step {step}, after {step - 1} of the optimizer: {error} Where training diverges "
-            "on this batch, give a smaller learning rate or a larger batch."
+            "the mean squared distance of the outputs to fixed random targets, which is the "
+            f"check's own loss, is {float(error.value.detach())} before any step. Nothing can be "
+            "concluded from it: give loss=... that the model is trained with."
         ) from error
 
 
@@ -340,6 +342,24 @@ def _backward(loss: Tensor, step: int) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
     except Exception as error:
         raise ValueError(raised(f"in step {step}, the backward pass of the loss", error)) from error
+
+
+def _move(
+    model: Model,
+    recipe: Recipe,
+    optimizers: Sequence[Optimizer],
+    advances: Sequence[Callable[[], Any]],
+) -> None:
+    """What training does with gradients, from clipping to the schedule."""
+    recipe.given.restrain(_held(optimizers))
+    if recipe.clip is not None:
+        with _told("clip", CLIP):
+            recipe.clip(model)
+    for optimizer in optimizers:
+        _step(optimizer)
+    with _told("scheduler", SCHEDULER):
+        for advance in advances:
+            advance()
 
 
 def _step(optimizer: Optimizer) -> None:
@@ -479,6 +499,17 @@ class _Tensors:
     def entries(self, step: int) -> Iterator[Entry]:
         yield from self._each(step, "parameter", lambda tensor: tensor)
         yield from self._each(step, "buffer", lambda tensor: tensor)
+
+    def finite_parameters(self) -> dict[str, Tensor]:
+        """What is trained and holds numbers; tied parameters once, under their first name."""
+        once = {
+            id(p): (member, name, p) for member, name, p in reversed([*self._named("parameter")])
+        }
+        return {
+            ".".join(filter(None, (member, name))): p
+            for member, name, p in reversed(once.values())
+            if p.requires_grad and p.detach().isfinite().all()
+        }
 
     def gradients(self, step: int) -> Iterator[Entry]:
         yield from self._each(step, "gradient", lambda parameter: parameter.grad)
