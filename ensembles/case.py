@@ -31,7 +31,14 @@ from ensembles.handling.state import (
     restore_generators,
     seed_generators,
 )
-from ensembles.handling.training import fresh, hidden_modules, loss_of, optimizers_of, plain_sgd
+from ensembles.handling.training import (
+    TrainingParts,
+    fresh,
+    hidden_modules,
+    loss_of,
+    optimizers_of,
+    plain_sgd,
+)
 from ensembles.present_run import seed as present_seed
 from ensembles.subject import Model, Recipe, Subject
 from ensembles.user_calls import ERRORS, asked, raised
@@ -261,6 +268,12 @@ class Case:
         if self.subject.optimizer is None:
             return (plain_sgd(trained),)
         return optimizers_of(self.subject.optimizer, trained)
+
+    @property
+    def parts(self) -> TrainingParts:
+        """What of a training step is the user's; the rest is the check's own."""
+        given = self.subject
+        return TrainingParts(loss=given.loss is not None, optimizer=given.optimizer is not None)
 
     # --- as before ------------------------------------------------------------------------------
 

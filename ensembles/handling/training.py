@@ -6,8 +6,10 @@ nothing behind: no `.grad`, and no change of the batch.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from ensembles.user_calls import asked, called
 
 __all__ = [
     "LEARNING_RATE",
+    "NotFiniteError",
+    "TrainingParts",
     "fresh",
     "gradients_of",
     "hidden_modules",
@@ -32,13 +36,14 @@ __all__ = [
     "output_gradients",
     "plain_sgd",
     "projected_gradients",
+    "restrain",
     "set_training",
     "values_of",
 ]
 
 LEARNING_RATE = 0.01
 """Of `plain_sgd`, and the greatest in steps that are looked at. With gradients of about 1: far
-above rounding, and no explosion."""
+above rounding, and no explosion: larger ones are scaled down by `restrain`."""
 
 NOTHING_TO_TRAIN = (
     "The model registers no trainable parameters, so that no step can be taken. "
@@ -183,11 +188,24 @@ def values_of(gradient: Tensor) -> Tensor:
 # --- the loss -----------------------------------------------------------------------------------
 
 
+class NotFiniteError(ValueError):
+    """A training loss is NaN or infinite.
+
+    Attributes:
+        value: The loss.
+    """
+
+    def __init__(self, told: str, value: Tensor) -> None:
+        super().__init__(told)
+        self.value = value
+
+
 def loss_of(loss: Loss, outputs: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
     """The training loss of member outputs, where a member with one tensor gives that tensor.
 
     Raises:
-        ValueError: If the loss raises, or is no finite scalar tensor.
+        ValueError: If the loss raises, or is no scalar tensor.
+        NotFiniteError: If it is NaN or infinite.
 
     Example:
         >>> loss_of(lambda y: y["a"].sum() + y["b"].sum(),
@@ -211,10 +229,8 @@ def loss_of(loss: Loss, outputs: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
             "returns a scalar tensor."
         )
     if not value.detach().isfinite().all():
-        raise ValueError(
-            f"loss={called(loss)} is {float(value.detach())} for this model and batch. Nothing "
-            "can be concluded from it."
-        )
+        told = f"loss={called(loss)} is {float(value.detach())} for this model and batch."
+        raise NotFiniteError(f"{told} Nothing can be concluded from it.", value)
     return value
 
 
@@ -321,3 +337,124 @@ def plain_sgd(model: Model, *, momentum: float = 0.0) -> Optimizer:
     if not parameters:
         raise ValueError(NOTHING_TO_TRAIN)
     return torch.optim.SGD(list(parameters.values()), lr=LEARNING_RATE, momentum=momentum)
+
+
+def restrain(parameters: Iterable[Tensor]) -> None:
+    r"""Scales gradients that are larger than their parameters down, each tensor by itself.
+
+    $g \leftarrow g \min(1, \max(\|w\|, 1) / \|g\|)$, so that one step of `plain_sgd` moves a tensor
+    by at most `LEARNING_RATE` of its norm (of 1, where that is more: what starts at zero moves
+    too). A healthy network can have gradients of any size: BatchNorm over two rows multiplies them
+    by up to $1 / \sqrt{\epsilon} = 316$ in every layer. As the norm is that of one tensor, members
+    that are trained together take the steps that they take alone.
+
+    Args:
+        parameters: Whose `grad` is replaced; gradients that are not finite are left.
+
+    Source: the trust ratio of LARS (You et al. 2017, arXiv:1708.03888), used as a bound.
+
+    Example:
+        >>> small, large = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.full((1,), 4.0))
+        >>> small.grad, large.grad = torch.full((1,), 1e6), torch.full((1,), 2.0)
+        >>> restrain([small, large])
+        >>> small.grad, large.grad
+        (tensor([1.]), tensor([2.]))
+    """
+    for parameter in {id(p): p for p in parameters}.values():
+        if parameter.grad is None:
+            continue
+        norm = _norm(values_of(parameter.grad.detach()))
+        allowed = max(_norm(parameter.detach()), 1.0)
+        if allowed < norm < math.inf:
+            # Not in place: autograd gives the terms of a sum one gradient.
+            parameter.grad = parameter.grad * (allowed / norm)
+
+
+def _norm(tensor: Tensor) -> float:
+    """In float64, where no square of a float32 overflows."""
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
+    return float(torch.linalg.vector_norm(dense, dtype=wide))
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """What of its steps a training was given; the rest is the check's own.
+
+    Attributes:
+        loss: Whether the loss is the user's.
+        optimizer: Whether the optimizer is the user's.
+    """
+
+    loss: bool
+    optimizer: bool
+
+    def loss_of(self, loss: Loss, outputs: Mapping[str, tuple[Tensor, ...]], step: int) -> Tensor:
+        """The training loss in this step, the first of which is 1.
+
+        Raises:
+            ValueError: As `loss_of` does; after the first step it says that training runs away.
+
+        Example:
+            >>> TrainingParts(loss=True, optimizer=True).loss_of(
+            ...     lambda y: y["a"].sum() / 0, {"a": (torch.ones(2),)}, step=2)
+            Traceback (most recent call last):
+            ValueError: the training loss became infinite in step 2: training runs away. ...
+        """
+        try:
+            return loss_of(loss, outputs)
+        except NotFiniteError as error:
+            if step == 1:
+                raise
+            raise self._ran_away("the training loss", error.value, step) from error
+
+    def restrain(self, parameters: Iterable[Tensor]) -> None:
+        """Scales gradients, as `restrain` does, unless both are the user's.
+
+        A rate fits the gradients of the loss that it was found for, and no rate fits every loss.
+
+        Example:
+            >>> weight = nn.Parameter(torch.ones(1))
+            >>> weight.grad = torch.full((1,), 8.0)
+            >>> TrainingParts(loss=True, optimizer=True).restrain([weight])
+            >>> weight.grad
+            tensor([8.])
+            >>> TrainingParts(loss=False, optimizer=True).restrain([weight])
+            >>> weight.grad
+            tensor([1.])
+        """
+        if not (self.loss and self.optimizer):
+            restrain(parameters)
+
+    def check_finite(self, parameters: Mapping[str, Tensor], step: int) -> None:
+        """Refuses what a step has made NaN: of two runs it is alike, whatever else differs.
+
+        Raises:
+            ValueError: If a parameter holds NaN or infinity.
+
+        Example:
+            >>> parts = TrainingParts(loss=True, optimizer=False)
+            >>> parts.check_finite({"weight": torch.ones(2) / 0}, 1)
+            Traceback (most recent call last):
+            ValueError: parameter weight became infinite in step 1: training runs away. ...
+        """
+        for name, parameter in parameters.items():
+            if not parameter.detach().isfinite().all():
+                raise self._ran_away(f"parameter {name}", parameter, step)
+
+    def _ran_away(self, what: str, value: Tensor, step: int) -> ValueError:
+        became = "NaN" if value.detach().isnan().any() else "infinite"
+        if self.optimizer:
+            likely = "Likely the learning rate is too large for this batch."
+            do = "a smaller one, or a batch of more rows"
+        else:
+            likely = (
+                "The check's own steps are small: likely a gradient is not finite, as of BatchNorm "
+                "over few rows, of a root at zero, or in float16."
+            )
+            do = "a batch of more rows"
+        do += "" if self.loss else ", or the loss=... that the model is trained with"
+        return ValueError(
+            f"{what} became {became} in step {step}: training runs away. Nothing can be concluded "
+            f"from it. {likely} Give {do}."
+        )

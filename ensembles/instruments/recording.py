@@ -27,7 +27,7 @@ from ensembles.handling.members import (
 from ensembles.handling.memory import as_kind_of, inner_tensors, is_shell, numbers_in
 from ensembles.handling.state import generators_kept, seed_generators
 from ensembles.handling.training import (
-    loss_of,
+    NotFiniteError,
     optimizers_of,
     plain_sgd,
 )
@@ -253,6 +253,7 @@ def _train(case: Case, run: RunOptions) -> Iterator[Entry]:
         if run.alike and is_one_module(model) and recipe.members is not None:
             for member, module in holders.items():
                 stack.enter_context(_hooked(member, module, clock))
+        finite = tensors.finite_parameters()
         log: list[Entry] = []
         if run.operations:
             stack.enter_context(_watched(model, clock, log))
@@ -276,34 +277,29 @@ def _train(case: Case, run: RunOptions) -> Iterator[Entry]:
             ]
             if run.alike:
                 clock.rewind()
-            loss = _loss(recipe, outputs, step)
+            loss = _loss(case, outputs, step)
             _backward(loss, step)
             yield from log
             log.clear()
             yield from found
             yield replace(tensors.entry(step, "loss", "", "", loss), norm=float(loss.detach()))
             yield from tensors.gradients(step)
-            if recipe.clip is not None:
-                with _told("clip", CLIP):
-                    recipe.clip(model)
-            for optimizer in optimizers:
-                _step(optimizer)
-            with _told("scheduler", SCHEDULER):
-                for advance in advances:
-                    advance()
+            _move(case, optimizers, advances)
+            case.parts.check_finite(finite, step)
             yield from tensors.entries(step)
             yield from tensors.states(step, optimizers)
 
 
-def _loss(recipe: Subject, outputs: Mapping[str, tuple[Tensor, ...]], step: int) -> Tensor:
+def _loss(case: Case, outputs: Mapping[str, tuple[Tensor, ...]], step: int) -> Tensor:
     try:
-        return loss_of(recipe.loss or _distance, outputs)
-    except ValueError as error:
-        if step == 1:
+        return case.parts.loss_of(case.subject.loss or _distance, outputs, step)
+    except NotFiniteError as error:
+        if case.subject.loss is not None:
             raise
         raise ValueError(
-            f"in step {step}, after {step - 1} of the optimizer: {error} Where training diverges "
-            "on this batch, give a smaller learning rate or a larger batch."
+            "the mean squared distance of the outputs to fixed random targets, which is the "
+            f"check's own loss, is {float(error.value.detach())} before any step. Nothing can be "
+            "concluded from it: give loss=... that the model is trained with."
         ) from error
 
 
@@ -312,6 +308,21 @@ def _backward(loss: Tensor, step: int) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
     except ERRORS as error:
         raise ValueError(raised(f"in step {step}, the backward pass of the loss", error)) from error
+
+
+def _move(
+    case: Case, optimizers: Sequence[Optimizer], advances: Sequence[Callable[[], Any]]
+) -> None:
+    """What training does with gradients, from clipping to the schedule."""
+    case.parts.restrain(_held(optimizers))
+    if case.subject.clip is not None:
+        with _told("clip", CLIP):
+            case.subject.clip(case.model)
+    for optimizer in optimizers:
+        _step(optimizer)
+    with _told("scheduler", SCHEDULER):
+        for advance in advances:
+            advance()
 
 
 def _step(optimizer: Optimizer) -> None:
@@ -451,6 +462,17 @@ class _Tensors:
     def entries(self, step: int) -> Iterator[Entry]:
         yield from self._each(step, "parameter", lambda tensor: tensor)
         yield from self._each(step, "buffer", lambda tensor: tensor)
+
+    def finite_parameters(self) -> dict[str, Tensor]:
+        """What is trained and holds numbers; tied parameters once, under their first name."""
+        once = {
+            id(p): (member, name, p) for member, name, p in reversed([*self._named("parameter")])
+        }
+        return {
+            ".".join(filter(None, (member, name))): p
+            for member, name, p in reversed(once.values())
+            if p.requires_grad and p.detach().isfinite().all()
+        }
 
     def gradients(self, step: int) -> Iterator[Entry]:
         yield from self._each(step, "gradient", lambda parameter: parameter.grad)

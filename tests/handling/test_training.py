@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ensembles.handling.training import (
+    Given,
     fresh,
     gradients_of,
     hidden_modules,
@@ -12,6 +15,7 @@ from ensembles.handling.training import (
     output_gradients,
     plain_sgd,
     projected_gradients,
+    restrain,
     set_training,
     values_of,
 )
@@ -153,6 +157,100 @@ def test_plain_sgd_steps_each_trainable_parameter_once():
     assert [id(p) for p in held] == [id(first.weight), id(first.bias)]
     with pytest.raises(ValueError, match="no trainable parameters, so that no step"):
         plain_sgd(first.requires_grad_(False))
+
+
+# --- steps that stay small ----------------------------------------------------------------------
+
+
+def with_gradient(values, gradient):
+    parameter = nn.Parameter(torch.as_tensor(values))
+    parameter.grad = torch.as_tensor(gradient)
+    return parameter
+
+
+@pytest.mark.parametrize(
+    ("values", "gradient", "expected"),
+    [
+        ([3.0, 4.0], [3.0, 4.0], [3.0, 4.0]),
+        ([3.0, 4.0], [6.0, 8.0], [3.0, 4.0]),
+        ([3.0, 4.0], [0.0, -1e30], [0.0, -5.0]),
+        ([0.0, 0.0], [0.6, 0.8], [0.6, 0.8]),
+        ([0.0, 0.0], [6.0, 8.0], [0.6, 0.8]),
+        ([3.0, 4.0], [math.inf, 1.0], [math.inf, 1.0]),
+    ],
+    ids=["as_large", "twice", "no_overflow", "at_zero", "large_at_zero", "infinite"],
+)
+def test_a_gradient_larger_than_its_parameter_is_scaled_to_its_size(values, gradient, expected):
+    parameter = with_gradient(values, gradient)
+    restrain([parameter, parameter])
+    assert torch.allclose(parameter.grad, torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+def test_what_is_small_enough_keeps_its_bits():
+    parameter = with_gradient(torch.randn(100), 0.5 * torch.randn(100))
+    before = parameter.grad.clone()
+    restrain([parameter])
+    assert torch.equal(parameter.grad, before)
+
+
+def test_one_parameter_does_not_scale_another_nor_one_gradient_two_parameters():
+    # Autograd gives both terms of a sum the same tensor.
+    same = torch.tensor([8.0])
+    one, two, calm = (
+        with_gradient([1.0], same),
+        with_gradient([2.0], same),
+        with_gradient([1.0], [1.0]),
+    )
+    restrain([one, two, calm, nn.Parameter(torch.ones(1))])
+    assert [p.grad.item() for p in (one, two, calm)] == [1.0, 2.0, 1.0]
+
+
+def test_the_sparse_gradient_of_an_embedding_is_scaled_too():
+    table = nn.Embedding(4, 2, sparse=True)
+    nn.init.ones_(table.weight)
+    (100 * table(torch.tensor([1, 1]))).sum().backward()
+    restrain([table.weight])
+    assert table.weight.grad.is_sparse
+    assert float(table.weight.grad.to_dense().norm()) == pytest.approx(8**0.5)
+
+
+RAN_AWAY = "the training loss became NaN in step 3: training runs away. Nothing can be concluded"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            Given(loss=True, optimizer=True),
+            "Likely the learning rate is too large for this batch. Give a smaller one, or a batch "
+            "of more rows.",
+        ),
+        (
+            Given(loss=False, optimizer=True),
+            "Likely the learning rate is too large for this batch. Give a smaller one, or a batch "
+            "of more rows, or the loss=... that the model is trained with.",
+        ),
+        (
+            Given(loss=True, optimizer=False),
+            "The check's own steps are small: likely a gradient is not finite, as of BatchNorm "
+            "over few rows, of a root at zero, or in float16. Give a batch of more rows.",
+        ),
+    ],
+    ids=["all_given", "no_loss", "no_optimizer"],
+)
+def test_a_loss_that_is_no_number_after_steps_is_told_as_training_that_runs_away(given, told):
+    outputs = {"a": (torch.ones(1),)}
+    assert given.loss_of(lambda y: y["a"].sum(), outputs, 3) == 1.0
+    with pytest.raises(ValueError) as raised:
+        given.loss_of(lambda y: y["a"].sum() * math.nan, outputs, 3)
+    assert str(raised.value) == f"{RAN_AWAY} from it. {told}"
+
+
+def test_a_loss_that_is_no_number_before_any_step_is_told_as_itself():
+    with pytest.raises(ValueError, match=r"^loss=\.\.\. is nan for this model and batch\. Nothing"):
+        Given(loss=True, optimizer=True).loss_of(
+            lambda y: y["a"].sum() * math.nan, {"a": (torch.ones(1),)}, 1
+        )
 
 
 # --- what a LightningModule returns -------------------------------------------------------------

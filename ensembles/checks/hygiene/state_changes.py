@@ -288,7 +288,7 @@ def moved_in_training(case: Case, everything: Sequence[nn.Module], used: set[int
             now = masked_elements(y for ys in yielded.values() for y in ys)
             masked = {k: mask & now[k] for k, mask in masked.items() if k in now}
         try:
-            gradients = _gradients(case, yielded, list(trainable.values()))
+            gradients = _gradients(case, yielded, list(trainable.values()), step + 1)
         except RuntimeError:
             if writes.found():  # autograd keeps the batch, and refuses another one
                 break
@@ -298,8 +298,10 @@ def moved_in_training(case: Case, everything: Sequence[nn.Module], used: set[int
         between = _values(entries)
         for parameter, gradient in zip(trainable.values(), gradients, strict=True):
             parameter.grad = gradient
+        case.parts.restrain(trainable.values())
         for each in optimizers:
             _step(each)
+        case.parts.check_finite(trainable, step + 1)
         moved = dict(_changed(entries, between))
         found += _frozen_parameters(entries, moved, optimizers)
         ever |= {*by_forward, *moved}
@@ -349,11 +351,11 @@ def _drifting(
 
 
 def _gradients(
-    case: Case, yielded: Mapping[str, tuple[Tensor, ...]], trainable: list[Tensor]
+    case: Case, yielded: Mapping[str, tuple[Tensor, ...]], trainable: list[Tensor], step: int
 ) -> list[Tensor | None]:
     if case.subject.loss is None:
         return projected_gradients([y for ys in yielded.values() for y in ys], trainable)
-    value = case.loss(yielded)
+    value = case.parts.loss_of(case.subject.loss, yielded, step)
     return gradients_of([value], [torch.ones_like(value)], trainable)
 
 

@@ -57,13 +57,16 @@ def members_of(model):
 
 
 class Packed(nn.Module):
-    """Three members in the channel groups of one network, as in packed ensembles."""
+    """Three members in the channel groups of one network, as in packed ensembles.
+
+    A bias before a norm would have a gradient that is a rounding, of another sign on each CPU.
+    """
 
     def __init__(self, mix: nn.Module | None = None) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(6, 12, 3, groups=3),
-            nn.Conv2d(12, 12, 1, groups=3),
+            nn.Conv2d(6, 12, 3, groups=3, bias=False),
+            nn.Conv2d(12, 12, 1, groups=3, bias=False),
             nn.BatchNorm2d(12),
             mix or nn.Identity(),
             nn.ReLU(),

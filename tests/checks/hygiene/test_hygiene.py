@@ -1051,6 +1051,53 @@ def test_an_optimizer_that_needs_a_closure_is_refused():
         measure_state_hygiene(net(), ROWS, optimizer=lambda m: torch.optim.LBFGS(m.parameters()))
 
 
+def loud(*, moves: bool = False) -> nn.Module:
+    """Gradients are 1e18 times as large as weights; optionally, a call in eval mode moves it."""
+
+    def function(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if moves:
+            module.kept += 1
+        return 1e18 * x.square()
+
+    model = Calling(function)
+    model.register_buffer("kept", torch.zeros(1))
+    return model
+
+
+def sum_of_squares(outputs):
+    return outputs["model"].square().sum()
+
+
+@pytest.mark.parametrize("given", [{}, {"optimizer": decaying}], ids=["nothing", "optimizer"])
+def test_steps_of_the_check_itself_do_not_run_away(given):
+    assert_state_clean(measure_state_hygiene(loud(), ROWS, **given), updates=0)
+    assert "kept" in message(loud(moves=True), updates=0, **given)
+
+
+def test_training_that_runs_away_says_so_and_what_to_do():
+    def slow(model):
+        return torch.optim.SGD(model.parameters(), lr=1e-37)
+
+    assert_state_clean(
+        measure_state_hygiene(loud(), ROWS, optimizer=slow, loss=sum_of_squares), updates=0
+    )
+    with pytest.raises(ValueError) as raised:
+        measure_state_hygiene(loud(), ROWS, optimizer=decaying, loss=sum_of_squares)
+    assert str(raised.value) == (
+        "the training loss became infinite in step 2: training runs away. Nothing can be concluded "
+        "from it. Likely the learning rate is too large for this batch. Give a smaller one, or a "
+        "batch of more rows."
+    )
+
+
+def test_weights_that_are_no_numbers_after_a_step_are_told():
+    def fast(model):
+        return torch.optim.SGD(model.parameters(), lr=1e38)
+
+    with pytest.raises(ValueError, match=r"^parameter layer\.weight became infinite in step 1: "):
+        measure_state_hygiene(loud(), ROWS, optimizer=fast, loss=sum_of_squares)
+
+
 def test_looking_changes_nothing():
     model = Calling(lambda m, x: m.parts[0](x), parts=[nn.BatchNorm1d(4)], norm=nn.BatchNorm1d(4))
     model.norm.eval()

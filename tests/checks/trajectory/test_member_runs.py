@@ -316,7 +316,10 @@ class ClippedSGD(torch.optim.SGD):
 
 def test_a_norm_clipped_over_all_members_is_broken(golden):
     with pytest.raises(AssertionError) as broken:
-        assert_alone(lambda: [mlp(), mlp()], optimizer=for_all(lambda p: ClippedSGD(p, lr=0.1)))
+        # No bias before a norm: its gradient is a rounding, and whether it moves is up to the CPU.
+        assert_alone(
+            lambda: [convnet(), convnet()], optimizer=for_all(lambda p: ClippedSGD(p, lr=0.1))
+        )
     golden(str(broken.value), "messages/alone_clipped.txt")
 
 
@@ -388,6 +391,46 @@ def test_an_unknown_reduction_is_an_error():
 def test_a_loss_that_wants_all_members_is_an_error():
     with pytest.raises(ValueError, match="KeyError"):
         assert_alone(lambda: [mlp(), mlp()], loss=lambda y: (y["0"] + y["1"]).square().sum())
+
+
+# --- where gradients are larger than weights ------------------------------------------------------
+
+
+class Loud(nn.Module):
+    """Its gradients are 1e24 times as large as its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(48, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1e12 * self.layer(x.flatten(1))
+
+
+def test_members_take_the_small_steps_of_the_check_together_as_alone():
+    own = {"optimizer": None, "loss": None}
+    assert_alone(lambda: [Loud(), convnet(), Loud()], **own)
+    assert_alone(lambda: [Loud(), Loud()], identical=True, **own)
+
+
+def test_small_steps_of_the_check_hide_no_mean():
+    def mean_square(outputs):
+        return torch.stack([y.square().mean() for y in outputs.values()]).mean()
+
+    with pytest.raises(AssertionError, match=r"gradient 0\.layer\.weight   norm 0\.5 times"):
+        assert_alone(lambda: [Loud(), Loud()], loss=mean_square, optimizer=None)
+    with pytest.raises(AssertionError, match="Members are one network"):
+        assert_alone(lambda: [Loud()] * 2, loss=None, optimizer=None)
+
+
+def test_training_that_runs_away_is_told():
+    fast = for_all(OPTIMIZERS["sgd"])
+    with pytest.raises(ValueError, match=r"^the training loss became infinite in step 2: training"):
+        assert_alone(
+            lambda: [Loud(), Loud()],
+            optimizer=fast,
+            loss=lambda outputs: sum(y.square().mean() for y in outputs.values()),
+        )
 
 
 # --- looking --------------------------------------------------------------------------------------
