@@ -41,7 +41,8 @@ __all__ = [
 ]
 
 ENOUGH = 8
-"""Samples from which on two bootstraps that are equal are no accident: 1 in 8^8."""
+"""Samples from which on members are compared: two bootstraps of 8 are the same samples by accident
+in 1 of 2,600 cases, of 16 in 1 of 44 million, and two orders of 8 are one in 1 of 40,320."""
 
 REDRAWN = 0.5
 """Share of the samples that a new bootstrap is expected to add to those of the last, from which on

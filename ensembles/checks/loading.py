@@ -33,7 +33,7 @@ from ensembles.probes.streams import (
 __all__ = ["LoaderDeterminism", "assert_loader_deterministic", "measure_loader_determinism"]
 
 EPOCHS = 2
-"""Epochs of a pass: an order, or a stream, may be the same in each."""
+"""Epochs of a pass: with two, an order or a stream that is the same in each is seen."""
 
 FALLING = 0.25
 """Share of places where indices fall from which on they are shuffled: at random half of them do,

@@ -460,6 +460,7 @@ class _Owners:
     """
 
     CHUNK = 32
+    """Bits of a word: as many stand above it in int64, for the number of sets met so far."""
 
     def __init__(self, parameter: Tensor, members: Owners) -> None:
         self.members = members
