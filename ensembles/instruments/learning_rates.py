@@ -47,12 +47,12 @@ NO_RATE = 1e-15
 """What a rate may be where none is wanted: less than any warm-up starts with."""
 
 IN_PROPORTION = 1e-3
-"""Relative difference of two updates of which one is half of the other, in float64: eps in a
-denominator is not seen."""
+"""Relative difference below which one update is half of another: the experiment is in float64, and
+what is not proportional is off by much more."""
 
 INVARIANT = 1e-2
-"""The same of two updates that are one: Adam's eps, of 1e-8, is less, and a scale of one half is
-not."""
+"""The same of two updates that are one: eps in a denominator changes less, and half a gradient that
+is seen changes more."""
 
 
 @dataclass(frozen=True)

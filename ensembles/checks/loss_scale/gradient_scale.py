@@ -45,7 +45,7 @@ SIMPLE = 0.25
 """Share of the tolerance of gradients within which a multiple is the simple number that was meant:
 it is a mean over all elements, whose roundings cancel."""
 
-ROUNDINGS = 0.01
+ROUNDINGS = 0.02
 """Share of the tolerance, of the largest gradient of a member, below which a parameter's gradient
 is nothing but roundings, as that of a bias before a norm is."""
 
