@@ -71,7 +71,7 @@ def judge(ownership: OwnershipMap, claim: OwnershipClaim) -> Findings:
     return Findings(
         claim=sentence,
         items=tuple(_explained(ownership, found)),
-        affected=_affected(ownership, found),
+        affected=(Count(len({name for name, _ in found}), "parameter", of=len(ownership.owners)),),
         looked_at=tuple(_looked_at(ownership, claimed)),
     )
 
@@ -107,10 +107,6 @@ def _sentence(ownership: OwnershipMap, pattern: str, statement: Statement, kind:
     named = "weights" if pattern == "*" else f"weights named {pattern!r}"
     what = f"to belong to {statement}" if isinstance(statement, Partition) else statement
     return f"{named} of members {listed(ownership.members)} are claimed {what}, but {_VERBS[kind]}"
-
-
-def _affected(ownership: OwnershipMap, found: list[tuple[str, Finding]]) -> tuple[Count, ...]:
-    return (Count(len({name for name, _ in found}), "parameter", of=len(ownership.owners)),)
 
 
 def _looked_at(
