@@ -60,6 +60,7 @@ INSTRUMENTS = [
     "loader_rng",
     "transparency",
     "influence",
+    "distances",
     "step_effects",
 ]
 """The shared instruments, each above what it may import."""

@@ -21,7 +21,8 @@ from torch.testing import assert_close
 
 from ensembles.checks.coverage.judgement import assert_optimizer_complete
 from ensembles.checks.coverage.measurement import measure_optimizer_coverage
-from ensembles.checks.ownership.measurement import assert_ownership, measure_ownership_map
+from ensembles.checks.ownership.judgement import assert_ownership
+from ensembles.checks.ownership.measurement import measure_ownership_map
 from ensembles.checks.sharing.judgement import assert_members_share, assert_parameters_distinct
 from ensembles.checks.sharing.measurement import measure_parameter_sharing
 from ensembles.models.example import SHARED, wide_resnet18_with_subnets

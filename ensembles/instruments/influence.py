@@ -11,7 +11,7 @@ weight matters a moment later. So the network is looked at with
 
 What is zero then is zero by structure: a mask, a group of a grouped convolution, a block that is
 not read. It is one backward pass for each member. Where generic values decide what is computed
-(routing, clipping, one-hot inputs), a second look with other `Values` adds what it sees: a gradient
+(routing, clipping, one-hot inputs), another pass with other `Values` adds what it sees: a gradient
 that is not zero is a proof.
 
 Limits. Influence is followed by autograd: it ends at `detach`, `no_grad`, rounding, signs and
@@ -26,24 +26,24 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
-from ensembles.handling.members import is_one_module, member_outputs, named_modules_of
+from ensembles.case import Case
 from ensembles.handling.memory import is_shell, memory_in, told_type
 from ensembles.handling.numbers import checked_numbers
 from ensembles.handling.registered_tensors import registered
-from ensembles.handling.state import parameters_kept, preserved
-from ensembles.handling.training import leaves_of
+from ensembles.handling.state import parameters_kept, seed_generators
+from ensembles.handling.training import fresh
+from ensembles.instruments.autograd import leaves_of
 from ensembles.instruments.transparency import transparent_backward, transparent_forward
-from ensembles.present_run import seed
 from ensembles.subject import Model, Outputs
 
-__all__ = ["Probe", "Values", "influence", "probing"]
+__all__ = ["Probe", "ProbeOptions", "Values", "influence", "probing"]
 
 Values = Literal["generic", "signed", "present"]
 """Weights and inputs: positive and random, with masks among the inputs kept; random with both
@@ -99,32 +99,27 @@ class Probe:
         }
 
 
+class ProbeOptions(TypedDict, total=False):
+    """How the model is called: see `probing`."""
+
+    outputs: Outputs | None
+    training: bool
+    values: Values
+    draw: int
+
+
 def influence(
-    model: Model,
-    batch: Any,
-    *,
-    outputs: Outputs | None = None,
-    training: bool = False,
-    values: Values = "generic",
-    draw: int = 0,
+    model: Case | Model, batch: Any = None, **options: Unpack[ProbeOptions]
 ) -> Iterator[tuple[str, dict[str, Tensor | None]]]:
     """For each member, which elements of every parameter reach its output.
 
     Args:
-        model: One module, or the members as a list or dict of modules.
-        batch: A tensor, a tuple of positional arguments, or a dict of keyword arguments. Floating
-            inputs are replaced by generic ones, but for masks (infinities, or only 0 and 1).
-        outputs: Splits what one module returns into member outputs.
-        training: Whether modules are in training mode.
-        values: What weights and inputs are: see `Values`.
-        draw: Number of the random draw, for models that draw what they compute.
+        model: As for `probing`, like all others.
+        batch: As for `probing`.
+        **options: As for `probing`.
 
     Yields:
-        The member's name, and for each qualified parameter name a mask of the parameter's shape,
-        or None where autograd has no path at all.
-
-    Raises:
-        ValueError: As `probing`.
+        The member's name, and what `Probe.reach` says of it.
 
     Example:
         >>> two = [nn.Linear(2, 1), nn.Linear(2, 1)]
@@ -133,17 +128,15 @@ def influence(
         0 ['0.weight', '0.bias']
         1 ['1.weight', '1.bias']
     """
-    with probing(
-        model, batch, outputs=outputs, training=training, values=values, draw=draw
-    ) as probe:
+    with probing(model, batch, **options) as probe:
         for member in probe.outputs:
             yield member, probe.reach(member)
 
 
 @contextmanager
 def probing(
-    model: Model,
-    batch: Any,
+    model: Case | Model,
+    batch: Any = None,
     *,
     outputs: Outputs | None = None,
     training: bool = False,
@@ -154,12 +147,13 @@ def probing(
     """One transparent forward pass; the model is as it was on exit.
 
     Args:
-        model: As for `influence`.
-        batch: As for `influence`.
-        outputs: As for `influence`.
-        training: As for `influence`.
-        values: As for `influence`.
-        draw: As for `influence`.
+        model: A case, or one module or the members.
+        batch: What it is called with, by default the case's batch. Floating inputs are replaced by
+            generic ones, but for masks (infinities, or only 0 and 1).
+        outputs: Of a model that comes without its case, as in `Subject`.
+        training: Whether modules are in training mode.
+        values: What weights and inputs are: see `Values`.
+        draw: Number of the random draw, for models that draw what they compute.
         held: Ids of parameters that keep their present values.
 
     Yields:
@@ -175,29 +169,31 @@ def probing(
         >>> bool(reached["model.0.weight"].all())
         True
     """
-    checked_numbers(model)
+    case = Case.of(model) if outputs is None else Case.of(model, outputs=outputs)
+    checked_numbers(case.model)
     with ExitStack() as stack:
-        stack.enter_context(preserved(model))
+        stack.enter_context(case.preserved())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        modules = named_modules_of(model)
+        given = fresh(case.batch) if batch is None else batch
+        modules = case.modules
         for module in modules.values():
             module.train(training)
         every = [entry for entry in registered(modules) if entry.kind == "parameter"]
         frozen = frozenset(id(e.tensor) for e in every if not e.tensor.requires_grad)
         found: dict[str, tuple[Tensor, ...]] = {}
         for gain in GAINS if values != "present" else GAINS[:1]:
-            torch.manual_seed(seed.get() + draw)
+            seed_generators(case.seed + draw)
             if values == "present":
                 _require_gradients(entry.tensor for entry in every)
-                inputs = pytree.tree_map(_own_copy, batch)
+                inputs = pytree.tree_map(_own_copy, given)
             else:
                 _set_values(modules, gain, signed=values == "signed", held=held)
-                inputs = pytree.tree_map(_signed if values == "signed" else _generic, batch)
+                inputs = pytree.tree_map(_signed if values == "signed" else _generic, given)
             seen = nullcontext() if values == "present" else transparent_forward()
             asked = [entry.tensor for entry in every if entry.tensor.requires_grad]
-            with parameters_kept(model, frozen=frozen), seen:
-                found = member_outputs(model, inputs, outputs=outputs)
+            with parameters_kept(case.model, frozen=frozen), seen:
+                found = case.call(batch=inputs)
             frozen = _thawed_again(asked, found, frozen)
             if all(_usable(tensors) for tensors in found.values()):
                 break
@@ -218,7 +214,7 @@ def probing(
         if values != "present":
             lookups = stack.enter_context(transparent_backward(ends))
         homes: dict[int, str] = {}
-        if not is_one_module(model):
+        if not case.is_one_module:
             for member, module in modules.items():
                 for parameter in module.parameters():
                     homes.setdefault(id(parameter), member)

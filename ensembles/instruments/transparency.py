@@ -119,7 +119,8 @@ def _is_zero(x: Any) -> bool:
 
 
 Gradients = tuple[Tensor | None, ...]
-Rule = Callable[[Any, Gradients, Gradients], Sequence[Tensor | None] | None]
+Rule = Callable[[Any, Gradients, Tensor], Sequence[Tensor | None] | None]
+"""From a node, the gradients in its inputs and the one in its output: others for its inputs."""
 
 
 @contextmanager
@@ -176,7 +177,7 @@ def _hook(node: Any, rule: Rule) -> Callable[[Gradients, Gradients], Any]:
     def replace(inputs: Gradients, outputs: Gradients) -> Any:
         if outputs[0] is None:
             return None
-        found = rule(node, inputs, outputs)
+        found = rule(node, inputs, outputs[0])
         if found is None:
             return None
         kept = list(inputs)
@@ -201,8 +202,7 @@ def _rescaled(gradients: Gradients) -> Any:
     return tuple(near_one(gradient) for gradient in gradients)
 
 
-def _pass(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None]:
-    (gradient,) = (g for g in outputs[:1] if g is not None)
+def _pass(node: Any, inputs: Gradients, gradient: Tensor) -> Sequence[Tensor | None]:
     return [_generic(gradient)]
 
 
@@ -211,19 +211,17 @@ def _generic(gradient: Tensor) -> Tensor:
     return gradient * (torch.rand_like(gradient) + 0.5)
 
 
-def _pass_to_both(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None]:
-    (gradient,) = (g for g in outputs[:1] if g is not None)
+def _pass_to_both(node: Any, inputs: Gradients, gradient: Tensor) -> Sequence[Tensor | None]:
     return [None if x is None else _generic(gradient).sum_to_size(x.shape) for x in inputs[:2]]
 
 
-def _prelu(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None]:
-    (gradient,) = (g for g in outputs[:1] if g is not None)
+def _prelu(node: Any, inputs: Gradients, gradient: Tensor) -> Sequence[Tensor | None]:
     slope = inputs[1]
     used = None if slope is None else (gradient * node._saved_self.abs()).sum_to_size(slope.shape)
     return [gradient, used]
 
 
-def _convolution(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None]:
+def _convolution(node: Any, inputs: Gradients, gradient: Tensor) -> Sequence[Tensor | None]:
     """A tap that sees only padding, because this image is small, counts as its neighbours do."""
     read, weight, bias = inputs
     if weight is not None:
@@ -231,8 +229,7 @@ def _convolution(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[T
     return [read, weight, bias]
 
 
-def _softmax(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None]:
-    (gradient,) = (g for g in outputs[:1] if g is not None)
+def _softmax(node: Any, inputs: Gradients, gradient: Tensor) -> Sequence[Tensor | None]:
     result = node._saved_result
     dim = signed(node._saved_dim)
     logarithmic = "Log" in type(node).__name__
@@ -242,9 +239,8 @@ def _softmax(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tenso
     return [(gradient + gradient.mean(dim, keepdim=True)) * unmasked]
 
 
-def _max_pool(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None]:
+def _max_pool(node: Any, inputs: Gradients, gradient: Tensor) -> Sequence[Tensor | None]:
     """Every element of a window takes part: the transpose of a convolution with ones."""
-    (gradient,) = (g for g in outputs[:1] if g is not None)
     read = node._saved_self
     kernel = list(node._saved_kernel_size)
     space = read.ndim - (read.ndim - len(kernel))
@@ -266,8 +262,7 @@ def _max_pool(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tens
     return [spread.reshape(read.shape)]
 
 
-def _adaptive_max_pool(node: Any, inputs: Gradients, outputs: Gradients) -> Any:
-    (gradient,) = (g for g in outputs[:1] if g is not None)
+def _adaptive_max_pool(node: Any, inputs: Gradients, gradient: Tensor) -> Any:
     read = node._saved_self
     backward = (
         _aten._adaptive_avg_pool2d_backward
@@ -277,8 +272,7 @@ def _adaptive_max_pool(node: Any, inputs: Gradients, outputs: Gradients) -> Any:
     return [backward(gradient, read)]
 
 
-def _max_over(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None]:
-    (gradient,) = (g for g in outputs[:1] if g is not None)
+def _max_over(node: Any, inputs: Gradients, gradient: Tensor) -> Sequence[Tensor | None]:
     if inputs[0] is None:
         return [None]
     rank = inputs[0].ndim
@@ -291,8 +285,7 @@ def _max_over(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tens
     return [_generic(gradient.expand(inputs[0].shape))]
 
 
-def _batch_norm(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None] | None:
-    (gradient,) = (g for g in outputs[:1] if g is not None)
+def _batch_norm(node: Any, inputs: Gradients, gradient: Tensor) -> Sequence[Tensor | None] | None:
     if not getattr(node, "_saved_training", True):
         return None
     weight = node._saved_weight
@@ -302,16 +295,14 @@ def _batch_norm(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Te
     return [gradient + gradient.mean(others, keepdim=True)]
 
 
-def _layer_norm(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None]:
-    (gradient,) = (g for g in outputs[:1] if g is not None)
+def _layer_norm(node: Any, inputs: Gradients, gradient: Tensor) -> Sequence[Tensor | None]:
     if node._saved_weight is not None:
         gradient = gradient * node._saved_weight.abs()
     dims = list(range(-len(node._saved_normalized_shape), 0))
     return [gradient + gradient.mean(dims, keepdim=True)]
 
 
-def _group_norm(node: Any, inputs: Gradients, outputs: Gradients) -> Sequence[Tensor | None]:
-    (gradient,) = (g for g in outputs[:1] if g is not None)
+def _group_norm(node: Any, inputs: Gradients, gradient: Tensor) -> Sequence[Tensor | None]:
     if node._saved_weight is not None:
         gradient = gradient * node._saved_weight.abs().reshape(1, -1, *[1] * (gradient.ndim - 2))
     grouped = gradient.reshape(gradient.shape[0], node._saved_group, -1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ensembles.claims import unknown
+from typing_extensions import TypeIs
+
+from ensembles.claims import is_count, unknown
 from ensembles.subject import Partition
 
-__all__ = ["OwnershipClaim", "parse"]
+__all__ = ["OwnershipClaim", "Statement", "parse"]
 
 
 WORDS = ("independent", "tied", "partition", "unused")
@@ -24,11 +26,9 @@ class OwnershipClaim:
     Attributes:
         statements: Pairs of a pattern (`fnmatch`) of parameter names and a statement; the first
             pattern that fits a name counts.
-        given: As the user wrote it.
     """
 
     statements: tuple[tuple[str, Statement], ...]
-    given: Statement | Mapping[str, Statement]
 
 
 def parse(given: object) -> OwnershipClaim:
@@ -43,18 +43,26 @@ def parse(given: object) -> OwnershipClaim:
     Example:
         >>> parse("tied").statements
         (('*', 'tied'),)
+        >>> parse({"stem.*": "partition"}).statements
+        (('stem.*', Partition(parent='parent', times=1)),)
     """
     patterns = given if isinstance(given, Mapping) else {"*": given}
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise _unknown(given)
+    statements: list[tuple[str, Statement]] = []
     for pattern, statement in patterns.items():
-        if not isinstance(pattern, str) or not _is_statement(statement):
-            break
-    else:
-        if patterns:
-            return OwnershipClaim(tuple(patterns.items()), given)  # type: ignore[arg-type]
-    wrong = given if not isinstance(given, Mapping) or not patterns else statement
+        if not _is_statement(statement):
+            raise _unknown(statement)
+        statements.append((pattern, Partition() if statement == "partition" else statement))
+    return OwnershipClaim(tuple(statements))
+
+
+def _unknown(given: object) -> ValueError:
     known = [*WORDS, "a Partition(parent, times)", "a dict of name patterns with one of these each"]
-    raise unknown("ownership", wrong, known)
+    return unknown("ownership", given, known)
 
 
-def _is_statement(statement: object) -> bool:
-    return isinstance(statement, Partition) or (isinstance(statement, str) and statement in WORDS)
+def _is_statement(statement: object) -> TypeIs[Statement]:
+    if isinstance(statement, Partition):
+        return isinstance(statement.parent, str) and is_count(statement.times)
+    return isinstance(statement, str) and statement in WORDS

@@ -1,55 +1,49 @@
-"""The measurement of `ownership`, and its assertions."""
+"""Who owns what: for every element of every parameter, the members whose output it reaches."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any, TypedDict
+from math import prod
+from typing import Any, NamedTuple, Unpack
 
-import torch
-from torch import Tensor
-
-from ensembles.case import Case
+from ensembles.case import Case, Given
 from ensembles.checks.ownership.claim import OwnershipClaim
-from ensembles.handling.members import named_modules_of
+from ensembles.checks.ownership.owner_sets import Owners, OwnerSets
+from ensembles.findings import Count
 from ensembles.handling.registered_tensors import registered
-from ensembles.instruments.influence import Probe, Values, probing
-from ensembles.instruments.recording import digest
-from ensembles.message import aligned, broken, counted, listed, told_in_common
-from ensembles.subject import LISTED, SPLIT, Model, Outputs, Partition
+from ensembles.instruments.influence import Probe, ProbeOptions, probing
+from ensembles.message import SHOWN_ROWS, aligned, counted, listed
+from ensembles.subject import LISTED, Recipe
 
-__all__ = [
-    "OwnershipMap",
-    "assert_ownership",
-    "measure",
-    "measure_ownership_map",
-]
+__all__ = ["Block", "OwnershipMap", "measure", "measure_ownership_map"]
 
-Owners = tuple[str, ...]
-
-
-class _Look(TypedDict, total=False):
-    training: bool
-    values: Values
-    draw: int
-
-
-Statement = str | Partition
-"""`independent`, `tied`, `unused`, `partition` (short for `Partition()`), or a `Partition`."""
-
-FURTHER_LOOKS: tuple[_Look, ...] = (
+FURTHER_PASSES: tuple[ProbeOptions, ...] = (
     {"training": True},
     {"values": "signed"},
     {"values": "present"},
 )
 
-ROUTING_LOOKS: tuple[_Look, ...] = tuple({"values": "signed", "draw": i} for i in range(1, 7))
+ROUTING_PASSES: tuple[ProbeOptions, ...] = tuple(
+    {"values": "signed", "draw": i} for i in range(1, 7)
+)
 """Hard routing sends rows to an expert for some values. Needed where nothing was reached only."""
 
-WORDS = ("independent", "tied", "partition", "unused")
+
+class Block(NamedTuple):
+    """The smallest block of a parameter that holds certain elements.
+
+    Attributes:
+        slices: As Python writes them: [0:32, 32:64].
+        whole: Whether these are all elements of the parameter.
+        filled: Whether these are all elements of the block.
+    """
+
+    slices: str
+    whole: bool
+    filled: bool
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class OwnershipMap:
     frozen: frozenset[str]
     homes: Mapping[str, str]
     names: Mapping[str, tuple[str, ...]]
-    elements: Mapping[str, _Owners] = field(compare=False, repr=False)
+    elements: Mapping[str, OwnerSets] = field(compare=False, repr=False)
 
     def statement(self, name: str) -> str:
         """What holds of a parameter: independent, tied, unused, or shared."""
@@ -89,26 +83,23 @@ class OwnershipMap:
             return "independent"
         return "tied" if all(owners == self.members for owners in found) else "shared"
 
-    def where(self, name: str, owners: Owners) -> str:
-        """The elements of a parameter with these owners: a block such as [0:32, 32:64], or all.
+    def block(self, name: str, owners: Owners) -> Block:
+        """The block of a parameter that holds the elements with these owners.
 
         Args:
             name: The parameter.
             owners: One of the keys of `self.owners[name]`.
         """
         mask = self.elements[name].mask(owners)
-        count = int(mask.sum())
-        if count == mask.numel():
-            return "all"
         index = mask.nonzero()
         low, high = index.amin(0).tolist(), index.amax(0).tolist()
         sides = [h - lo + 1 for lo, h in zip(low, high, strict=True)]
-        box = ", ".join(
+        slices = ", ".join(
             ":" if side == size else f"{lo}:{lo + side}"
             for lo, side, size in zip(low, sides, mask.shape, strict=True)
         )
-        filled = count == torch.tensor(sides).prod()
-        return f"[{box}]" if filled else f"{count:,} elements within [{box}]"
+        count = self.owners[name][owners]
+        return Block(f"[{slices}]", whole=count == mask.numel(), filled=count == prod(sides))
 
     def __str__(self) -> str:
         totals: Counter[Owners] = Counter()
@@ -116,32 +107,37 @@ class OwnershipMap:
         for counts in self.owners.values():
             totals.update(counts)
             spread.update(counts.keys())
-        everything = sum(totals.values())
         states = Counter(self.statement(name) for name in self.owners)
         told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-        head = f"{counted(self.members, 'member')}, {everything:,} elements, parameters: {told}"
         rows = [
-            (listed(owners) or "nobody", f"{total:,} elements", f"in {spread[owners]} parameters")
+            (
+                listed(owners) or "nobody",
+                str(Count(total, "element")),
+                f"in {Count(spread[owners], 'parameter')}",
+            )
             for owners, total in sorted(totals.items(), key=lambda item: (-len(item[0]), item[0]))
         ]
-        return "\n".join([head, *(f"  {line}" for line in aligned(rows))])
+        lines = aligned(rows[:SHOWN_ROWS])
+        if len(rows) > SHOWN_ROWS:
+            lines.append(f"... {len(rows) - SHOWN_ROWS} more sets of members")
+        head = f"{counted(self.members, 'member')}, {Count(totals.total(), 'element')}, "
+        return "\n".join([f"{head}parameters: {told}", *(f"  {line}" for line in lines)])
 
 
 def measure_ownership_map(
-    model: Model, batch: Any, *, outputs: Outputs | None = None
+    model: Given, batch: Any = None, **recipe: Unpack[Recipe]
 ) -> OwnershipMap:
     """Finds, for every element of every parameter, the members whose output it reaches.
 
-    The model is looked at in evaluation mode, as it predicts. Where elements reach nobody there,
-    further looks may add to them: in training mode (auxiliary heads), with values of both signs
-    in place of one-hot inputs, and at the present weights and batch (routing, clipping); and for
-    parameters of which nothing was reached, with other values (an expert without any row).
+    The model is looked at in eval mode, as it predicts. Where elements reach nobody there, further
+    passes may add to them: in train mode (auxiliary heads), with values of both signs in place of
+    one-hot inputs, and at the present weights and batch (routing, clipping); and for parameters of
+    which nothing was reached, with other values (an expert without any row).
 
     Args:
         model: One module, or the members as a list or dict of modules.
         batch: What the model is called with; the values of floating inputs do not matter.
-        outputs: Splits what one module returns into member outputs: by default a list, tuple or
-            dict; `split_axis` and `split_batch` for stacked ones.
+        **recipe: See `Subject`. `outputs` splits what one module returns.
 
     Returns:
         The map. It costs a forward pass and a backward pass through what each member uses, and
@@ -156,28 +152,34 @@ def measure_ownership_map(
         >>> print(measure_ownership_map(
         ...     grouped, torch.randn(1, 4, 3), outputs=lambda y: [y[:, 0], y[:, 1]]))
         2 members, 4 elements, parameters: 1 independent
-          0   2 elements   in 1 parameters
-          1   2 elements   in 1 parameters
+          0   2 elements   in 1 parameter
+          1   2 elements   in 1 parameter
     """
-    owned: dict[str, _Owners] = {}
-    with probing(model, batch, outputs=outputs) as probe:
+    return measure(Case.of(model, batch, **recipe))
+
+
+def measure(case: Case, claim: OwnershipClaim | None = None) -> OwnershipMap:
+    """What `measure_ownership_map` finds in a case; no claim asks for less."""
+    __tracebackhide__ = True
+    _ = case.members  # refuses none before outputs are looked at
+    with probing(case) as probe:
         members, lookups, frozen = tuple(probe.outputs), probe.lookups, probe.frozen
         homes = dict(probe.homes)
         if not probe.parameters:
             raise ValueError(f"the model has no parameters that anybody could own. {LISTED}.")
-        owned = {name: _Owners(p, members) for name, p in probe.parameters.items()}
+        owned = {name: OwnerSets(p, members) for name, p in probe.parameters.items()}
         _add_members(owned, probe)
-    for look in (*FURTHER_LOOKS, *ROUTING_LOOKS):
+    for options in (*FURTHER_PASSES, *ROUTING_PASSES):
         silent = {
             name: owners
             for name, owners in owned.items()
             if name not in lookups
-            and bool(owners.nobody().all() if look in ROUTING_LOOKS else owners.nobody().any())
+            and bool(owners.nobody().all() if options in ROUTING_PASSES else owners.nobody().any())
         }
-        # A look that fails has nothing to add: the model was called before.
+        # A pass that fails has nothing to add: the model was called before.
         with suppress(ValueError):
             if silent:
-                with probing(model, batch, outputs=outputs, **look) as probe:
+                with probing(case, **options) as probe:
                     _add_members(silent, probe)
     return OwnershipMap(
         members=members,
@@ -186,12 +188,12 @@ def measure_ownership_map(
         lookups=lookups,
         frozen=frozen,
         homes=homes,
-        names={e.names[0]: e.names for e in registered(named_modules_of(model))},
+        names={e.names[0]: e.names for e in registered(case.modules)},
         elements=owned,
     )
 
 
-def _add_members(owned: Mapping[str, _Owners], probe: Probe) -> None:
+def _add_members(owned: Mapping[str, OwnerSets], probe: Probe) -> None:
     """Adds who reaches the elements that nobody has reached yet."""
     free = {name: owners.nobody() for name, owners in owned.items()}
     for position, member in enumerate(probe.outputs):
@@ -199,318 +201,3 @@ def _add_members(owned: Mapping[str, _Owners], probe: Probe) -> None:
         for name, owners in owned.items():
             mask = reached[name]
             owners.add(position, None if mask is None else mask & free[name])
-
-
-def assert_ownership(
-    ownership: OwnershipMap, claim: Statement | Mapping[str, Statement] = "independent"
-) -> None:
-    """Checks that every element's owners are those that are claimed.
-
-    Args:
-        ownership: From `measure_ownership_map`.
-        claim: A statement about every parameter, or patterns (`fnmatch`) of parameter names, each
-            with a statement; the first that fits counts, and every parameter must have one.
-            Statements:
-
-            - `independent`: an element reaches one member at most (where members are modules of
-              their own: the one that it belongs to), and every parameter reaches some member.
-              Blocks that a mask leaves unused are no finding; a member that has no part of a
-              tensor in which several others have theirs is one. What is frozen may be shared.
-            - `tied`: every element reaches every member.
-            - `partition`, or `Partition(parent, times)`: every element reaches the parent and
-              `times` subnets, and every subnet has an equal share.
-            - `unused`: no element reaches anybody.
-
-    Raises:
-        ValueError: If there is one member only, a statement is unknown, a pattern fits nothing, a
-            parameter fits no pattern, or there is no such parent.
-        AssertionError: If some element has other owners than claimed.
-
-    Example:
-        >>> members = [nn.Linear(3, 2), nn.Linear(3, 2)]
-        >>> assert_ownership(measure_ownership_map(members, torch.randn(1, 3)), "independent")
-    """
-    __tracebackhide__ = True
-    if len(ownership.members) < 2:
-        raise ValueError(
-            "ownership compares members, and the model's output is one member's "
-            f"({listed(ownership.members)}). {SPLIT}"
-        )
-    findings = [
-        (name, finding)
-        for name, statement in _statements(ownership, claim)
-        for finding in _findings(ownership, name, statement)
-    ]
-    if not findings:
-        return
-    kinds = Counter(finding.kind for _, finding in findings)
-    main = next(kind for kind in _VERBS if kind in kinds)
-    touched = {name for name, _ in findings}
-    found = [(name, finding.owners) for name, finding in findings if finding.kind == main]
-    meaning, remedy = _explained(ownership, main, found)
-    raise AssertionError(
-        broken(
-            f"weights of members {listed(ownership.members)} are claimed {_told(claim)}, "
-            f"and {_VERBS[main]}",
-            [
-                (
-                    _short(ownership, name),
-                    ownership.where(name, finding.owners) if finding.here else "",
-                    f"expected {finding.expected}",
-                    f"found {finding.found}",
-                )
-                for name, finding in findings
-            ],
-            total=f"{len(touched)} of {counted(ownership.owners, 'parameter')}",
-            meaning=meaning,
-            remedy=remedy,
-        )
-    )
-
-
-def _explained(
-    ownership: OwnershipMap, kind: str, found: list[tuple[str, Owners]]
-) -> tuple[str, str]:
-    """Meaning and usual cause: what several register leaks by that, and mixes nothing."""
-    meaning, remedy = _EXPLANATIONS[kind]
-    if kind != "leaking":
-        return meaning, remedy
-    mixed = [n for n, owners in found if len(ownership.names[n]) < max(2, len(owners))]
-    if mixed:
-        return meaning, remedy.format(last=_short(ownership, mixed[-1]))
-    among = found[0][1]
-    theirs = [{*o} for o in ownership.owners.values() if not {*among}.isdisjoint(sum(o, ()))]
-    every = all(owners <= {among, ()} for owners in theirs)
-    return told_in_common(among, whole=every)
-
-
-# --- what is found ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Finding:
-    kind: str
-    owners: Owners
-    expected: str
-    found: str
-    here: bool = True
-
-
-_VERBS = {
-    "leaking": "leak into other members",
-    "missing": "do not reach all the members that they should",
-    "unused": "reach no member",
-    "used": "reach members",
-    "uneven": "are not divided equally",
-}
-
-_EXPLANATIONS = {
-    "leaking": (
-        "Training one member moves another's prediction: the members are not separate.",
-        "They mix after {last}. Usual cause: a layer with groups=1, a channel shuffle or a norm "
-        "over all channels between grouped layers; a shared layer; a reshape that mixes members.",
-    ),
-    "missing": (
-        "Some member computes with other weights than is claimed: it is not tied there.",
-        "Usual cause: a copy (deepcopy, clone) or a layer that was built instead of passed on; a "
-        "subnet that reads another block, or a group that is empty.",
-    ),
-    "unused": (
-        "Such weights are trained by nothing, and no prediction depends on them.",
-        "Usual cause: a layer that forward does not call, a branch that reads an empty group, a "
-        "mask that hides everything, a detach. Remove it, or claim it as 'unused'.",
-    ),
-    "used": (
-        "What is claimed to be dead weight takes part in predictions.",
-        "Claim what it is: 'independent', 'tied' or 'partition'.",
-    ),
-    "uneven": (
-        "Some subnet has more of the parent than another: a block belongs to the wrong one.",
-        "Usual cause: a route that visits a block twice and another never.",
-    ),
-}
-
-
-def _statements(ownership: OwnershipMap, claim: Any) -> Iterator[tuple[str, Statement]]:
-    patterns = claim if isinstance(claim, Mapping) else {"*": claim}
-    for statement in patterns.values():
-        if not isinstance(statement, Partition) and statement not in WORDS:
-            raise ValueError(
-                f"ownership cannot be claimed to be {statement!r}. It is {', '.join(WORDS)}, or a "
-                "Partition(parent, times)."
-            )
-    for pattern in patterns:
-        if not any(fnmatchcase(_short(ownership, name), pattern) for name in ownership.owners):
-            raise ValueError(
-                f"no parameter is named {pattern!r}, whose ownership is claimed. Names are, for "
-                f"example, {listed([_short(ownership, name) for name in ownership.owners], 3)}."
-            )
-    for name in ownership.owners:
-        fitting = [p for p in patterns if fnmatchcase(_short(ownership, name), p)]
-        if not fitting:
-            raise ValueError(
-                f"nothing is claimed about the ownership of {_short(ownership, name)}. Add a "
-                "pattern that fits it, or '*' as the last one."
-            )
-        statement = patterns[fitting[0]]
-        statement = Partition() if statement == "partition" else statement
-        if isinstance(statement, Partition) and statement.parent not in ownership.members:
-            raise ValueError(
-                f"ownership is claimed to be {statement}, and no member is named "
-                f"{statement.parent!r}. Members are {listed(ownership.members)}."
-            )
-        yield name, statement
-
-
-def _findings(ownership: OwnershipMap, name: str, statement: Statement) -> Iterator[_Finding]:
-    counts = ownership.owners[name]
-    reached = [owners for owners in counts if owners]
-    if statement == "unused":
-        for owners in reached:
-            yield _Finding("used", owners, "nobody", _members(owners))
-        return
-    if name in ownership.frozen and () in counts:
-        return  # a frozen trunk may run under no_grad, where influence cannot be followed
-    if not reached:
-        yield _Finding("unused", (), _expected(ownership, name, statement), "nobody")
-        return
-    if statement == "independent":
-        yield from _left_out(ownership, name)
-    for owners in counts:
-        if statement == "independent":
-            home = ownership.homes.get(name)
-            misplaced = home is not None and owners and owners != (home,)
-            if (len(owners) > 1 or misplaced) and name not in ownership.frozen:
-                expected = _expected(ownership, name, statement)
-                yield _Finding("leaking", owners, expected, _members(owners))
-        elif not owners:
-            if name not in ownership.lookups:
-                yield _Finding("unused", owners, _expected(ownership, name, statement), "nobody")
-        elif statement == "tied" and owners != ownership.members:
-            yield _Finding("missing", owners, "all members", _members(owners))
-        elif isinstance(statement, Partition):
-            subnets = len(owners) - (statement.parent in owners)
-            if statement.parent not in owners or subnets < statement.times:
-                yield _Finding("missing", owners, str(statement), _members(owners))
-            elif subnets > statement.times:
-                yield _Finding("leaking", owners, str(statement), _members(owners))
-    if isinstance(statement, Partition):
-        yield from _uneven(ownership, counts, statement)
-
-
-def _left_out(ownership: OwnershipMap, name: str) -> Iterator[_Finding]:
-    """Members without a part of a packed tensor, whose part is there and reaches nobody."""
-    counts = ownership.owners[name]
-    owning = {member for owners in counts for member in owners}
-    if () in counts and 1 < len(owning) < len(ownership.members) and name not in ownership.lookups:
-        missing = [member for member in ownership.members if member not in owning]
-        yield _Finding("unused", (), f"a part of {_members(tuple(missing))}", "nobody")
-
-
-def _uneven(
-    ownership: OwnershipMap, counts: Mapping[Owners, int], statement: Partition
-) -> Iterator[_Finding]:
-    subnets = [member for member in ownership.members if member != statement.parent]
-    fair = sum(counts.values()) * statement.times // len(subnets)
-    for subnet in subnets:
-        share = sum(count for owners, count in counts.items() if subnet in owners)
-        if share != fair:
-            yield _Finding("uneven", (), f"{fair:,} elements of {subnet}", f"{share:,}", here=False)
-
-
-def _expected(ownership: OwnershipMap, name: str, statement: Statement) -> str:
-    if isinstance(statement, Partition):
-        return str(statement)
-    if statement == "tied":
-        return "all members"
-    return f"member {ownership.homes[name]}" if ownership.homes else "one member"
-
-
-def _members(owners: Owners) -> str:
-    return f"member {owners[0]}" if len(owners) == 1 else f"members {listed(owners)}"
-
-
-def _told(claim: Any) -> str:
-    if isinstance(claim, Mapping):
-        return "owned as stated for each name"
-    return f"to belong to {claim}" if isinstance(claim, Partition) else str(claim)
-
-
-def _short(ownership: OwnershipMap, name: str) -> str:
-    return name if ownership.homes else name.removeprefix("model.")
-
-
-# --- owners of every element --------------------------------------------------------------------
-
-
-class _Owners:
-    """The set of members of every element of one parameter, as bits that members add.
-
-    Each byte has the bits of eight members, and is there once one of them reaches an element; so
-    the same owners are the same bytes, however many members there are.
-    """
-
-    def __init__(self, parameter: Tensor, members: Owners) -> None:
-        self.members = members
-        self.shape, self.device = parameter.shape, parameter.device
-        self.bytes: dict[int, Tensor] = {}
-
-    def add(self, position: int, reached: Tensor | None) -> None:
-        ones = None if reached is None else reached.view(torch.uint8)  # a byte each, as they are
-        if ones is None or not ones.any():
-            return
-        byte, bit = divmod(position, 8)
-        if byte not in self.bytes:
-            self.bytes[byte] = torch.zeros_like(ones)
-        self.bytes[byte].add_(ones, alpha=1 << bit)
-
-    def nobody(self) -> Tensor:
-        """Where no member has been added yet."""
-        return self.mask(())
-
-    def mask(self, owners: Owners) -> Tensor:
-        """Where the owners are these."""
-        found = torch.ones(self.shape, dtype=torch.bool, device=self.device)
-        for byte, bits in self.bytes.items():
-            eight = self.members[8 * byte : 8 * byte + 8]
-            found &= torch.eq(bits, sum(1 << bit for bit, m in enumerate(eight) if m in owners))
-        return found
-
-    def counts(self) -> dict[Owners, int]:
-        """How many elements have each set of owners that occurs."""
-        sets: list[Owners] = [()]
-        found, sizes = torch.tensor([0]), torch.tensor([self.shape.numel()])
-        codes = found
-        for byte, bits in sorted(self.bytes.items()):
-            flat = bits.flatten()
-            # The sets so far are numbered, so that codes stay small however many bytes there are.
-            codes = flat if len(sets) < 2 else (torch.searchsorted(found, codes) << 8) + flat
-            found, sizes = _occurring(codes)
-            eight = self.members[8 * byte : 8 * byte + 8]
-            sets = [
-                (*sets[code >> 8], *(m for bit, m in enumerate(eight) if code >> bit & 1))
-                for code in found.tolist()
-            ]
-        return dict(zip(sets, sizes.tolist(), strict=True))
-
-    def digest(self) -> str:
-        parts = [(byte, digest(bits)) for byte, bits in sorted(self.bytes.items())]
-        return digest((self.members, tuple(self.shape), parts))
-
-
-def _occurring(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes that occur, in order, and how often."""
-    if int(codes.max()) >= codes.numel():  # a table of all codes would be the larger
-        found, sizes = torch.unique(codes, return_counts=True)
-        return found, sizes
-    sizes = torch.bincount(codes)
-    found = sizes.nonzero().flatten()
-    return found.to(codes.dtype), sizes[found]
-
-
-def measure(case: Case, claim: OwnershipClaim) -> OwnershipMap:
-    """What `ownership` looks at, for this claim."""
-    __tracebackhide__ = True
-    if case.subject.members is not None:
-        _ = case.members  # refuses none before outputs are looked at
-    return measure_ownership_map(case.model, case.batch, outputs=case.subject.outputs)

@@ -9,12 +9,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy, nll_loss
 
-from ensembles.checks.coupling.measurement import (
+from ensembles.case import Case
+from ensembles.checks.coupling.claim import parse
+from ensembles.checks.coupling.judgement import (
     assert_members_coupled,
     assert_members_coupled_to,
     assert_members_uncoupled,
-    measure_gradient_coupling,
+    judge,
 )
+from ensembles.checks.coupling.measurement import measure_gradient_coupling
+from ensembles.claims import ClaimError
 from ensembles.gate.conformance import check_ensemble
 from ensembles.subject import Subject, split_axis, split_batch
 
@@ -709,7 +713,7 @@ def no_optimizer(model):
         (lambda m: [], "returned an object of type list"),
         (
             torch.optim.SGD(nn.Linear(2, 2).parameters()),
-            "an object of type SGD. Give a function that takes the model",
+            "takes a function, and got an object of type SGD",
         ),
         (
             lambda m: torch.optim.LBFGS([p for each in m for p in each.parameters()]),
@@ -764,8 +768,6 @@ def test_the_fixture_asserts_each_claim(gradient_coupling):
         ("tied", "held"),
         ({"parent": "0"}, "held"),
         ({"parent": "9"}, "error"),
-        ("loose", "error"),
-        (["tied"], "error"),
     ],
     ids=str,
 )
@@ -776,6 +778,66 @@ def test_claims_are_checked(claim, status):
     )
     (result,) = (r for r in check_ensemble(subject) if r.check == "coupling")
     assert result.status == status
+
+
+@pytest.mark.parametrize("claim", ["loose", ["tied"], {"parent": 9}, {"subnet": "0"}, {}], ids=str)
+def test_a_claim_that_means_nothing_is_an_error(claim):
+    told = (
+        "coupling cannot be claimed to be .* It can be: independent, tied or {.parent.: its name}"
+    )
+    with pytest.raises(ClaimError, match=told):
+        parse(claim)
+
+
+# --- findings -----------------------------------------------------------------------------------
+
+
+def test_findings_are_data_and_every_kind_is_told():
+    """Two of three members are one network, a third shares a layer, and the loss is of the mean."""
+    members = [mlp() for _ in range(3)]
+    members[1] = members[0]
+    members[2][3] = members[0][3]
+    coupling = measure_gradient_coupling(members, batch_for(mlp), loss=of_mean_prediction)
+    with pytest.raises(AssertionError) as broken:
+        assert_members_uncoupled(coupling)
+    findings = broken.value.findings
+    assert findings == judge(coupling, parse("independent"))
+    assert findings.kinds == ("one network", "shared weight", "common loss")
+    assert [len(findings.of_kind(kind)) for kind in findings.kinds] == [2, 4, 6]
+    assert (findings[0].place, findings[0].members) == ("step on 0", ("0", "1"))
+    assert findings[0].amount == max(moved.by for moved in coupling.places("0", "1")[:-1])
+    assert str(findings.affected[0]) == "6 of 6 ordered pairs"
+    told = " ".join(str(broken.value).split())
+    assert "but a training step on one moves another" in told
+    assert "One network: Members 0, 1 are one network" in told
+    assert "Shared weight: A training step of one member moves the others." in told
+    assert "Common loss: Each member is trained according to what the others predict" in told
+
+
+def test_how_many_draws_were_looked_at_is_told():
+    model = Together([mlp(), mlp()])
+    coupling = measure_gradient_coupling(model, batch_for(mlp))
+    assert "(output compared in 9 random draws)" in str(coupling)
+    (looked_at,) = judge(coupling, parse("independent")).looked_at
+    assert str(looked_at) == "9 random draws of a training call"
+    assert not judge(
+        measure_gradient_coupling(Packed(), torch.randn(PACKED_BATCH)), parse("tied")
+    ).looked_at
+
+
+def test_a_case_is_looked_at_whole_and_is_as_before():
+    case = Case.of(
+        lambda: Together([conv(), conv()]),
+        lambda: batch_for(conv),
+        members=members_of,
+        optimizer=lambda model: torch.optim.AdamW(model.parameters()),
+        loss=lambda outputs: sum(y.square().sum() for y in outputs.values()),
+    )
+    _ = case.batch
+    before = case.digest()
+    coupling = measure_gradient_coupling(case)
+    assert coupling.compared == ("output", "parameter", "buffer", "loss")
+    assert case.digest() == before
 
 
 # --- what only training shows, and what only a decision couples ----------------------------------

@@ -10,7 +10,11 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from ensembles import Partition, Subject, check_ensemble, split_axis, split_batch
-from ensembles.checks.ownership.measurement import _Owners, assert_ownership, measure_ownership_map
+from ensembles.case import Case
+from ensembles.checks.ownership.claim import parse
+from ensembles.checks.ownership.judgement import assert_ownership, judge
+from ensembles.checks.ownership.measurement import measure_ownership_map
+from ensembles.checks.ownership.owner_sets import OwnerSets
 from ensembles.models import (
     Ensemble,
     NStreams,
@@ -93,7 +97,7 @@ def test_a_layer_that_is_not_grouped_is_broken(golden):
     ids=lambda layer: type(layer).__name__,
 )
 def test_whatever_mixes_channels_between_groups_is_broken(mix):
-    with pytest.raises(AssertionError, match="are claimed independent, and leak into other"):
+    with pytest.raises(AssertionError, match="are claimed independent, but leak into other"):
         owned(Grouped(mix))
 
 
@@ -117,8 +121,28 @@ def test_swapped_outputs_are_broken():
             return self.other(x) + 0 * self.own(x).sum()
 
     one = nn.Linear(3, 2)
-    with pytest.raises(AssertionError, match=r"0\.weight +all +expected member 0 +found members 0"):
+    with pytest.raises(
+        AssertionError, match=r"0\.weight +leak: +expected member 0 +found members 0"
+    ):
         owned([one, Swapped(one)], torch.randn(4, 3))
+
+
+def test_findings_are_data_and_the_main_kind_comes_first():
+    model = Grouped(groups=1)
+    model.unused = nn.Linear(2, 2)
+    measured = measure_ownership_map(model, torch.randn(*IMAGES))
+    with pytest.raises(AssertionError) as broken:
+        assert_ownership(measured)
+    findings = broken.value.findings
+    assert findings == judge(measured, parse("independent"))
+    assert findings.kinds == ("leak", "unused")
+    assert (findings[0].place, findings[0].members) == ("stem.weight", ("0", "1"))
+    assert [finding.amount for finding in findings] == [108, 4, 144, 8, 4, 2]
+    assert str(findings.affected[0]) == "6 of 10 parameters"
+    assert findings.looked_at == ()
+    told = str(broken.value)
+    assert "They mix after first.bias" in told
+    assert "Unused: No prediction depends on these weights" in told
 
 
 # --- tied ---------------------------------------------------------------------------------------
@@ -136,7 +160,8 @@ class Side(nn.Module):
 
 
 def leaking(model) -> str:
-    with pytest.raises(AssertionError, match="and leak into other members") as broken:
+    how = "but (leak into other|are shared between) members"
+    with pytest.raises(AssertionError, match=how) as broken:
         owned(model)
     return str(broken.value)
 
@@ -157,7 +182,7 @@ def test_a_layer_of_several_members_is_no_mixing():
     second[4] = first[4]
     for model in ([first, second], Side(first, second)):
         told = " ".join(leaking(model).split())
-        assert "a layer made once and passed to several members" in told
+        assert "a layer that was made once and passed to several members" in told
         assert "They mix" not in told
         assert "one network" not in told
 
@@ -171,7 +196,9 @@ def test_members_that_also_mix_are_told_where():
             one, two = super().forward(x)
             return one, two + one
 
-    assert "They mix after members.0.8.bias" in leaking(Mixing(first, second))
+    told = leaking(Mixing(first, second))
+    assert "They mix after members.0.8.bias" in told
+    assert "members.0.4.weight   shared:" in told
 
     class Swapped(nn.Module):
         def __init__(self, own, other):
@@ -225,7 +252,7 @@ def test_batch_ensemble_factors_are_own_and_the_weight_is_tied():
         {"weight": "tied", "*": "independent"},
         outputs=split_axis(1),
     )
-    assert measured.where("model.r", ("1",)) == "[1:2, :]"
+    assert measured.block("model.r", ("1",)).slices == "[1:2, :]"
 
 
 # --- partition ----------------------------------------------------------------------------------
@@ -250,7 +277,7 @@ def test_subnets_partition_every_parent_conv_of_bottlenecks():
 def test_a_block_is_named_by_its_slices():
     measured = owned(subnet_resnet18(width=2, base_channels=4), claim=CLAIMS)
     name = "model.parent.layer1.0.conv1.weight"
-    assert measured.where(name, ("parent", "subnet_0_1")) == "[4:8, 0:4, :, :]"
+    assert measured.block(name, ("parent", "subnet_0_1")).slices == "[4:8, 0:4, :, :]"
 
 
 def planted(change) -> SubnetResNet:
@@ -392,6 +419,8 @@ def test_rows_that_the_batch_does_not_look_up_are_no_finding():
     measured = measure_ownership_map(Ensemble(members), torch.tensor([[1, 2]]))
     assert_ownership(measured, {"*0.weight": "tied", "*": "independent"})
     assert measured.owners["model.members.0.0.weight"] == {("0", "1"): 8, (): 192}
+    (looked_at,) = judge(measured, parse({"*0.weight": "tied", "*": "independent"})).looked_at
+    assert str(looked_at) == "8 of 200 elements of embeddings"
 
 
 def test_auxiliary_heads_are_found_in_training_mode():
@@ -483,6 +512,21 @@ def test_equal_maps_are_equal_and_others_are_not():
     assert one != measure_ownership_map(Grouped(nn.ChannelShuffle(2)), batch)
 
 
+def test_a_case_is_looked_at_whole_and_is_as_before():
+    case = Case.of(lambda: [nn.Linear(4, 2), nn.Linear(4, 2)], lambda: torch.randn(3, 4))
+    _ = case.batch
+    before = case.digest()
+    measured = measure_ownership_map(case)
+    assert case.digest() == before
+    assert measured == measure_ownership_map(case.model, case.batch)
+
+
+def test_many_sets_of_owners_are_capped():
+    told = str(measure_ownership_map(Pool(32), torch.randn(2, 3))).splitlines()
+    assert len(told) == 10
+    assert told[-1] == "  ... 56 more sets of members"
+
+
 # --- every way to yield member outputs ----------------------------------------------------------
 
 
@@ -538,7 +582,11 @@ def test_looking_changes_nothing():
 @pytest.mark.parametrize(
     ("claim", "message"),
     [
-        ("shared", "ownership cannot be claimed to be 'shared'"),
+        ("shared", "ownership cannot be claimed to be 'shared'. It can be: independent, tied"),
+        ({"*": "untied"}, "ownership cannot be claimed to be 'untied'. Did you mean 'tied'?"),
+        ({1: "tied"}, "ownership cannot be claimed to be {1: 'tied'}"),
+        ({}, "ownership cannot be claimed to be {}"),
+        (Partition(times=0), r"ownership cannot be claimed to be Partition\(.* times=0\)"),
         ({"trunk.*": "tied", "*": "tied"}, "no parameter is named 'trunk"),
         ({"first.*": "tied"}, "nothing is claimed about the ownership of stem.weight"),
         (Partition(parent="trunk"), "no member is named 'trunk'"),
@@ -608,7 +656,8 @@ def test_any_number_of_members_is_told_apart(members):
     assert measured.owners["model.pool"] == {(parent, subnet): 3 for subnet in subnets}
     for name in ("model.own", "model.late"):
         assert measured.owners[name] == {(member,): 3 for member in measured.members}
-    assert measured.where("model.own", (subnets[-1],)) == f"[{members - 1}:{members}, :]"
+    last = measured.block("model.own", (subnets[-1],))
+    assert last == (f"[{members - 1}:{members}, :]", False, True)
     assert measured == measure_ownership_map(Pool(members), torch.randn(2, 3))
 
 
@@ -617,8 +666,8 @@ def test_a_leak_between_the_first_and_the_last_of_any_number_is_broken(members):
     with pytest.raises(AssertionError) as broken:
         owned(Pool(members, leak=True), torch.randn(2, 3), POOLED)
     last = members - 1
-    found = f"expected one member   found members parent, subnet {last}"
-    assert f"own   [{last}:{members}, :]   {found}\n" in str(broken.value)
+    found = f"expected one member   found members parent, subnet {last} (3 elements)"
+    assert f"own[{last}:{members}, :]   {found}\n" in str(broken.value)
     assert "(1 of 4 parameters)" in str(broken.value)
 
 
@@ -630,7 +679,7 @@ def test_sets_of_members_are_those_that_were_added(seed, members, size):
     names = tuple(map(str, range(members)))
     shares = torch.rand(2, 1, members, generator=generator)
     bits = torch.rand(2, size, members, generator=generator) < shares
-    found, at_once = (_Owners(torch.empty(size), names) for _ in range(2))
+    found, at_once = (OwnerSets(torch.empty(size), names) for _ in range(2))
     for look in bits:
         free = found.nobody()
         for i in range(members):
@@ -746,8 +795,12 @@ def test_a_frozen_trunk_may_be_common():
                 h = self.trunk(x)
             return [head(h) for head in self.heads]
 
-    for graph in (True, False):
-        owned(Heads(graph), torch.randn(3, 4))
+    judged = {
+        graph: judge(owned(Heads(graph), torch.randn(3, 4)), parse("independent"))
+        for graph in (True, False)
+    }
+    assert judged[True].looked_at == ()
+    assert [str(count) for count in judged[False].looked_at] == ["0 of 2 frozen parameters"]
 
 
 def test_a_member_whose_part_of_a_packed_weight_is_cut_is_broken(golden):

@@ -1,4 +1,3 @@
-import math
 import random
 
 import pytest
@@ -6,7 +5,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ensembles.instruments.step_effects import distance, step_effects
+from ensembles.case import Case
+from ensembles.checks.coupling.step_effects import step_effects
+
+
+def effects_of(model, batch, **recipe):
+    return step_effects(Case.of(model, batch, **recipe))
 
 
 class Together(nn.Module):
@@ -65,14 +69,14 @@ def test_one_module_is_called_as_often_as_needed(shared, optimizer, expected):
         for member in members[1:]:
             member[5] = members[0][5]
     calls: list[bool] = []
-    step_effects(Together(members, calls), images(), optimizer=optimizer)
+    effects_of(Together(members, calls), images(), optimizer=optimizer)
     assert (calls.count(True), calls.count(False)) == expected
 
 
 def test_members_that_draw_nothing_are_called_once_for_all_steps():
     calls: list[bool] = []
     members = [nn.Sequential(nn.Flatten(), nn.Linear(50, 3)) for _ in range(3)]
-    step_effects(Together(members, calls), images())
+    effects_of(Together(members, calls), images())
     assert (calls.count(True), calls.count(False)) == (2 + 2 + 3, 2 + 3)
 
 
@@ -99,7 +103,7 @@ class Mixing(nn.Module):
 @pytest.mark.parametrize("seed", range(3))
 def test_members_that_mix_in_some_draws_move_each_other(draw, seed):
     torch.manual_seed(seed)
-    found = step_effects(Mixing(0.5, draw, dropout=0.5), torch.randn(5, 4)).effects
+    found = effects_of(Mixing(0.5, draw, dropout=0.5), torch.randn(5, 4)).moved
     pairs = {(effect.step, effect.member) for effect in found}
     assert {("0", "1"), ("1", "2"), ("2", "0")} <= pairs
     assert all(effect.by > 0 for effect in found)
@@ -107,7 +111,7 @@ def test_members_that_mix_in_some_draws_move_each_other(draw, seed):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5, 0.95])
 def test_members_that_draw_and_do_not_mix_move_nothing(dropout):
-    assert step_effects(Mixing(0.0, dropout=dropout), torch.randn(5, 4)).effects == ()
+    assert effects_of(Mixing(0.0, dropout=dropout), torch.randn(5, 4)).moved == ()
 
 
 # --- one call serves all members ----------------------------------------------------------------
@@ -142,12 +146,12 @@ class Checkpointed(nn.Module):
 def test_what_the_graph_needs_is_as_it_was_at_each_step(make, optimizer):
     members = [make() for _ in range(3)]
     members.append(nn.Sequential(members[0], nn.Tanh()))
-    found = step_effects(
+    found = effects_of(
         Together(members), images(), members=lambda m: m.members, optimizer=optimizer
     )
-    assert {(e.step, e.member) for e in found.effects} == {("0", "3"), ("3", "0")}
+    assert {(e.step, e.member) for e in found.moved} == {("0", "3"), ("3", "0")}
     for step in "03":
-        kinds = {e.place.split()[0] for e in found.effects if e.step == step}
+        kinds = {e.place.split()[0] for e in found.moved if e.step == step}
         assert {"output", "parameter"} <= kinds
 
 
@@ -155,10 +159,10 @@ def test_the_steps_of_one_module_are_those_of_its_members():
     members = [nn.Sequential(nn.Flatten(), nn.Linear(50, 4), nn.Linear(4, 3)) for _ in range(3)]
     members[2][2] = members[0][2]
     x = images()
-    apart = step_effects(members, x)
-    together = step_effects(Together(members), x, members=lambda m: m.members)
-    assert apart.effects == together.effects
-    assert len(apart.effects) == 6
+    apart = effects_of(members, x)
+    together = effects_of(Together(members), x, members=lambda m: m.members)
+    assert apart.moved == together.moved
+    assert len(apart.moved) == 6
 
 
 def test_a_freeze_by_the_optimizer_holds_in_the_call():
@@ -177,10 +181,10 @@ def test_a_freeze_by_the_optimizer_holds_in_the_call():
         return torch.optim.SGD(model.parameters(), lr=0.1)
 
     model = Stopped()
-    found = step_effects(
+    found = effects_of(
         model, torch.randn(3, 4), optimizer=frozen, members=lambda m: [m.own, m.common, m.common]
     )
-    assert {e.place for e in found.effects} == {"output", "parameter bias"}
+    assert {e.place for e in found.moved} == {"output", "parameter bias"}
     assert model.common.weight.requires_grad
 
 
@@ -196,7 +200,7 @@ def test_a_workspace_that_the_next_call_overwrites_is_an_error():
             return [head(self.kept[0]) for head in self.heads]
 
     with pytest.raises(ValueError, match=r"a tensor of shape \(3, 4\) that the backward pass"):
-        step_effects(Workspace(), torch.randn(3, 4))
+        effects_of(Workspace(), torch.randn(3, 4))
 
 
 def test_members_in_train_mode_are_those_in_eval_mode():
@@ -206,47 +210,4 @@ def test_members_in_train_mode_are_those_in_eval_mode():
 
     told = "yields members 0, 1 in eval mode and 0 in train mode"
     with pytest.raises(ValueError, match=told):
-        step_effects(Fewer([nn.Linear(2, 2), nn.Linear(2, 2)]), torch.randn(3, 2))
-
-
-# --- distances ----------------------------------------------------------------------------------
-
-NAN, INF = math.nan, math.inf
-
-
-@pytest.mark.parametrize(
-    ("one", "two", "by"),
-    [
-        ([1.0, 2.0], [1.0, 2.0], 0.0),
-        ([1.0, 2.0], [1.5, 0.0], 2.0),
-        ([1.0, NAN], [1.0, NAN], 0.0),
-        ([1.0, NAN], [1.25, NAN], 0.25),
-        ([1.0, NAN], [1.0, 3.0], INF),
-        ([1.0, INF], [1.0, INF], 0.0),
-        ([1.0, INF], [1.5, INF], 0.5),
-        ([1.0, INF], [1.0, -INF], INF),
-        ([0.0, 0.0], [-0.0, 0.0], 0.0),
-        ([2.0**-140], [0.0], 2.0**-140),
-        ([3e38], [-3e38], 6e38),
-    ],
-)
-def test_the_greatest_difference_is_found(one, two, by):
-    expected = pytest.approx(by, rel=1e-6, abs=1e-46)
-    assert distance(torch.tensor(one), torch.tensor(two)) == expected
-    assert distance(torch.tensor(two), torch.tensor(one)) == expected
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.bfloat16, torch.complex64, torch.int64, torch.bool]
-)
-def test_every_type_is_compared(dtype):
-    one, two = torch.tensor([0, 1], dtype=dtype), torch.tensor([1, 1], dtype=dtype)
-    assert distance(one, two) == 1.0
-    assert distance(one, one.clone()) == 0.0
-
-
-def test_what_cannot_be_compared_differs():
-    assert distance(torch.ones(2), torch.ones(2, dtype=torch.float64)) == INF
-    assert distance(torch.ones(2), None) == INF
-    assert distance(None, None) == 0.0
-    assert distance(torch.eye(2).to_sparse(), 3 * torch.eye(2)) == 2.0
+        effects_of(Fewer([nn.Linear(2, 2), nn.Linear(2, 2)]), torch.randn(3, 2))
