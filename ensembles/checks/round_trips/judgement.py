@@ -103,7 +103,7 @@ _SHARED = _explained(
 )
 _OWNERS = _explained(
     "Training moves other weights than before.",
-    "a forward that detaches, or runs under no_grad, in what comes back",
+    "a mask that is drawn anew, or a forward that detaches or runs under no_grad by then",
     "Keep no tensor that was computed from weights, and switch no gradients off by state.",
 )
 _NAMES = (
