@@ -87,6 +87,7 @@ class Findings(Sequence[Finding]):
         items: The findings, the first to be read first.
         affected: How much of the model they concern, such as 2 of 62 parameters.
         looked_at: What was looked at of what there is, where that is not everything.
+        notes: What a reader should know besides, in full sentences: what the claim lets pass.
 
     Example:
         >>> Findings(claim="two members are independent").held
@@ -97,6 +98,7 @@ class Findings(Sequence[Finding]):
     items: tuple[Finding, ...] = ()
     affected: tuple[Count, ...] = ()
     looked_at: tuple[Count, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def held(self) -> bool:
@@ -137,6 +139,7 @@ class Findings(Sequence[Finding]):
             "items": [_plain(asdict(item)) for item in self.items],
             "affected": [asdict(count) for count in self.affected],
             "looked_at": [asdict(count) for count in self.looked_at],
+            "notes": list(self.notes),
         }
 
 

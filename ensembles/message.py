@@ -133,7 +133,8 @@ def rendered(findings: Findings) -> str:
         table.append(f"({affected})")
     if findings.looked_at:
         table.append(f"looked at {', '.join(map(str, findings.looked_at))}")
-    told = [line for text in _prose(findings) for line in wrap(text, PROSE_WIDTH)]
+    prose = [*_prose(findings), *findings.notes]
+    told = [line for text in prose for line in wrap(text, PROSE_WIDTH)]
     below = [*table, *([""] if told else []), *told, *filter(None, [replay()])]
     return "\n".join(line.rstrip() for line in [findings.claim, "", *(f"  {x}" for x in below)])
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from ensembles.claims import is_patterns, options_of, unknown
 
-__all__ = ["RoundTripsClaim", "parse"]
-
+__all__ = ["CONVERSIONS", "RoundTripsClaim", "parse"]
 
 CONVERSIONS = (
     "deepcopy",
@@ -51,25 +50,27 @@ def parse(given: object) -> RoundTripsClaim:
     """The claim that a user wrote.
 
     Args:
-        given: "all", a list of names of `CONVERSIONS`, or a dict of `conversions` (one of these)
-            and `factory`.
+        given: "all", one or a list of the names of `CONVERSIONS`, or a dict of `conversions` (one
+            of these) and `factory`.
 
     Raises:
         ClaimError: If it is none of these, or a conversion is unknown.
 
     Example:
-        >>> parse(["deepcopy"]).conversions
-        ('deepcopy',)
+        >>> parse("deepcopy").conversions, parse({"factory": "models:build"}).conversions
+        (('deepcopy',), None)
     """
-    claimed = options_of(given, ["conversions", "factory"])
-    options = {"conversions": given} if claimed is None else claimed
+    options = options_of(given, ["conversions", "factory"]) or {"conversions": given}
     names, factory = options.get("conversions", "all"), options.get("factory")
-    if factory is None or isinstance(factory, str):
+    if factory is None or (isinstance(factory, str) and ":" in factory):
         if names == "all":
             return RoundTripsClaim(None, factory)
+        names = [names] if isinstance(names, str) else names
         if names and is_patterns(names) and set(names) <= set(CONVERSIONS):
-            return RoundTripsClaim(tuple(names), factory)
-    words = ["all", f"a list of conversions ({', '.join(CONVERSIONS)})"]
+            return RoundTripsClaim(tuple(dict.fromkeys(names)), factory)
+    words = ["all", *CONVERSIONS, "a list of conversions"]
     raise unknown(
-        "round_trips", given, [*words, '{"conversions": ..., "factory": "module:factory"}']
+        "round_trips",
+        given,
+        [*words, '{"conversions": ..., "factory": "package.module:factory"}'],
     )

@@ -1,46 +1,55 @@
-"""One conversion of one model, and everything of before and after that can be compared.
+"""What conversions do to a model: everything of before and after that can be compared.
 
-The model has been trained a little first, so that what the factory makes anew is told from what
-the conversion carried over. Outputs are compared twice: as converted, and after the same change of
+The model is trained a little first, so that what the factory makes anew is told from what the
+conversion carries over. Outputs are compared twice: as converted, and after the same change of
 every weight in both, because a copy may compute with weights of the original. Owners of weights
 are compared too, because the same function may be cut off from its weights in the backward pass.
+
+Models are built as few times as possible. The case's own model serves all conversions that leave
+their model as it was; one more serves those that do not, and is what states are loaded into. A
+model serves again where a digest proves that it was put back, and is built anew where not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ensembles.case import Case
 from ensembles.checks.round_trips.conversions import (
     Conversion,
+    Converted,
+    DoesNotApply,
     NotLookedAt,
     Source,
-    converted,
 )
-from ensembles.checks.round_trips.owners import Reach, owned_otherwise, reach_of
-from ensembles.checks.round_trips.training_calls import TrainingCall, training_call, unlike
-from ensembles.handling.members import (
-    call,
-    is_one_module,
-    member_outputs,
-    named_modules_of,
-    new_model,
+from ensembles.checks.round_trips.differences import ASPECTS, Difference, Outcome
+from ensembles.checks.round_trips.model_calls import (
+    TrainingCall,
+    difference,
+    outputs_of,
+    training_call,
+    training_difference,
 )
+from ensembles.checks.round_trips.owners import Reach, other_owners, reach_of
+from ensembles.handling.members import call, is_one_module, named_modules_of
 from ensembles.handling.memory import as_kind_of, numbers_in
 from ensembles.handling.precision import autocasts, dtypes_of
 from ensembles.handling.registered_tensors import registered
-from ensembles.handling.state import seed_generators
-from ensembles.handling.training import fresh
-from ensembles.instruments.step_effects import distance
-from ensembles.subject import Model, Outputs, whole
+from ensembles.handling.state import Snapshot, digest_of_state, seed_generators
+from ensembles.handling.training import fresh, hidden_modules
+from ensembles.subject import Model
 from ensembles.tolerance import tolerance_of
+from ensembles.user_calls import said
 
-__all__ = ["Trip", "owners_of", "trip"]
+__all__ = ["Original", "Spare", "outcomes", "together"]
 
 STEP = 0.1
 """Change of every weight, in multiples of its tensor's own spread: outputs differ clearly."""
@@ -49,246 +58,298 @@ STEPS = 4
 """The same in tolerances, where that is more: a tenth does not show in bfloat16."""
 
 
-@dataclass(frozen=True)
-class Trip:
-    """What one conversion did to a model.
+def outcomes(case: Case, conversions: Sequence[Conversion]) -> dict[str, Outcome]:
+    """What each conversion does to the case's model, which is as before afterwards.
 
-    Attributes:
-        reason: Why nothing could be compared; then all else is empty.
-        error: What the conversion, or the call after it, raised.
-        tied: How many tensors had several names before.
-        untied: The names of tensors that were one, and are several.
-        newly_tied: The names of tensors that were several, and are one.
-        registers: Whether a module holds parameters under their names afterwards.
-        lost: Parameters that are not registered any more, or not trainable any more.
-        added: Parameters that are registered besides, or are trainable besides.
-        optimized: Whether an optimizer made before can hold the parameters of afterwards.
-        stale: Parameters that an optimizer made before does not hold.
-        difference: Of outputs, relative to the greatest; None where the call raised.
-        after_step: The same after a change of every weight; None where that was not looked at.
-        aliased: Whether a change of the copy changed the model that it was made of.
-        in_training: The difference in train mode, of outputs and of the statistics that it moves;
-            None where that was not looked at.
-        statistics: Buffers of the model that a training call of the copy moved.
-        unsaved: Buffers that no state_dict holds.
-        tolerance: The greatest difference that is none, of dtypes and of the conversion.
-        owned: Whether owners of weights could be compared.
-        owned_otherwise: Weights whose elements reach other members than before, in sentences.
-    """
-
-    reason: str = ""
-    error: str = ""
-    tied: int = 0
-    untied: tuple[tuple[str, ...], ...] = ()
-    newly_tied: tuple[tuple[str, ...], ...] = ()
-    registers: bool = False
-    lost: tuple[str, ...] = ()
-    added: tuple[str, ...] = ()
-    optimized: bool = False
-    stale: tuple[str, ...] = ()
-    difference: float | None = None
-    after_step: float | None = None
-    aliased: bool = False
-    in_training: float | None = None
-    statistics: tuple[str, ...] = ()
-    unsaved: tuple[str, ...] = ()
-    tolerance: float = 0.0
-    owned: bool = False
-    owned_otherwise: tuple[str, ...] = ()
-
-
-def trip(
-    make: Callable[[], Model],
-    batch: Any,
-    conversion: Conversion,
-    *,
-    seed: int,
-    outputs: Outputs | None = None,
-    owners: Reach | None = None,
-) -> Trip:
-    """Builds a model, trains it a little, converts it, and compares; global generators move.
-
-    Args:
-        make: Builds a new model at each call.
-        batch: What it is called with.
-        conversion: What is done to it.
-        seed: From which models are built.
-        outputs: Splits what one module returns into member outputs.
-        owners: From `owners_of`; without them, who owns what is not compared.
+    Raises:
+        ValueError: If a conversion needs a new model, and the case's factory builds none.
 
     Example:
-        >>> from ensembles.checks.round_trips.conversions import CONVERSIONS
-        >>> found = trip(lambda: nn.Linear(2, 2), torch.ones(3, 2), CONVERSIONS["pickle"], seed=0)
-        >>> found.difference, found.lost
-        (0.0, ())
+        >>> from ensembles.checks.round_trips.conversions import LOCAL
+        >>> found = outcomes(Case.of(nn.Linear(2, 2), torch.ones(3, 2)), [LOCAL["pickle"]])
+        >>> found["pickle"].looked_at, found["pickle"].differences
+        (('function', 'ownership', 'parameters'), ())
     """
-    model = _built(make, seed)
-    source = Source(_trained(model, batch), lambda: _built(make, seed + 1), batch)
-    with autocasts() as cast:
-        before = _outputs(source.module, batch, seed)
-    dtypes = dtypes_of(source.module, batch, before, *cast)
-    same = tolerance_of("reordered", *dtypes)
-    by_cast = () if conversion.cast is None else (conversion.cast,)
-    tolerance = tolerance_of(conversion.compared, *dtypes, *by_cast)
-    noise = _noise(source.module, max(STEP, STEPS * tolerance_of("recomputed", *dtypes)))
-    moved = _outputs_moved(source, noise, seed)
-    names, parameters = _names(source.module), _parameters(source.module)
-    unsaved = _unsaved(source.module)
-    same_code = conversion.compared == "reordered"
-    trained = _in_training(source.module, batch, seed) if same_code else None
-    try:
-        result = converted(conversion, source)
-    except NotLookedAt as told:
-        return Trip(reason=str(told))
-    except Exception as error:
-        said = _said(error)
-        return Trip(reason=f"it raised {said}") if conversion.partial else Trip(error=said)
-    after = _Facts() if result.module is None else _compared(names, result.module)
-    if result.module is not None:
-        now = _parameters(result.module)
-        after.lost = tuple(n for n, p in parameters.items() if not _alike(p, now.get(n)))
-        after.added = tuple(n for n, p in now.items() if not _alike(p, parameters.get(n)))
-        known = {id(p) for p in parameters.values()}
-        after.stale = tuple(n for n, p in now.items() if p.requires_grad and id(p) not in known)
-    facts: dict[str, Any] = {
-        "tied": sum(len(group) > 1 for group in names),
-        "untied": after.untied,
-        "newly_tied": after.newly_tied,
-        "registers": result.module is not None,
-        "lost": after.lost,
-        "added": after.added,
-        "optimized": conversion.result != "copy" and result.module is not None,
-        "stale": after.stale if conversion.result != "copy" else (),
-        "unsaved": unsaved,
-        "tolerance": tolerance,
-    }
-    try:
-        found = _outputs(result.call, batch, seed)
-    except Exception as error:
-        if conversion.partial and (result.module is None or conversion.result == "shared"):
-            # By whom it was called, on what, is no news here.
-            return Trip(reason=f"what it makes cannot be called: {_said(error.__cause__ or error)}")
-        return Trip(error=_said(error), **facts)
-    facts["difference"] = _difference(before, found)
-    if trained is not None and result.module is not None:
-        original = source.module if conversion.result == "copy" else None
-        again = _in_training(result.module, batch, seed, original)
-        facts["in_training"] = float("inf") if again is None else unlike(trained, again)
-        facts["statistics"] = () if again is None else again.others
-    held = _held(result.module) if result.module is not None else result.tensors
-    if held is not None and noise.keys() <= held.keys():
-        _move({name: held[name] for name in noise}, noise)
-        facts["after_step"] = _difference(moved, _outputs(result.call, batch, seed))
-        if conversion.result == "copy":
-            facts["aliased"] = _changed(source, before, same, seed)
-    if owners is not None and result.module is not None:
-        facts["owned"], facts["owned_otherwise"] = _owned(owners, result.module, batch, outputs)
-    return Trip(**facts)
+    spare = Spare(case)
+    found: dict[str, Outcome] = {}
+    with case.preserved():
+        for copying, models in (
+            (True, chain([together(case.model)], iter(spare.taken, None))),
+            (False, iter(spare.taken, None)),
+        ):
+            original: Original | None = None
+            for conversion in conversions:
+                if (conversion.result == "copy") == copying:
+                    original = original or Original(case, next(models))
+                    found[conversion.name] = original.after(conversion, spare)
+                    original = original if original.put_back() else None
+    return {conversion.name: found[conversion.name] for conversion in conversions}
 
 
-def owners_of(
-    make: Callable[[], Model], batch: Any, *, seed: int, outputs: Outputs | None = None
-) -> Reach | None:
-    """Who owns what in a model of the factory; None where nothing can be said.
-
-    Example:
-        >>> owners = owners_of(lambda: nn.Linear(2, 1, bias=False), torch.ones(3, 2), seed=0)
-        >>> list(owners)
-        ['weight']
-    """
-    module = _trained(_built(make, seed), batch)
-    return _owners(module, batch, outputs)
+# --- the models ---------------------------------------------------------------------------------
 
 
-def _owners(module: nn.Module, batch: Any, outputs: Outputs | None) -> Reach | None:
-    split = None if isinstance(module, Together) else outputs
-    try:
-        return reach_of(module, batch, split)
-    except ValueError:
-        return None
-
-
-def _owned(
-    before: Reach, module: nn.Module, batch: Any, outputs: Outputs | None
-) -> tuple[bool, tuple[str, ...]]:
-    if any(hasattr(p, "device_mesh") for p in module.parameters()):
-        return False, ()  # each process holds a shard
-    try:
-        after = _owners(module, batch, outputs)
-    except NotImplementedError:  # an exported program has no modes
-        return False, ()
-    if after is None:
-        return True, ("no output depends on a weight by autograd any more",)
-    return True, owned_otherwise(before, after)
-
-
-def _in_training(
-    module: nn.Module, batch: Any, seed: int, bystander: nn.Module | None = None
-) -> TrainingCall | None:
-    def called(given: nn.Module) -> tuple[Tensor, ...]:
-        found = member_outputs(given, fresh(batch), outputs=whole)
-        return tuple(y.detach().clone() for y in found["model"])
-
-    return training_call(module, called, seed=seed, bystander=bystander)
-
-
-def _unsaved(module: nn.Module) -> tuple[str, ...]:
-    saved = module.state_dict().keys()
-    return tuple(e.names[0] for e in registered(module) if saved.isdisjoint(e.names))
-
-
-def _changed(source: Source, before: tuple[Tensor, ...], tolerance: float, seed: int) -> bool:
-    """Whether the original computes something else by now, or nothing any more."""
-    try:
-        return not _difference(before, _outputs(source.module, source.batch, seed)) <= tolerance
-    except ValueError:
-        return True
-
-
-class _Facts:
-    untied: tuple[tuple[str, ...], ...] = ()
-    newly_tied: tuple[tuple[str, ...], ...] = ()
-    lost: tuple[str, ...] = ()
-    added: tuple[str, ...] = ()
-    stale: tuple[str, ...] = ()
-
-
-# --- the model ----------------------------------------------------------------------------------
-
-
-class Together(nn.Module):
-    """The members of a list or dict as one module, which can be converted as a whole.
-
-    Example:
-        >>> [y.shape for y in Together([nn.Linear(2, 3)])(torch.ones(4, 2))]
-        [torch.Size([4, 3])]
-    """
-
+class _Together(nn.Module):
     def __init__(self, members: list[nn.Module]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """What every member returns."""
         return [member(*args, **kwargs) for member in self.members]
 
 
-def _built(make: Callable[[], Model], seed: int) -> nn.Module:
-    seed_generators(seed)
-    model = new_model(make)
-    if is_one_module(model):
-        return model
-    return Together(list(named_modules_of(model).values()))
+def together(model: Model) -> nn.Module:
+    """The members of a list or dict as one module, which can be converted as a whole.
+
+    Example:
+        >>> [y.shape for y in together([nn.Linear(2, 3)])(torch.ones(4, 2))]
+        [torch.Size([4, 3])]
+    """
+    return model if is_one_module(model) else _Together(list(named_modules_of(model).values()))
 
 
-def _trained(module: nn.Module, batch: Any) -> nn.Module:
+class _Kept:
+    """A module in the state that it has now, to return to."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._start = Snapshot([module, *hidden_modules([module])])
+        self._digest = digest_of_state([module])
+
+    def put_back(self) -> bool:
+        """Returns to that state; whether a digest proves it."""
+        self._start.restore()
+        return digest_of_state([self.module]) == self._digest
+
+
+class Spare:
+    """Another model of the case's factory, with other random numbers, built when it is needed.
+
+    Example:
+        >>> spare = Spare(Case.of(lambda: nn.Linear(2, 2)))
+        >>> spare.lent() is spare.lent(), spare.built() is spare.lent()
+        (True, False)
+    """
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._kept: _Kept | None = None
+
+    def built(self) -> nn.Module:
+        """A new one, in eval mode.
+
+        Raises:
+            ValueError: If the factory builds no new model.
+        """
+        if self._case.given:
+            raise ValueError(
+                "this conversion needs a new model, but got an object of type "
+                f"{type(self._case.model).__name__}. Give a function that builds it: lambda: ..."
+            )
+        model = self._case.built(self._case.after_make)
+        one, two = (list(named_modules_of(m).values()) for m in (self._case.model, model))
+        if {id(m) for m in one} & {id(m) for m in two}:
+            raise ValueError(
+                "make returns the same module at each call, but this conversion needs a new one. "
+                "Build the model inside the function."
+            )
+        return together(model).eval()
+
+    def lent(self) -> nn.Module:
+        """One as it was built, until the next call: the same again if it can be put back."""
+        if self._kept is None or not self._kept.put_back():
+            self._kept = _Kept(self.built())
+        return self._kept.module.eval()
+
+    def taken(self) -> nn.Module:
+        """One as it was built, for good."""
+        module = self.lent()
+        self._kept = None
+        return module
+
+
+class Original:
+    """A model that conversions begin with, trained a little, and all that they may break of it."""
+
+    def __init__(self, case: Case, module: nn.Module) -> None:
+        self.case, self.module = case, _trained(case, module)
+        self.split = None if isinstance(module, _Together) else case.subject.outputs
+        with autocasts() as cast:
+            self.outputs = outputs_of(case, module)
+        self.dtypes = dtypes_of(module, case.batch, self.outputs, *cast)
+        self.noise = _noise(module, max(STEP, STEPS * tolerance_of("recomputed", *self.dtypes)))
+        self.parameters = _parameters(module)
+        self.trainable = {name: p.requires_grad for name, p in self.parameters.items()}
+        self.groups = _groups(module)
+        self._kept = _Kept(module)
+        self.put_back = self._kept.put_back
+        self.moved = self._outputs_moved()
+        self.owners = reach_of(module, case.batch, self.split)
+
+    def _outputs_moved(self) -> tuple[Tensor, ...]:
+        values = {name: self.parameters[name].detach().clone() for name in self.noise}
+        _move(self.parameters, self.noise)
+        found = outputs_of(self.case, self.module)
+        with torch.no_grad():
+            for name, value in values.items():
+                self.parameters[name].copy_(value)
+        return found
+
+    @cached_property
+    def in_training(self) -> TrainingCall | None:
+        """A call in train mode; None where that is not possible, or does not repeat."""
+        return training_call(self.case, self.module)
+
+    def after(self, conversion: Conversion, spare: Spare) -> Outcome:
+        """What a conversion does; `put_back` afterwards says whether the model serves again."""
+        name, partial = conversion.name, conversion.partial
+        trained = self.in_training if conversion.compared == "reordered" else None
+        other = spare.lent() if conversion.loads else None
+        source = Source(self.module, self.case.batch, spare.built, other)
+        try:
+            with warnings.catch_warnings():  # of deprecations: users see the table
+                warnings.simplefilter("ignore")
+                result = conversion.convert(source)
+        except NotLookedAt as told:
+            return Outcome(name, reason=str(told), applies=not isinstance(told, DoesNotApply))
+        except Exception as error:  # of the user's hooks, or of PyTorch's
+            if partial:
+                return Outcome(name, reason=f"it raised {said(error)}")
+            return self._outcome(
+                name, ["function"], [Difference("function", "error", error=said(error))]
+            )
+        looked_at = ["function"]
+        found: list[Difference] = []
+        if result.module is not None:
+            copied = conversion.result == "copy"
+            found += self._registered_otherwise(result.module, copied=copied)
+            tied = any(len(group) > 1 for group in (*self.groups, *_groups(result.module)))
+            looked_at += ["parameters", *(["ties"] * tied), *(["optimizer"] * (not copied))]
+        try:
+            outputs = outputs_of(self.case, result.call)
+        except Exception as error:
+            if partial and (result.module is None or conversion.result == "shared"):
+                # By whom it was called, on what, is no news here.
+                cause = said(error.__cause__ or error)
+                return Outcome(name, reason=f"what it makes cannot be called: {cause}")
+            found.append(Difference("function", "error", error=said(error)))
+            return self._outcome(name, looked_at, found)
+        apart = any(one.kind == "came apart" for one in found)
+        found += self._computed_otherwise(conversion, result, outputs, trained, apart=apart)
+        if self.owners is not None and result.module is not None:
+            owned = self._owned_otherwise(self.owners, result.module)
+            looked_at += [] if owned is None else ["ownership"]
+            found += owned or []
+        return self._outcome(name, looked_at, found)
+
+    def _registered_otherwise(self, module: nn.Module, *, copied: bool) -> Iterator[Difference]:
+        groups = _groups(module)
+        for kind, one, other in (
+            ("came apart", self.groups, groups),
+            ("became one", groups, self.groups),
+        ):
+            for group in one:
+                if len(group) > 1 and not any(group <= names for names in other):
+                    yield Difference("ties", kind, tuple(sorted(group)))
+        before, now = self.trainable, _parameters(module)
+        other_mode = [n for n in before if n in now and before[n] != now[n].requires_grad]
+        held = {id(p) for p in self.parameters.values()}
+        for aspect, kind, found in (
+            ("parameters", "not registered", [n for n in before if n not in now]),
+            ("parameters", "registered besides", [n for n in now if n not in before]),
+            ("parameters", "frozen", [n for n in other_mode if before[n]]),
+            ("parameters", "not frozen", [n for n in other_mode if not before[n]]),
+            (
+                "optimizer",
+                "not held",
+                [n for n, p in now.items() if p.requires_grad and id(p) not in held],
+            ),
+        ):
+            if found and (aspect != "optimizer" or not copied):
+                yield Difference(aspect, kind, tuple(found))
+
+    def _computed_otherwise(
+        self,
+        conversion: Conversion,
+        result: Converted,
+        outputs: tuple[Tensor, ...],
+        trained: TrainingCall | None,
+        *,
+        apart: bool,
+    ) -> Iterator[Difference]:
+        """The first thing that is computed otherwise."""
+        by_cast = filter(None, [conversion.cast])
+        limit = tolerance_of(conversion.compared, *self.dtypes, *by_cast)
+        if not (by := difference(self.outputs, outputs)) <= limit:
+            yield Difference("function", "other outputs", amount=by, limit=limit)
+            return
+        if apart:  # of course outputs differ, once weights have moved apart
+            return
+        again = None
+        if trained is not None and result.module is not None:
+            bystander = self.module if conversion.result == "copy" else None
+            again = training_call(self.case, result.module, bystander)
+        held = result.tensors if result.module is None else _parameters(result.module)
+        if held is not None and self.noise.keys() <= held.keys():
+            _move(held, self.noise)
+            by = difference(self.moved, outputs_of(self.case, result.call))
+            if conversion.result == "copy" and self._is_moved():
+                yield Difference("function", "moves the original")
+                return
+            if not by <= limit:
+                yield Difference("function", "other weights", amount=by, limit=limit)
+                return
+        if trained is None or result.module is None:
+            return
+        if again is not None and again.others:
+            yield Difference("function", "moves the original's buffers", again.others)
+            return
+        by = float("inf") if again is None else training_difference(trained, again)
+        if not by <= limit:
+            yield Difference("function", "other in training", amount=by, limit=limit)
+
+    def _is_moved(self) -> bool:
+        """Whether the original computes something else by now, or nothing any more."""
+        with suppress(ValueError):
+            by = difference(self.outputs, outputs_of(self.case, self.module))
+            return not by <= tolerance_of("reordered", *self.dtypes)
+        return True
+
+    def _owned_otherwise(self, before: Reach, module: nn.Module) -> list[Difference] | None:
+        """Of weights with other owners; None where owners cannot be looked at."""
+        if any(hasattr(p, "device_mesh") for p in module.parameters()):
+            return None  # each process holds a shard
+        try:
+            now = reach_of(module, self.case.batch, self.split)
+        except NotImplementedError:  # an exported program has no modes
+            return None
+        if now is None:
+            return [Difference("ownership", "no owners")]
+        return other_owners(before, now)
+
+    def _outcome(self, name: str, looked_at: list[str], found: list[Difference]) -> Outcome:
+        if name == "to_empty" and any(one.aspect == "function" for one in found):
+            unsaved = _unsaved(self.module)
+            found += [Difference("function", "not saved", unsaved)] if unsaved else []
+        return Outcome(
+            name,
+            tuple(aspect for aspect in ASPECTS if aspect in looked_at),
+            tuple(sorted(found, key=lambda one: ASPECTS.index(one.aspect))),
+        )
+
+
+# --- parameters ---------------------------------------------------------------------------------
+
+
+def _trained(case: Case, module: nn.Module) -> nn.Module:
     """Statistics have seen the batch, and every weight has moved."""
+    seed_generators(case.seed)
     with torch.no_grad():
         module.train()
         # Some models have no train mode that this batch fits (BatchNorm of a single value).
         with suppress(ValueError):
-            call(module, fresh(batch), place="the model")
-        _move(_held(module), _noise(module, STEP))
+            call(module, fresh(case.batch), place="the model")
+        _move(_parameters(module), _noise(module, STEP))
     return module.eval()
 
 
@@ -310,78 +371,16 @@ def _move(tensors: Mapping[str, Tensor], noise: Mapping[str, Tensor]) -> None:
             tensors[name].add_(as_kind_of(change, tensors[name]))
 
 
-def _outputs_moved(source: Source, noise: Mapping[str, Tensor], seed: int) -> tuple[Tensor, ...]:
-    held = {name: tensor for name, tensor in _held(source.module).items() if name in noise}
-    values = {name: tensor.detach().clone() for name, tensor in held.items()}
-    _move(held, noise)
-    found = _outputs(source.module, source.batch, seed)
-    with torch.no_grad():
-        for name, tensor in held.items():
-            tensor.copy_(values[name])
-    return found
-
-
-# --- what is compared ---------------------------------------------------------------------------
-
-
-def _outputs(callee: Callable[..., Any], batch: Any, seed: int) -> tuple[Tensor, ...]:
-    module = callee if isinstance(callee, nn.Module) else _Callee(callee)
-    seed_generators(seed)
-    with torch.no_grad():
-        found = member_outputs(module, fresh(batch), outputs=whole)
-    if hasattr(callee, "reshard"):
-        callee.reshard()
-    return tuple(y.detach().clone() for y in found["model"])
-
-
-class _Callee(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
-def _difference(one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
-    if len(one) != len(two):
-        return float("inf")
-    scale = max((float(y.abs().nan_to_num(0.0).max()) for y in one if y.numel()), default=1.0)
-    found = max((distance(a, b) for a, b in zip(one, two, strict=True)), default=0.0)
-    return found / scale if scale > 0 else found
-
-
-def _held(module: nn.Module) -> dict[str, Tensor]:
+def _parameters(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters(remove_duplicate=False))
 
 
-_parameters = _held
-
-
-def _alike(one: Tensor, other: Tensor | None) -> bool:
-    return other is not None and one.requires_grad == other.requires_grad
-
-
-def _names(module: nn.Module) -> list[frozenset[str]]:
+def _groups(module: nn.Module) -> list[frozenset[str]]:
+    """Of every tensor the names that it has."""
     return [frozenset(entry.names) for entry in registered(module)]
 
 
-def _compared(before: list[frozenset[str]], module: nn.Module) -> _Facts:
-    now = _names(module)
-    facts = _Facts()
-    facts.untied = tuple(
-        tuple(sorted(group))
-        for group in before
-        if len(group) > 1 and not any(group <= other for other in now)
-    )
-    facts.newly_tied = tuple(
-        tuple(sorted(group))
-        for group in now
-        if len(group) > 1 and not any(group <= other for other in before)
-    )
-    return facts
-
-
-def _said(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"[:160]
+def _unsaved(module: nn.Module) -> tuple[str, ...]:
+    """Parameters and buffers that no state_dict holds."""
+    saved = module.state_dict().keys()
+    return tuple(e.names[0] for e in registered(module) if saved.isdisjoint(e.names))

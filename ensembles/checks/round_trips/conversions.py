@@ -10,7 +10,6 @@ import copy
 import io
 import logging
 import pickle
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,18 +24,22 @@ from ensembles.handling.registered_tensors import registered
 from ensembles.tolerance import Kind
 
 __all__ = [
-    "CONVERSIONS",
+    "LOCAL",
     "Conversion",
     "Converted",
+    "DoesNotApply",
     "NotLookedAt",
     "Source",
-    "converted",
     "trace_kept_apart",
 ]
 
 
 class NotLookedAt(Exception):  # noqa: N818  (nothing is wrong)
-    """A conversion that makes no sense for this model or this installation."""
+    """A conversion that this installation cannot do, or whose result PyTorch cannot call."""
+
+
+class DoesNotApply(NotLookedAt):
+    """A conversion that has nothing to convert in this model."""
 
 
 @dataclass(frozen=True)
@@ -45,24 +48,21 @@ class Source:
 
     Attributes:
         module: The model, in eval mode.
-        make: Builds another one, with other random numbers.
         batch: What it is called with.
+        build: Builds another model, with other random numbers, in eval mode.
+        other: Such a model, where the conversion `loads` a state into one.
     """
 
     module: nn.Module
-    make: Callable[[], nn.Module]
     batch: Any
+    build: Callable[[], nn.Module]
+    other: nn.Module | None = None
 
-    @property
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The batch as positional and keyword arguments."""
-        if isinstance(self.batch, dict):
-            return (), dict(self.batch)
-        return (self.batch if isinstance(self.batch, tuple) else (self.batch,)), {}
-
-    def new(self) -> nn.Module:
-        """Another model of the same factory, in eval mode."""
-        return self.make().eval()
+    def loaded(self, state: Mapping[str, Any], *, strict: bool = True) -> Converted:
+        """The other model, with this state."""
+        assert self.other is not None, "a conversion that loads says so"
+        self.other.load_state_dict(state, strict=strict)
+        return _of(self.other)
 
 
 class Converted(NamedTuple):
@@ -93,6 +93,7 @@ class Conversion:
             "recomputed".
         cast: What weights are cast to on the way.
         partial: Whether PyTorch does it for some models only, so that an error is no defect.
+        loads: Whether it loads the state into another model.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Conversion:
     compared: Kind = "reordered"
     cast: torch.dtype | None = None
     partial: bool = False
+    loads: bool = False
 
 
 def _of(module: nn.Module) -> Converted:
@@ -119,15 +121,11 @@ def _pickle(source: Source) -> Converted:
 
 
 def _state_dict(source: Source) -> Converted:
-    new = source.new()
-    new.load_state_dict(_from_file(source.module.state_dict()))
-    return _of(new)
+    return source.loaded(_from_file(source.module.state_dict()))
 
 
 def _not_strict(source: Source) -> Converted:
-    new = source.new()
-    new.load_state_dict(_from_file(source.module.state_dict()), strict=False)
-    return _of(new)
+    return source.loaded(_from_file(source.module.state_dict()), strict=False)
 
 
 def _assign(source: Source) -> Converted:
@@ -154,14 +152,12 @@ def _safetensors(source: Source) -> Converted:
         for name, value in source.module.state_dict().items()
         if name in once
     }
-    new = source.new()
-    new.load_state_dict(safetensors.load(safetensors.save(saved)), strict=False)
-    return _of(new)
+    return source.loaded(safetensors.load(safetensors.save(saved)), strict=False)
 
 
 def _to_empty(source: Source) -> Converted:
     with torch.device("meta"):
-        new = source.new()
+        new = source.build()
     new.to_empty(device="cpu")
     with torch.no_grad():
         for entry in registered(new):  # whatever memory holds: here the same in every run
@@ -176,8 +172,10 @@ def _to_empty(source: Source) -> Converted:
 def _through(dtype: torch.dtype) -> Callable[[Source], Converted]:
     def convert(source: Source) -> Converted:
         used = {e.tensor.dtype for e in registered(source.module) if e.tensor.is_floating_point()}
-        if len(used) != 1:
-            raise NotLookedAt("the model has tensors of several floating dtypes, or none")
+        if not used:
+            raise DoesNotApply("the model has no floating tensors")
+        if len(used) > 1:
+            raise NotLookedAt("the model has tensors of several floating dtypes")
         (before,) = used
         return _of(source.module.to(dtype).to(before))
 
@@ -186,7 +184,7 @@ def _through(dtype: torch.dtype) -> Callable[[Source], Converted]:
 
 def _channels_last(source: Source) -> Converted:
     if not any(entry.tensor.ndim == 4 for entry in registered(source.module)):
-        raise NotLookedAt("no parameter has four dimensions")
+        raise DoesNotApply("no parameter has four dimensions")
     return _of(source.module.to(memory_format=torch.channels_last))
 
 
@@ -200,7 +198,7 @@ def _weight_norm(source: Source) -> Converted:
             owners.setdefault(id(parameter), []).append((module, name))
     places = next((found for found in owners.values() if len(found) > 1), None)
     if places is None:
-        raise NotLookedAt("no parameter is registered by two modules")
+        raise DoesNotApply("no parameter is registered by two modules")
     nn.utils.parametrizations.weight_norm(places[0][0], places[0][1])
     return _of(source.module)
 
@@ -243,8 +241,9 @@ def _compile(source: Source) -> Converted:
 
 
 def _export(source: Source) -> Converted:
-    args, kwargs = source.arguments
-    exported = torch.export.export(source.module, args, kwargs)
+    kwargs = source.batch if isinstance(source.batch, dict) else None
+    args = source.batch if isinstance(source.batch, tuple) else (source.batch,)
+    exported = torch.export.export(source.module, args if kwargs is None else (), kwargs)
     return _of(exported.module())
 
 
@@ -253,7 +252,7 @@ def _quantize(source: Source) -> Converted:
     if quantize is None or torch.backends.quantized.engine == "none":
         raise NotLookedAt("this PyTorch has no dynamic quantization")
     if not any(isinstance(module, nn.Linear) for module in source.module.modules()):
-        raise NotLookedAt("the model has no linear layer")
+        raise DoesNotApply("the model has no linear layer")
     of_torch = nn.TransformerEncoderLayer.forward
     if any(type(module).forward is of_torch for module in source.module.modules()):
         # Its fast path asks layers for the device of weights, which are functions once packed.
@@ -261,15 +260,15 @@ def _quantize(source: Source) -> Converted:
     return Converted(quantize(copy.deepcopy(source.module), {nn.Linear}), None)
 
 
-CONVERSIONS: Mapping[str, Conversion] = {
+LOCAL: Mapping[str, Conversion] = {
     conversion.name: conversion
     for conversion in (
         Conversion("deepcopy", _deepcopy),
         Conversion("pickle", _pickle, partial=True),
-        Conversion("state_dict", _state_dict),
-        Conversion("strict=False", _not_strict),
+        Conversion("state_dict", _state_dict, loads=True),
+        Conversion("strict=False", _not_strict, loads=True),
         Conversion("assign=True", _assign, "in place"),
-        Conversion("safetensors", _safetensors, partial=True),
+        Conversion("safetensors", _safetensors, partial=True, loads=True),
         Conversion("to_empty", _to_empty, partial=True),
         Conversion("half", _through(torch.float16), "in place", "recomputed", torch.float16),
         Conversion("double", _through(torch.float64), "in place"),
@@ -287,35 +286,12 @@ CONVERSIONS: Mapping[str, Conversion] = {
 """Every conversion that one process can do, in the order of reports."""
 
 
-def converted(conversion: Conversion, source: Source) -> Converted:
-    """Converts, silently: PyTorch warns of deprecations, and users see the table.
-
-    Example:
-        >>> source = Source(nn.Linear(2, 2), lambda: nn.Linear(2, 2), torch.ones(1, 2))
-        >>> converted(CONVERSIONS["deepcopy"], source).module is source.module
-        False
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return conversion.convert(source)
-
-
 @contextmanager
 def trace_kept_apart() -> Iterator[None]:
     """Keeps what torch traces for its own tools out of handlers of others, as pytest's.
 
     Compiling and exporting log a hundred records without a text to a logger that does not
     propagate. pytest listens to such loggers too, and would show them under every failing test.
-
-    Example:
-        >>> trace = logging.getLogger("torch.__trace")
-        >>> trace.addHandler(handler := logging.NullHandler())
-        >>> with trace_kept_apart():
-        ...     handler in trace.handlers
-        False
-        >>> handler in trace.handlers
-        True
-        >>> trace.removeHandler(handler)
     """
     trace = logging.getLogger("torch.__trace")
     others = [one for one in trace.handlers if not type(one).__module__.startswith("torch.")]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ensembles.checks.round_trips.conversion_outcomes import Trip, owners_of, trip
+from ensembles.case import Case
+from ensembles.checks.round_trips.conversion_outcomes import Original, Spare, together
 from ensembles.checks.round_trips.conversions import Conversion, Converted, NotLookedAt, Source
+from ensembles.checks.round_trips.differences import Difference, Outcome
+from ensembles.handling.state import seed_generators
 from ensembles.instruments.processes import answer_of
 from ensembles.subject import Subject
 
-__all__ = ["DISTRIBUTED", "trip_in_rank", "trips_in_processes"]
+__all__ = ["DISTRIBUTED", "convert_in_rank", "outcomes_in_processes"]
 
 RANKS = 2
 """Processes: as many as are needed to differ."""
@@ -55,31 +58,26 @@ DISTRIBUTED: Mapping[str, Conversion] = {
 """Every conversion that needs several processes."""
 
 
-def trips_in_processes(
-    factory: str, batch: Any, names: Sequence[str], *, seed: int
-) -> dict[str, Trip]:
+def outcomes_in_processes(case: Case, factory: str, names: Sequence[str]) -> dict[str, Outcome]:
     """What these conversions do, as both processes see it.
 
     Args:
+        case: Its batch and seed are used.
         factory: "package.module:factory", a function that returns a model or a `Subject`.
-        batch: What the model is called with.
         names: Keys of `DISTRIBUTED`.
-        seed: As for `trip`.
 
     Raises:
         ValueError: If a process fails; with the last line of its error.
 
     Example:
-        >>> trips_in_processes("torch.nn:Identity", None, [], seed=0)
+        >>> outcomes_in_processes(Case.of(nn.Identity()), "torch.nn:Identity", [])
         {}
     """
-    if ":" not in factory:
-        raise ValueError(f"{factory!r} names no factory: write package.module:factory.")
     if not (distributed.is_available() and distributed.is_gloo_available()):
-        return {name: Trip(reason="this PyTorch has no gloo") for name in names}
+        return {name: Outcome(name, reason="this PyTorch has no gloo") for name in names}
     if not names:
         return {}
-    first, *others = _seen_by_ranks(factory, batch, names, seed)
+    first, *others = _seen_by_ranks(case, factory, names)
     # What differs between the processes differs from the model in one of them at least.
     return {
         name: next((seen[name] for seen in others if seen[name] != first[name]), first[name])
@@ -87,24 +85,19 @@ def trips_in_processes(
     }
 
 
-def _seen_by_ranks(
-    factory: str, batch: Any, names: Sequence[str], seed: int
-) -> list[dict[str, Trip]]:
+def _seen_by_ranks(case: Case, factory: str, names: Sequence[str]) -> list[dict[str, Outcome]]:
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(batch, Path(folder, "batch.pt"))
+        torch.save(case.batch, Path(folder, "batch.pt"))
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)]),
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
         }
-        command = f"from {__name__} import trip_in_rank as run; run"
+        code = f"from {__name__} import convert_in_rank as run; run"
+        given = f"{folder!r}, {factory!r}, {list(names)!r}, {case.seed}"
         processes = [
             subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    f"{command}({folder!r}, {factory!r}, {list(names)!r}, {rank}, {seed})",
-                ],
+                [sys.executable, "-c", f"{code}({given}, {rank})"],
                 env=environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -125,43 +118,44 @@ def _seen_by_ranks(
             answer_of(process, said, Path(folder, f"{rank}.json"), factory)
             for rank, (process, said) in enumerate(zip(processes, errors, strict=True))
         ]
-        return [{name: _trip_of(plain) for name, plain in one.items()} for one in answers]
+        return [{name: _outcome_of(plain) for name, plain in one.items()} for one in answers]
 
 
-def trip_in_rank(folder: str, factory: str, names: Sequence[str], rank: int, seed: int) -> None:
+def convert_in_rank(folder: str, factory: str, names: Sequence[str], seed: int, rank: int) -> None:
     """What each process does; it leaves what it saw in the folder.
 
     Example::
 
-        trip_in_rank("/tmp/rank", "torch.nn:Identity", ["ddp"], 0, 1729)
+        convert_in_rank("/tmp/rank", "torch.nn:Identity", ["ddp"], 1729, 0)
     """
     module, _, attribute = factory.partition(":")
     made: Any = import_module(module)
     for part in attribute.split("."):
         made = getattr(made, part)
-    outputs = None
-    if isinstance(made, Subject) or isinstance(thing := made(), Subject):
-        subject = made if isinstance(made, Subject) else thing
-        made, outputs = subject.make, subject.outputs
+    models = []
+    if not isinstance(made, Subject):
+        seed_generators(seed)
+        thing = made()
+        models = [] if isinstance(thing, Subject) else [thing]
+        made = thing if isinstance(thing, Subject) else Subject(make=made)
     batch: Any = torch.load(Path(folder, "batch.pt"), weights_only=False)
+    case = Case(replace(made, batch=lambda: batch), seed=seed)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS
     )
+    seen = {}
     try:
-        owners = owners_of(made, batch, seed=seed, outputs=outputs)
-        seen = {
-            name: trip(made, batch, DISTRIBUTED[name], seed=seed, outputs=outputs, owners=owners)
-            for name in names
-        }
+        for name in names:  # each on a model of its own: wrappers leave hooks that nobody sees
+            original = Original(case, together(models.pop() if models else case.built()))
+            seen[name] = asdict(original.after(DISTRIBUTED[name], Spare(case)))
     finally:
         distributed.destroy_process_group()
-    Path(folder, f"{rank}.json").write_text(
-        json.dumps({name: asdict(one) for name, one in seen.items()})
-    )
+    Path(folder, f"{rank}.json").write_text(json.dumps(seen))
 
 
-def _trip_of(plain: Mapping[str, Any]) -> Trip:
-    def tuples(value: Any) -> Any:
-        return tuple(tuples(one) for one in value) if isinstance(value, list) else value
+def _outcome_of(plain: Mapping[str, Any]) -> Outcome:
+    def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
-    return Trip(**{name: tuples(value) for name, value in plain.items()})
+    differences = [Difference(**tuples(one)) for one in plain["differences"]]
+    return Outcome(**tuples({**plain, "differences": differences}))

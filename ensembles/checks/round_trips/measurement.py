@@ -1,66 +1,41 @@
-"""The measurement of `round_trips`, and its assertions."""
+"""What conversions do to a model: what each keeps, what it breaks, and what PyTorch breaks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
-from torch import nn
-
-from ensembles.case import Case
-from ensembles.checks.round_trips.claim import RoundTripsClaim
-from ensembles.checks.round_trips.conversion_outcomes import Trip, owners_of, trip
-from ensembles.checks.round_trips.conversions import CONVERSIONS, trace_kept_apart
-from ensembles.checks.round_trips.distributed_conversions import DISTRIBUTED, trips_in_processes
-from ensembles.handling.members import named_modules_of, new_model
+from ensembles.case import Case, Given
+from ensembles.checks.round_trips.claim import CONVERSIONS, RoundTripsClaim, parse
+from ensembles.checks.round_trips.conversion_outcomes import outcomes
+from ensembles.checks.round_trips.conversions import LOCAL, trace_kept_apart
+from ensembles.checks.round_trips.differences import ASPECTS, BROKEN, PYTORCHS, Outcome
+from ensembles.checks.round_trips.distributed_conversions import DISTRIBUTED, outcomes_in_processes
+from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import generators_kept
-from ensembles.message import aligned, broken, counted, listed
-from ensembles.present_run import seed as present_seed
-from ensembles.subject import Model, Outputs
+from ensembles.message import aligned, counted
+from ensembles.subject import Recipe
 
-__all__ = [
-    "RoundTrip",
-    "RoundTrips",
-    "assert_round_trips_kept",
-    "measure",
-    "measure_round_trips",
-]
+__all__ = ["ADVICE", "RoundTrips", "measure", "measure_round_trips"]
 
-EXPECTED = "broken by PyTorch"
-
-
-@dataclass(frozen=True)
-class RoundTrip:
-    """What one conversion did: each cell is "kept", "broken", "broken by PyTorch" or "-".
-
-    Attributes:
-        conversion: Its name.
-        ties: Whether names that were one tensor are one tensor, and no others.
-        function: Whether outputs are the same, also after the same change of every weight, and in
-            train mode, where the same operations are computed.
-        ownership: Whether every element of every weight reaches the outputs of the same members.
-        parameters: Whether the same parameters are registered and trainable.
-        optimizer: Whether an optimizer made before still holds them; "-" for a new model, whose
-            optimizer is made after.
-        details: What was found where something is broken.
-        reason: Why nothing was looked at; "" where something was.
-    """
-
-    conversion: str
-    ties: str = "-"
-    function: str = "-"
-    ownership: str = "-"
-    parameters: str = "-"
-    optimizer: str = "-"
-    details: tuple[str, ...] = ()
-    reason: str = ""
-
-    CELLS = ("ties", "function", "ownership", "parameters", "optimizer")
-
-    def broken(self, status: str = "broken") -> tuple[str, ...]:
-        """The cells with this status."""
-        return tuple(cell for cell in self.CELLS if getattr(self, cell) == status)
+_FUNCTIONAL = (
+    "functional_call, with tie_weights=True, leaves the given tensors in a module that is "
+    "registered under several names. Call it with tie_weights=False, or on a deepcopy."
+)
+ADVICE: Mapping[str, str] = {
+    "assign=True": "load_state_dict(assign=True) makes one Parameter of every name. Tie again "
+    "(b.weight = a.weight), and build the optimizer, after loading.",
+    "to_empty": "to_empty makes one Parameter of every name, and memory without values. After it, "
+    "tie again (b.weight = a.weight), load, and fill what state_dict does not hold.",
+    "weight_norm": "parametrize replaces the Parameter on one module only. Share the module "
+    "itself, or parametrize first and then tie the originals on both sides.",
+    "functional_call": _FUNCTIONAL,
+    "vmap": _FUNCTIONAL,
+    "export": "export makes Parameters of its own. Train the model, and export it afterwards.",
+    "fsdp2": "fully_shard replaces Parameters by sharded ones. Build the optimizer after it.",
+}
+"""What to do about what PyTorch breaks, by conversion."""
 
 
 @dataclass(frozen=True)
@@ -69,77 +44,73 @@ class RoundTrips:
 
     Attributes:
         tied: How many tensors have several names.
-        trips: Every conversion that was asked for, in the order of reports.
+        outcomes: Of every conversion that was asked for, in the order of reports.
     """
 
     tied: int
-    trips: tuple[RoundTrip, ...]
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def seen(self) -> tuple[Outcome, ...]:
+        """The conversions that were looked at."""
+        return tuple(one for one in self.outcomes if not one.reason)
+
+    def let_pass(self) -> Iterator[str]:
+        """What a claim of all conversions lets pass: what PyTorch breaks, and what was not seen."""
+        if expected := [one.conversion for one in self._expected]:
+            again = any(one.status("ties") == PYTORCHS for one in self._expected)
+            note = " (tie again afterwards: b.weight = a.weight)" if again else ""
+            yield f"{len(expected)} broken by PyTorch: {', '.join(expected)}{note}"
+        for applies, told in ((True, "not looked at"), (False, "not applicable")):
+            reasons: dict[str, list[str]] = {}
+            for one in self.outcomes:
+                if one.reason and one.applies == applies:
+                    reasons.setdefault(one.reason, []).append(one.conversion)
+            if reasons:
+                unseen = [f"{', '.join(those)} ({reason})" for reason, those in reasons.items()]
+                yield f"{sum(map(len, reasons.values()))} {told}: {', '.join(unseen)}"
+
+    @property
+    def _expected(self) -> list[Outcome]:
+        """Those of which PyTorch breaks something, and the model nothing."""
+        return [one for one in self.seen if one.having(PYTORCHS) and not one.having(BROKEN)]
 
     def __str__(self) -> str:
-        seen = [one for one in self.trips if not one.reason]
-        kept = [one for one in seen if not one.broken() and not one.broken(EXPECTED)]
-        expected = [one for one in seen if one.broken(EXPECTED) and not one.broken()]
+        kept = [one for one in self.seen if not one.differences]
+        broken = [one for one in self.seen if one.having(BROKEN)]
         head = (
-            f"{counted(seen, 'conversion')}, {counted(range(self.tied), 'tied tensor')}: "
-            f"{len(kept)} kept, {len(seen) - len(kept) - len(expected)} broken"
+            f"{counted(self.seen, 'conversion')}, {counted(range(self.tied), 'tied tensor')}: "
+            f"{len(kept)} kept, {len(broken)} broken"
         )
-        # The gate shows this line only, so that it names what is let pass.
-        head = "; ".join([head, *_let_pass(self.trips)])
-        rows = [("", *RoundTrip.CELLS), *(_row(one) for one in seen)]
-        lines = aligned(rows) if seen else []
-        lines += [f"{one.conversion}: {_BY_PYTORCH[one.conversion]}" for one in expected]
-        lines += [
-            f"{one.conversion}: not looked at, {one.reason}" for one in self.trips if one.reason
-        ]
-        return "\n".join([head, *(f"  {line}" for line in lines)])
-
-
-def _let_pass(trips: Sequence[RoundTrip]) -> list[str]:
-    """What a claim of all conversions lets pass, by name: what PyTorch breaks, and the unseen."""
-    told = []
-    expected = [one for one in trips if one.broken(EXPECTED) and not one.broken()]
-    if expected:
-        again = "ties" in {cell for one in expected for cell in one.broken(EXPECTED)}
-        told.append(
-            f"{len(expected)} broken by PyTorch: {_names(expected)}"
-            + (" (after these tie again: b.weight = a.weight)" if again else "")
-        )
-    reasons: dict[str, list[RoundTrip]] = {}
-    for one in trips:
-        if one.reason:
-            reasons.setdefault(one.reason, []).append(one)
-    if reasons:
-        unseen = [f"{_names(those)} ({reason})" for reason, those in reasons.items()]
-        count = sum(len(those) for those in reasons.values())
-        told.append(f"{count} not looked at: {', '.join(unseen)}")
-    return told
-
-
-def _names(trips: Sequence[RoundTrip]) -> str:
-    return ", ".join(one.conversion for one in trips)
+        rows = [(one.conversion, *map(one.status, ASPECTS)) for one in self.seen]
+        lines = aligned([("", *ASPECTS), *rows]) if rows else []
+        lines += [f"{one.conversion}: {ADVICE[one.conversion]}" for one in self._expected]
+        # The gate shows the first line only, so that it names what is let pass.
+        return "\n".join(["; ".join([head, *self.let_pass()]), *(f"  {line}" for line in lines)])
 
 
 def measure_round_trips(
-    make: Callable[[], Model],
-    batch: Any,
+    model: Given,
+    batch: Any = None,
     *,
-    outputs: Outputs | None = None,
     conversions: Sequence[str] | str = "all",
     factory: str | None = None,
+    **recipe: Unpack[Recipe],
 ) -> RoundTrips:
-    """Converts models of a factory in every way, and compares what is left of each.
+    """Converts the model in every way, and compares what is left of it.
 
-    Every conversion gets a model of its own, which is called once in train mode and whose weights
-    are moved, so that what a conversion carries over is told from what the factory makes anew.
-    Outputs are compared in eval mode, and in train mode too where the same operations are computed,
-    within what the coarsest dtype that took part can tell (`ensembles.tolerance`): as "reordered"
-    compared by one transparent look (see `owners`) where the result is a module with modes and
-    whole weights: not after functional_call, vmap, export, quantize_dynamic, fsdp2.
+    The model is called once in train mode and its weights are moved, so that what a conversion
+    carries over is told from what the factory makes anew. Outputs are compared in eval mode, and in
+    train mode too where the same operations are computed, within what the coarsest dtype that took
+    part can tell (`ensembles.tolerance`): as "reordered" where operations are the same, and else as
+    "recomputed". Owners of weights are compared by one transparent forward pass (see `owners`)
+    where the result is a module with modes and whole weights: not after functional_call, vmap,
+    export, quantize_dynamic, fsdp2.
 
     Args:
-        make: Builds a new model at each call: a module, or the members as a list or dict.
+        model: A function that builds a new model at each call: a module, or the members as a list
+            or dict. For conversions that only copy the model, the model itself will do.
         batch: What the model is called with.
-        outputs: Splits what one module returns into member outputs, whose weights are compared.
         conversions: Names among "deepcopy", "pickle", "state_dict" (saved, and loaded into a new
             model), "strict=False", "assign=True" (of load_state_dict), "safetensors", "to_empty"
             (after construction on meta), "half" and "double" (and back), "channels_last",
@@ -147,12 +118,15 @@ def measure_round_trips(
             (with stack_module_state), "averaged_model", "compile" (backend "eager"), "export",
             "quantize_dynamic", "ddp" and "fsdp2" (two gloo processes); or "all" of them.
         factory: "package.module:factory", for the two processes of "ddp" and "fsdp2".
+        **recipe: `outputs` splits what one module returns into member outputs, whose weights are
+            compared.
 
     Returns:
-        The measurement. The random generators are as before.
+        The measurement. The model and the random generators are as before. Cost: the model is
+        built once more, and anew after each conversion that cannot be undone and on meta.
 
     Raises:
-        ValueError: If a conversion has no such name, or `make` builds no new model at each call.
+        ValueError: If a conversion has no such name, or needs a new model and none is built.
 
     Example:
         >>> def tied():
@@ -161,259 +135,31 @@ def measure_round_trips(
         ...     return net
         >>> names = ["deepcopy", "assign=True"]
         >>> print(measure_round_trips(tied, torch.randn(3, 4), conversions=names))
-        2 conversions, 1 tied tensor: 1 kept, 0 broken; 1 broken by PyTorch: assign=True (after ...)
+        2 conversions, 1 tied tensor: 1 kept, 0 broken; 1 broken by PyTorch: assign=True (tie ...)
                         ties                function   ownership   parameters   optimizer
           deepcopy      kept                kept       kept        kept         -
           assign=True   broken by PyTorch   kept       kept        kept         broken by PyTorch
           assign=True: load_state_dict(assign=True) makes one Parameter of every name. Tie again ...
     """
-    known = [*CONVERSIONS, *DISTRIBUTED]
-    names = known if conversions == "all" else _listed(conversions)
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ValueError(
-            f"conversions={conversions!r} names {listed(unknown) or 'nothing'}. There are "
-            f'{listed(known, len(known))}, or "all".'
-        )
-    seed = present_seed.get()
+    claimed: Any = {"conversions": conversions, "factory": factory}
+    claim = parse(conversions if factory is None else claimed)
+    return measure(Case.of(model, batch, **recipe), claim)
+
+
+def measure(case: Case, claim: RoundTripsClaim | None = None) -> RoundTrips:
+    """What `measure_round_trips` finds in a case, after the conversions of the claim."""
+    __tracebackhide__ = True
+    claim = claim or RoundTripsClaim()
+    names = [n for n in CONVERSIONS if claim.conversions is None or n in claim.conversions]
+    apart = [name for name in names if name in DISTRIBUTED]
     with generators_kept(), trace_kept_apart():
-        _refuse_one_model(make)
-        owners = owners_of(make, batch, seed=seed, outputs=outputs)
-        found = {
-            name: trip(make, batch, CONVERSIONS[name], seed=seed, outputs=outputs, owners=owners)
-            for name in CONVERSIONS
-            if name in names
-        }
-        wanted = [name for name in DISTRIBUTED if name in names]
-        if wanted and factory is None:
-            why = 'it needs two processes: give factory="package.module:factory"'
-            found.update({name: Trip(reason=why) for name in wanted})
-        elif wanted and factory is not None:
-            found.update(trips_in_processes(factory, batch, wanted, seed=seed))
+        found = outcomes(case, [LOCAL[name] for name in names if name in LOCAL])
+        if claim.factory is None:
+            why = 'two processes are needed: give factory="package.module:factory"'
+            found |= {name: Outcome(name, reason=why) for name in apart}
+        else:
+            found |= outcomes_in_processes(case, claim.factory, apart)
     return RoundTrips(
-        tied=max(one.tied for one in found.values()),
-        trips=tuple(_judged(name, one) for name, one in found.items()),
-    )
-
-
-def assert_round_trips_kept(trips: RoundTrips, conversions: Sequence[str] | str = "all") -> None:
-    """Checks that conversions keep ties, function, owners, registered parameters and optimizer.
-
-    Args:
-        trips: From `measure_round_trips`.
-        conversions: The names of those that must keep the model; or "all" that were measured,
-            where what PyTorch itself breaks, and what was not looked at, is let pass and shown in
-            the measurement.
-
-    Raises:
-        ValueError: If a named conversion was not looked at, or none was.
-        AssertionError: If one breaks something.
-
-    Example:
-        >>> assert_round_trips_kept(measure_round_trips(
-        ...     lambda: nn.Linear(4, 2), torch.ones(3, 4), conversions=["deepcopy", "pickle"]))
-    """
-    __tracebackhide__ = True
-    by_name = {one.conversion: one for one in trips.trips}
-    named = conversions != "all"
-    names = _listed(conversions) if named else list(by_name)
-    missing = [name for name in names if name not in by_name]
-    if missing:
-        raise ValueError(
-            f"{listed(missing)} was not measured. Name it in measure_round_trips(conversions=...)."
-        )
-    blind = [f"{name} ({by_name[name].reason})" for name in names if by_name[name].reason]
-    if (blind and named) or len(blind) == len(names):
-        raise ValueError(
-            f"claimed to keep the model, and not looked at: {listed(blind, 3)}. Take it from the "
-            "claim, or make it possible."
-        )
-    statuses = ("broken", EXPECTED) if named else ("broken",)
-    failed = [
-        (by_name[name], statuses_of)
-        for name in names
-        if (statuses_of := tuple(c for status in statuses for c in by_name[name].broken(status)))
-    ]
-    if not failed:
-        return
-    cells = list(dict.fromkeys(cell for _, found in failed for cell in found))
-    by_model = [cell for cell in cells if any(cell in one.broken() for one, _ in failed)]
-    remedies = [
-        *(_BY_PYTORCH[o.conversion] for o, _ in failed if o.broken(EXPECTED)),
-        *(_REMEDIES[cell] for cell in RoundTrip.CELLS if cell in by_model),
-        *(() if named else [f"Let pass: {told}." for told in _let_pass(trips.trips)]),
-    ]
-    raise AssertionError(
-        broken(
-            f"the model is claimed to survive {listed(names, 4)}, and does not",
-            [
-                (one.conversion, detail)
-                for one, found in failed
-                for detail in one.details
-                if detail.partition(":")[0] in found
-            ],
-            total=f"{len(failed)} of {counted(names, 'conversion')}",
-            meaning="\n".join(_MEANINGS[cell] for cell in RoundTrip.CELLS if cell in cells),
-            remedy="\n".join(remedies),
-        )
-    )
-
-
-# --- what a trip amounts to ---------------------------------------------------------------------
-
-_BY_PYTORCH = {
-    "assign=True": "load_state_dict(assign=True) makes one Parameter of every name. Tie again "
-    "(b.weight = a.weight), and build the optimizer, after loading.",
-    "to_empty": "to_empty makes one Parameter of every name, and memory without values. After it, "
-    "tie again (b.weight = a.weight), load, and fill what state_dict does not hold.",
-    "weight_norm": "parametrize replaces the Parameter on one module only. Share the module "
-    "itself, or parametrize first and then tie the originals on both sides.",
-    "functional_call": "functional_call, with tie_weights=True, leaves the given tensors in a "
-    "module that is registered under several names. Call it with tie_weights=False, or on a "
-    "deepcopy.",
-    "vmap": "functional_call, with tie_weights=True, leaves the given tensors in a module that is "
-    "registered under several names. Call it with tie_weights=False, or on a deepcopy.",
-    "export": "export makes Parameters of its own. Train the model, and export it afterwards.",
-    "quantize_dynamic": "quantization packs every weight by itself. Use it for inference only.",
-    "fsdp2": "fully_shard replaces Parameters by sharded ones. Build the optimizer after it.",
-}
-
-_MAY_BREAK = {
-    "assign=True": ("ties", "ownership", "optimizer"),
-    "to_empty": ("ties", "ownership"),
-    "weight_norm": ("ties", "ownership", "parameters", "optimizer"),
-    "export": ("optimizer",),
-    "fsdp2": ("optimizer",),
-}
-"""What PyTorch itself breaks; all else is the model's."""
-
-_ALIASED = "a change of the copy changes the original"
-
-_MEANINGS = {
-    "ties": "Weights that were one are trained apart from here on.",
-    "function": "The model that comes back computes something else.",
-    "ownership": "Training moves other weights than before.",
-    "parameters": "What is not registered is neither trained nor saved.",
-    "optimizer": "An optimizer made before steps Parameters that the model no longer has.",
-}
-
-_REMEDIES = {
-    "ties": "Ties: tie by assigning the Parameter, b.weight = a.weight, in the constructor.",
-    "function": "Function: state in a plain attribute, a closure or a hook is neither saved nor "
-    "copied. Use register_buffer, nn.Parameter, and submodules.",
-    "ownership": "Ownership: forward detaches, or runs under no_grad, in what comes back. Keep no "
-    "tensor that was computed from weights, and switch no gradients off by state.",
-    "parameters": "Parameters: register in the constructor what forward needs, with the same "
-    "names at each call.",
-    "optimizer": "Optimizer: build it after the conversion.",
-}
-
-
-def _judged(name: str, found: Trip) -> RoundTrip:
-    if found.reason:
-        return RoundTrip(name, reason=found.reason)
-    said: dict[str, list[str]] = {cell: [] for cell in RoundTrip.CELLS}
-    if found.error:
-        said["function"].append(f"raised {found.error}")
-    said["ties"] += [f"came apart: {listed(group, 3)}" for group in found.untied]
-    said["ties"] += [f"became one: {listed(group, 3)}" for group in found.newly_tied]
-    said["function"] += _of_function(found)
-    said["ownership"] += _capped(found.owned_otherwise)
-    if found.lost:
-        said["parameters"].append(f"no longer registered: {listed(found.lost, 3)}")
-    if found.added:
-        said["parameters"].append(f"registered besides: {listed(found.added, 3)}")
-    if found.stale:
-        said["optimizer"].append(f"not in an optimizer made before: {listed(found.stale, 3)}")
-    looked = {
-        "ties": found.registers and bool(found.tied or found.newly_tied),
-        "function": found.difference is not None or bool(found.error),
-        "ownership": found.owned,
-        "parameters": found.registers,
-        "optimizer": found.optimized,
-    }
-    by_rule = {*_MAY_BREAK.get(name, ())}
-    if name == "to_empty" and found.unsaved and said["function"]:
-        by_rule.add("function")
-        said["function"].append(f"no state_dict holds {listed(found.unsaved, 3)}")
-    if name in ("functional_call", "vmap") and said["function"] == [_ALIASED]:
-        by_rule.add("function")
-    cells = {
-        cell: (EXPECTED if cell in by_rule else "broken")
-        if said[cell]
-        else ("kept" if looked[cell] else "-")
-        for cell in RoundTrip.CELLS
-    }
-    details = tuple(f"{cell}: {text}" for cell in RoundTrip.CELLS for text in said[cell])
-    return RoundTrip(
-        name,
-        ties=cells["ties"],
-        function=cells["function"],
-        ownership=cells["ownership"],
-        parameters=cells["parameters"],
-        optimizer=cells["optimizer"],
-        details=details,
-    )
-
-
-def _capped(sentences: Sequence[str]) -> list[str]:
-    more = len(sentences) - 2
-    return [*sentences[:2], *([f"and {more} more weights"] if more > 0 else [])]
-
-
-def _of_function(found: Trip) -> list[str]:
-    """At most one sentence, of the first thing that differs."""
-    tolerance = found.tolerance
-    if found.difference is not None and not found.difference <= tolerance:
-        return [
-            f"outputs differ by {found.difference:.0e} of the greatest (at most {tolerance:.0e})"
-        ]
-    if found.untied:  # of course outputs differ, once weights have moved apart
-        return []
-    if found.aliased:
-        return [_ALIASED]
-    if found.after_step is not None and not found.after_step <= tolerance:
-        return [
-            f"after a change of every weight outputs differ by {found.after_step:.0e}: it "
-            "computes with other weights than it registers"
-        ]
-    if found.statistics:
-        return [f"training the copy moves the original's {listed(found.statistics, 3)}"]
-    if found.in_training is not None and not found.in_training <= tolerance:
-        return [f"in train mode outputs or statistics differ by {found.in_training:.0e}"]
-    return []
-
-
-def _listed(conversions: Sequence[str] | str) -> list[str]:
-    return [conversions] if isinstance(conversions, str) else list(conversions)
-
-
-def _row(one: RoundTrip) -> tuple[str, ...]:
-    return (one.conversion, *(getattr(one, cell) for cell in RoundTrip.CELLS))
-
-
-def _refuse_one_model(make: Callable[[], Model]) -> None:
-    if not callable(make) or isinstance(make, nn.Module):
-        raise ValueError(
-            f"round trips convert new models, and got an object of type {type(make).__name__}. "
-            "Give a function that builds the model: lambda: ..."
-        )
-    one, two = (list(named_modules_of(new_model(make)).values()) for _ in range(2))
-    if {id(m) for m in one} & {id(m) for m in two}:
-        raise ValueError(
-            "make returns the same module at each call, and a state is to be loaded into a new "
-            "one. Build the model inside the function."
-        )
-
-
-def measure(case: Case, claim: RoundTripsClaim) -> RoundTrips:
-    """What `round_trips` looks at, for this claim."""
-    __tracebackhide__ = True
-    given = case.subject
-    return measure_round_trips(
-        given.make,
-        case.batch,
-        outputs=given.outputs,
-        conversions="all" if claim.conversions is None else claim.conversions,
-        factory=claim.factory,
+        tied=sum(len(entry.names) > 1 for entry in registered(case.model)),
+        outcomes=tuple(found.values()),
     )

@@ -1,7 +1,7 @@
 """Who owns what before and after a conversion: the members that every element of a weight reaches.
 
-It is one transparent look (`ensembles.instruments.influence`) in eval mode. What is compared is
-where elements reach, by structure, so that roundings of a conversion do not matter.
+It is one transparent forward pass (`ensembles.instruments.influence`) in eval mode. What is
+compared is where elements reach, by structure, so that roundings of a conversion do not matter.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ensembles.checks.round_trips.differences import Difference
 from ensembles.instruments.influence import influence
-from ensembles.message import listed
 from ensembles.subject import Outputs
 
-__all__ = ["Reach", "owned_otherwise", "reach_of"]
+__all__ = ["Reach", "other_owners", "reach_of"]
 
 Reach = Mapping[str, Mapping[str, Tensor]]
 """Name of a parameter, under each that it has, to the members that it reaches, with masks of the
 elements."""
 
 
-def reach_of(module: nn.Module, batch: Any, outputs: Outputs | None = None) -> Reach:
+def reach_of(module: nn.Module, batch: Any, outputs: Outputs | None = None) -> Reach | None:
     """Which elements of each trainable parameter reach which member's output.
 
     Args:
@@ -31,8 +31,8 @@ def reach_of(module: nn.Module, batch: Any, outputs: Outputs | None = None) -> R
         batch: What it is called with.
         outputs: Splits what it returns into member outputs.
 
-    Raises:
-        ValueError: As `influence`, if nothing can be said.
+    Returns:
+        The masks; None where nothing can be said, because nothing depends on a weight by autograd.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 1, bias=False), nn.ReLU())
@@ -45,40 +45,47 @@ def reach_of(module: nn.Module, batch: Any, outputs: Outputs | None = None) -> R
             aliases.setdefault(id(p), []).append(name)
     named = {name: group for group in aliases.values() for name in group}
     found: dict[str, dict[str, Tensor]] = {name: {} for name in named}
-    for member, masks in influence(module, batch, outputs=outputs):
-        for qualified, mask in masks.items():
-            if mask is not None:
-                for name in named.get(qualified.removeprefix("model."), ()):
-                    found[name][member] = mask
+    try:
+        for member, masks in influence(module, batch, outputs=outputs):
+            for qualified, mask in masks.items():
+                if mask is not None:
+                    for name in named.get(qualified.removeprefix("model."), ()):
+                        found[name][member] = mask
+    except ValueError:
+        return None
     return found
 
 
-def owned_otherwise(before: Reach, after: Reach) -> tuple[str, ...]:
-    """Of the names in both: what is reached otherwise, each in a sentence.
+def other_owners(before: Reach, after: Reach) -> list[Difference]:
+    """Of the parameters in both: those that reach other members, together where the members are.
 
     Example:
         >>> one, none = torch.tensor([True, True]), torch.tensor([False, True])
-        >>> owned_otherwise({"w": {"0": one, "1": one}}, {"w": {"0": one, "1": none}})
-        ('w: 1 of 2 elements move 0, and moved 0, 1',)
+        >>> (found,) = other_owners({"w": {"0": one, "1": one}}, {"w": {"0": one, "1": none}})
+        >>> found.names, found.amount, found.limit, found.now, found.before
+        (('w',), 1, 2, ('0',), ('0', '1'))
     """
-    told = []
-    for name, then in before.items():
-        now = after.get(name)
-        if now is None:
-            continue
+    found: dict[Any, list[tuple[str, Tensor]]] = {}
+    for name in (name for name in before if name in after):
+        then, now = before[name], after[name]
         masks = [*then.values(), *now.values()]
         changed = torch.zeros_like(masks[0]) if masks else torch.zeros(0, dtype=torch.bool)
+        none = torch.zeros_like(changed)
         for member in then.keys() | now.keys():
-            none = torch.zeros_like(changed)
             changed |= then.get(member, none) != now.get(member, none)
         if changed.any():
             place = tuple(changed.nonzero()[0].tolist())
-            owners = [
-                listed([member for member, mask in masks.items() if mask[place]]) or "nobody"
-                for masks in (now, then)
-            ]
-            told.append(
-                f"{name}: {int(changed.sum())} of {changed.numel()} elements move {owners[0]}, "
-                f"and moved {owners[1]}"
-            )
-    return tuple(told)
+            owners = [tuple(m for m, mask in masks.items() if mask[place]) for masks in (now, then)]
+            found.setdefault(tuple(owners), []).append((name, changed))
+    return [
+        Difference(
+            "ownership",
+            "other owners",
+            tuple(name for name, _ in those),
+            amount=sum(int(changed.sum()) for _, changed in those),
+            limit=sum(changed.numel() for _, changed in those),
+            now=owners[0],
+            before=owners[1],
+        )
+        for owners, those in found.items()
+    ]

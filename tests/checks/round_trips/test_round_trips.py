@@ -1,17 +1,24 @@
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from ensembles.checks.round_trips.conversions import CONVERSIONS
-from ensembles.checks.round_trips.measurement import assert_round_trips_kept, measure_round_trips
+from ensembles.case import Case
+from ensembles.checks.round_trips.claim import CONVERSIONS, parse
+from ensembles.checks.round_trips.conversions import LOCAL
+from ensembles.checks.round_trips.differences import Difference
+from ensembles.checks.round_trips.distributed_conversions import DISTRIBUTED
+from ensembles.checks.round_trips.judgement import assert_round_trips_kept, judge
+from ensembles.checks.round_trips.measurement import measure_round_trips
+from ensembles.claims import ClaimError
 from ensembles.models import Ensemble, NStreams, subnet_resnet18
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).sin().view(2, 3, 8, 8)
 ROWS = torch.linspace(-1, 1, 5 * 8).sin().view(5, 8)
-PLAIN = [name for name in CONVERSIONS if name not in ("safetensors", "compile", "export")]
+PLAIN = [name for name in LOCAL if name not in ("safetensors", "compile", "export")]
 
 
 class Tied(nn.Module):
@@ -94,7 +101,7 @@ class Finished(nn.Module):
 
 
 def by_name(trips):
-    return {one.conversion: one for one in trips.trips}
+    return {one.conversion: one for one in trips.outcomes}
 
 
 # --- kept -----------------------------------------------------------------------------------------
@@ -117,10 +124,14 @@ def test_our_models_survive_every_conversion_that_pytorch_does_not_break(make):
     seen = by_name(found)
     for name in ("deepcopy", "pickle", "state_dict", "half", "double", "channels_last", "to_empty"):
         assert seen[name].reason == ""
-        kept = {seen[name].function, seen[name].ownership, seen[name].parameters}
+        kept = {
+            seen[name].status("function"),
+            seen[name].status("ownership"),
+            seen[name].status("parameters"),
+        }
         assert kept == {"kept"}, seen[name]
-        assert seen[name].ties in ("kept", "-")
-    assert by_name(found)["assign=True"].broken("broken by PyTorch") == ("optimizer",)
+        assert seen[name].status("ties") in ("kept", "-")
+    assert by_name(found)["assign=True"].having("broken by PyTorch") == ("optimizer",)
 
 
 def test_a_weight_under_two_names_is_tied_by_pytorchs_rules_only(golden):
@@ -135,12 +146,12 @@ def test_a_module_under_two_names_stays_tied():
     names = ["deepcopy", "pickle", "state_dict", "to_empty", "half"]
     found = measure_round_trips(Shared, ROWS, conversions=names)
     assert_round_trips_kept(found, names)
-    assert [one.ties for one in found.trips] == ["kept"] * 5
+    assert [one.status("ties") for one in found.outcomes] == ["kept"] * 5
 
 
 def test_functional_call_leaves_its_tensors_in_a_module_under_two_names():
     found = measure_round_trips(Shared, ROWS, conversions=["functional_call", "vmap"])
-    assert [one.function for one in found.trips] == ["broken by PyTorch"] * 2
+    assert [one.status("function") for one in found.outcomes] == ["broken by PyTorch"] * 2
     assert_round_trips_kept(found)
     with pytest.raises(AssertionError, match=r"Call it with\s+tie_weights=False"):
         assert_round_trips_kept(found, ["functional_call"])
@@ -150,16 +161,17 @@ def test_functional_call_leaves_its_tensors_in_a_module_under_two_names():
 def test_compiled_and_exported_models_are_the_model():
     found = measure_round_trips(Tied, ROWS, conversions=["compile", "export"])
     assert_round_trips_kept(found, ["compile", "export"])
-    assert [one.ties for one in found.trips] == ["kept", "kept"]
+    assert [one.status("ties") for one in found.outcomes] == ["kept", "kept"]
 
 
 def test_the_first_line_names_what_is_let_pass():
     """The gate shows no other: what PyTorch breaks, how to tie again, what was not looked at."""
     found = measure_round_trips(Tied, ROWS, conversions=["deepcopy", "assign=True", "ddp", "fsdp2"])
     assert str(found).splitlines()[0] == (
-        "2 conversions, 1 tied tensor: 1 kept, 0 broken; 1 broken by PyTorch: assign=True (after "
-        "these tie again: b.weight = a.weight); 2 not looked at: ddp, fsdp2 (it needs two "
-        'processes: give factory="package.module:factory")'
+        "2 conversions, 1 tied tensor: 1 kept, 0 broken; "
+        "1 broken by PyTorch: assign=True (tie again afterwards: b.weight = a.weight); "
+        "2 not looked at: ddp, fsdp2 "
+        '(two processes are needed: give factory="package.module:factory")'
     )
     kept = measure_round_trips(Tied, ROWS, conversions="deepcopy")
     assert str(kept).splitlines()[0] == "1 conversion, 1 tied tensor: 1 kept, 0 broken"
@@ -179,7 +191,8 @@ def test_a_broken_claim_of_all_names_what_is_let_pass():
     with pytest.raises(AssertionError) as broken:
         assert_round_trips_kept(found)
     told = " ".join(str(broken.value).split())
-    assert "Let pass: 1 not looked at: ddp (it needs two processes" in told
+    assert "Let pass: 1 not looked at: ddp (two processes are needed" in told
+    assert "looked at 2 of 3 conversions" in told
     with pytest.raises(AssertionError) as broken:
         assert_round_trips_kept(found, ["deepcopy"])
     assert "Let pass" not in str(broken.value)
@@ -189,7 +202,7 @@ def test_an_encoder_layer_that_pytorch_quantizes_and_cannot_call_is_named():
     def make():
         return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
 
-    (found,) = measure_round_trips(make, ROWS[None], conversions="quantize_dynamic").trips
+    (found,) = measure_round_trips(make, ROWS[None], conversions="quantize_dynamic").outcomes
     assert "cannot call a quantized nn.TransformerEncoderLayer" in found.reason
 
 
@@ -200,7 +213,7 @@ def test_why_a_result_cannot_be_called_is_told_by_its_cause():
 
     (found,) = measure_round_trips(
         lambda: Asks(nn.Linear(8, 3)), ROWS, conversions="quantize_dynamic"
-    ).trips
+    ).outcomes
     assert found.reason.startswith("what it makes cannot be called: AttributeError: ")
 
 
@@ -228,16 +241,24 @@ def test_two_processes_keep_the_model(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     names, factory = ["ddp", "fsdp2"], "tied_factory:build"
     found = measure_round_trips(Tied, ROWS, conversions=names, factory=factory)
-    ddp, fsdp2 = found.trips
-    cells = (ddp.ties, ddp.function, ddp.ownership, ddp.parameters, ddp.optimizer)
+    ddp, fsdp2 = found.outcomes
+    cells = (
+        ddp.status("ties"),
+        ddp.status("function"),
+        ddp.status("ownership"),
+        ddp.status("parameters"),
+        ddp.status("optimizer"),
+    )
     assert cells == ("kept",) * 5
     if torch.__version__ < "2.7":
         assert fsdp2.reason.startswith("this PyTorch shards on GPUs only")
         return
-    assert (fsdp2.ties, fsdp2.function, fsdp2.parameters) == ("kept",) * 3
-    assert fsdp2.ownership == "-"  # each process holds a shard
-    assert fsdp2.optimizer == "broken by PyTorch"
-    with pytest.raises(ValueError, match="'tied_factory' names no factory"):
+    assert (fsdp2.status("ties"), fsdp2.status("function"), fsdp2.status("parameters")) == (
+        "kept",
+    ) * 3
+    assert fsdp2.status("ownership") == "-"  # each process holds a shard
+    assert fsdp2.status("optimizer") == "broken by PyTorch"
+    with pytest.raises(ValueError, match=r'"factory": "package\.module:factory"'):
         measure_round_trips(Tied, ROWS, conversions=["ddp"], factory="tied_factory")
 
 
@@ -247,7 +268,7 @@ def test_two_processes_keep_the_model(tmp_path, monkeypatch):
 def test_a_mask_that_is_not_saved_breaks_files_and_not_copies(golden):
     names = ["deepcopy", "pickle", "state_dict"]
     found = measure_round_trips(Masked, ROWS, conversions=names)
-    assert [one.function for one in found.trips] == ["kept", "kept", "broken"]
+    assert [one.status("function") for one in found.outcomes] == ["kept", "kept", "broken"]
     with pytest.raises(AssertionError) as broken:
         assert_round_trips_kept(found)
     golden(str(broken.value), "messages/round_trips_mask.txt")
@@ -267,18 +288,28 @@ def test_what_pytorch_breaks_is_broken_where_it_is_claimed(golden):
 
 
 @pytest.mark.parametrize(
-    ("cut", "told"),
+    ("cut", "difference"),
     [
-        ("first", "first.weight: 64 of 64 elements move nobody, and moved model"),
-        ("everything", "no output depends on a weight by autograd any more"),
+        (
+            "first",
+            Difference(
+                "ownership",
+                "other owners",
+                ("first.weight", "first.bias"),
+                amount=72,
+                limit=72,
+                before=("model",),
+            ),
+        ),
+        ("everything", Difference("ownership", "no owners")),
     ],
 )
-def test_the_same_function_that_gradients_do_not_pass_is_broken(cut, told):
+def test_the_same_function_that_gradients_do_not_pass_is_broken(cut, difference):
     found = measure_round_trips(
         lambda: Finished(cut), ROWS, conversions=["deepcopy", "state_dict", "strict=False"]
     )
-    assert [one.broken() for one in found.trips] == [(), ("ownership",), ("ownership",)]
-    assert found.trips[1].details[0] == f"ownership: {told}"
+    assert [one.having("broken") for one in found.outcomes] == [(), ("ownership",), ("ownership",)]
+    assert found.outcomes[1].differences == (difference,)
     assert_round_trips_kept(found, ["deepcopy"])
 
 
@@ -320,7 +351,7 @@ class ByHand(nn.Sequential):
 )
 def test_a_copy_that_is_the_same_in_eval_mode_only_is_broken(defect, told):
     found = measure_round_trips(lambda: ByHand(defect), ROWS, conversions=["deepcopy"])
-    assert found.trips[0].broken() == ("function",)
+    assert found.outcomes[0].having("broken") == ("function",)
     with pytest.raises(AssertionError, match=told):
         assert_round_trips_kept(found)
 
@@ -359,18 +390,28 @@ def test_memory_without_values_is_pytorchs_and_what_is_not_saved_is_named():
 
     found = measure_round_trips(Causal, ROWS, conversions=["state_dict", "to_empty"])
     assert_round_trips_kept(found)
-    assert found.trips[1].function == "broken by PyTorch"
-    assert found.trips[1].details[1] == "function: no state_dict holds mask"
+    assert found.outcomes[1].status("function") == "broken by PyTorch"
+    assert found.outcomes[1].differences[1] == Difference("function", "not saved", ("mask",))
     with pytest.raises(AssertionError, match="fill what state_dict does not hold"):
         assert_round_trips_kept(found, ["to_empty"])
 
 
 @pytest.mark.parametrize("name", ["assign=True", "to_empty"])
 def test_weights_that_pytorch_unties_have_other_owners(name):
-    (found,) = measure_round_trips(Pair, ROWS, conversions=name).trips
-    assert found.ties == found.ownership == "broken by PyTorch"
-    (told,) = (detail for detail in found.details if detail.startswith("ownership: left"))
-    assert told == "ownership: left.0.weight: 64 of 64 elements move left, and moved left, right"
+    (found,) = measure_round_trips(Pair, ROWS, conversions=name).outcomes
+    assert found.status("ties") == found.status("ownership") == "broken by PyTorch"
+    assert (
+        Difference(
+            "ownership",
+            "other owners",
+            ("left.0.weight",),
+            64,
+            64,
+            now=("left",),
+            before=("left", "right"),
+        )
+        in found.differences
+    )
 
 
 def test_members_stacked_in_one_output_are_told_apart():
@@ -380,7 +421,7 @@ def test_members_stacked_in_one_output_are_told_apart():
         outputs=lambda y: [y[:, 0], y[:, 1]],
         conversions=["deepcopy"],
     )
-    assert grouped.trips[0].ownership == "kept"
+    assert grouped.outcomes[0].status("ownership") == "kept"
 
 
 def test_what_detaches_all_the_time_has_no_owners_to_lose():
@@ -389,7 +430,10 @@ def test_what_detaches_all_the_time_has_no_owners_to_lose():
             return super().forward(x).detach()
 
     found = measure_round_trips(lambda: Detached(8, 3), ROWS, conversions=["deepcopy"])
-    assert (found.trips[0].function, found.trips[0].ownership) == ("kept", "-")
+    assert (found.outcomes[0].status("function"), found.outcomes[0].status("ownership")) == (
+        "kept",
+        "-",
+    )
 
 
 def test_a_copy_that_is_the_model_itself_is_broken():
@@ -415,7 +459,9 @@ def test_a_freeze_that_a_copy_loses_is_broken():
         return net
 
     found = measure_round_trips(frozen, ROWS, conversions=["deepcopy"])
-    assert found.trips[0].broken() == ("parameters",)
+    assert found.outcomes[0].differences == (Difference("parameters", "not frozen", ("bias",)),)
+    with pytest.raises(AssertionError, match="deepcopy   trained, but was frozen: bias"):
+        assert_round_trips_kept(found)
 
 
 def test_a_load_that_raises_is_a_broken_claim():
@@ -425,8 +471,75 @@ def test_a_load_that_raises_is_a_broken_claim():
             self.extra = nn.Linear(int(torch.randint(1, 1000, ())), 1)
 
     found = measure_round_trips(lambda: Grown(), ROWS, conversions=["state_dict"])
-    with pytest.raises(AssertionError, match="function: raised RuntimeError"):
+    with pytest.raises(
+        AssertionError,
+        match=r"state_dict   raised RuntimeError: .* size mismatch for extra\.weight",
+    ):
         assert_round_trips_kept(found)
+
+
+# --- findings -------------------------------------------------------------------------------------
+
+
+def test_findings_are_data_and_what_the_model_breaks_comes_first(golden):
+    class Both(Tied):
+        def __init__(self):
+            super().__init__()
+            self.mask = torch.rand(8)
+
+        def forward(self, x):
+            return super().forward(x) * self.mask
+
+    names = ["assign=True", "state_dict"]
+    with pytest.raises(AssertionError) as broken:
+        assert_round_trips_kept(measure_round_trips(Both, ROWS, conversions=names), names)
+    findings = broken.value.findings
+    told = [(one.kind, one.place, one.members) for one in findings]
+    assert told == [
+        ("function", "state_dict", ()),
+        ("broken by PyTorch", "assign=True", ()),
+        ("broken by PyTorch", "assign=True", ()),
+    ]
+    assert findings[0].amount > 0.1
+    assert [str(count) for count in findings.affected] == ["2 of 2 conversions"]
+    golden(str(broken.value), "messages/round_trips_several.txt")
+
+
+def test_members_that_a_weight_no_longer_moves_are_data():
+    trips = measure_round_trips(Pair, ROWS, conversions="assign=True")
+    findings = judge(trips, parse("assign=True"))
+    assert ("left", "right") in {one.members for one in findings}
+    assert judge(trips, parse("all")).held
+
+
+def test_a_copy_that_ties_and_freezes_is_broken():
+    class Careless(Pair):
+        def __deepcopy__(self, memo):
+            copied = Careless()
+            copied.load_state_dict(self.state_dict())
+            copied.right[2].bias = copied.left[2].bias
+            copied.left[2].weight.requires_grad_(False)
+            return copied
+
+    found = measure_round_trips(Careless, ROWS, conversions="deepcopy")
+    kinds = [(one.kind, one.names) for one in found.outcomes[0].differences]
+    assert ("became one", ("left.2.bias", "right.2.bias")) in kinds
+    assert ("frozen", ("left.2.weight",)) in kinds
+    findings = judge(found, parse("deepcopy"))
+    assert {"ties", "function", "parameters"} <= set(findings.kinds)
+    told = [one.found for one in findings]
+    assert "left.2.bias, right.2.bias became one" in told
+    assert "frozen, but was trained: left.2.weight" in told
+
+
+def test_what_does_not_apply_is_not_left_out():
+    found = measure_round_trips(Tied, ROWS, conversions=["deepcopy", "channels_last", "ddp"])
+    first = str(found).splitlines()[0]
+    assert "; 1 not looked at: ddp (two processes are needed" in first
+    assert first.endswith("; 1 not applicable: channels_last (no parameter has four dimensions)")
+    findings = judge(found, parse("all"))
+    assert findings.held
+    assert [str(count) for count in findings.looked_at] == ["1 of 2 conversions"]
 
 
 # --- wrong use, and what was not looked at --------------------------------------------------------
@@ -436,8 +549,8 @@ def test_safetensors_keep_what_is_tied_by_a_module():
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     found = measure_round_trips(Tied, ROWS, conversions="safetensors")
     assert_round_trips_kept(found, "safetensors")
-    assert found.trips[0].ties == found.trips[0].ownership == "kept"
-    with pytest.raises(AssertionError, match="function: outputs differ"):
+    assert found.outcomes[0].status("ties") == found.outcomes[0].status("ownership") == "kept"
+    with pytest.raises(AssertionError, match="safetensors   outputs differ"):
         assert_round_trips_kept(
             measure_round_trips(Masked, ROWS, conversions="safetensors"), "safetensors"
         )
@@ -453,14 +566,26 @@ def test_a_claim_that_could_not_be_looked_at_is_an_error(monkeypatch):
 
 def test_nothing_looked_at_is_an_error():
     found = measure_round_trips(Tied, ROWS, conversions=["ddp"])
-    with pytest.raises(ValueError, match="it needs two processes: give factory="):
+    with pytest.raises(ValueError, match="two processes are needed: give factory="):
         assert_round_trips_kept(found)
 
 
-@pytest.mark.parametrize("names", ["deepcopies", ["deepcopy", "pickled"], []])
+@pytest.mark.parametrize("names", ["deepcopies", ["deepcopy", "pickled"], [], {"factory": "build"}])
 def test_a_conversion_that_does_not_exist_is_refused(names):
-    with pytest.raises(ValueError, match="There are deepcopy, pickle, state_dict"):
-        measure_round_trips(Tied, ROWS, conversions=names)
+    with pytest.raises(ClaimError, match="It can be: all, deepcopy, pickle, state_dict"):
+        parse(names)
+
+
+def test_a_conversion_that_is_misspelt_is_told_before_anything_is_built():
+    def never():
+        raise AssertionError("built")
+
+    with pytest.raises(ClaimError, match=r"Did you mean 'deepcopy'\?"):
+        measure_round_trips(never, ROWS, conversions="deepcpy")
+
+
+def test_names_of_conversions_and_their_functions_are_one_list():
+    assert [*LOCAL, *DISTRIBUTED] == list(CONVERSIONS)
 
 
 def test_what_was_not_measured_is_refused():
@@ -468,12 +593,67 @@ def test_what_was_not_measured_is_refused():
         assert_round_trips_kept(measure_round_trips(Tied, ROWS, conversions="deepcopy"), ["pickle"])
 
 
-def test_a_model_instead_of_a_factory_is_refused():
-    with pytest.raises(ValueError, match="got an object of type Tied"):
-        measure_round_trips(Tied(), ROWS)
+def test_a_model_instead_of_a_factory_is_refused_where_a_new_one_is_needed():
     net = Tied()
-    with pytest.raises(ValueError, match="make returns the same module at each call"):
-        measure_round_trips(lambda: net, ROWS)
+    for name in ("state_dict", "half", "all"):
+        with pytest.raises(ValueError, match="got an object of type Tied"):
+            measure_round_trips(net, ROWS, conversions=name)
+        with pytest.raises(ValueError, match="make returns the same module at each call"):
+            measure_round_trips(lambda: net, ROWS, conversions=name)
+    copies = ["deepcopy", "pickle", "averaged_model"]
+    assert_round_trips_kept(measure_round_trips(net, ROWS, conversions=copies), copies)
+
+
+# --- how many models are built --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("conversions", "builds"),
+    [
+        (["deepcopy", "pickle", "functional_call", "averaged_model"], 1),
+        (["deepcopy", "state_dict", "strict=False", "assign=True", "half", "double"], 2),
+        (["state_dict", "to_empty"], 3),  # one more on meta
+        (["half", "weight_norm"], 2),
+        (["weight_norm", "compile", "export"], 4),  # what the first two do cannot be undone
+    ],
+)
+def test_models_are_built_as_few_times_as_possible(conversions, builds):
+    built = []
+
+    def make():
+        built.append(Tied())
+        return built[-1]
+
+    case = Case.of(make, ROWS)
+    before = case.digest()
+    found = measure_round_trips(case, conversions=conversions)
+    assert_round_trips_kept(found)
+    assert len(built) == builds
+    assert case.is_as(before)
+
+
+def test_what_a_conversion_leaves_behind_does_not_reach_the_next():
+    """A copy that spoils its original in what cannot be put back: the next gets a new model."""
+
+    class Spoiled(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 3)
+            self.settings = SimpleNamespace(factor=1)
+
+        def forward(self, x):
+            return self.settings.factor * super().forward(x)
+
+        def __deepcopy__(self, memo):
+            copied = Spoiled()
+            copied.load_state_dict(self.state_dict())
+            self.settings.factor = 2
+            return copied
+
+    names = ["deepcopy", "functional_call"]
+    found = measure_round_trips(Spoiled, ROWS, conversions=names)
+    spoiled, kept = found.outcomes
+    assert spoiled.differences == (Difference("function", "moves the original"),)
+    assert kept.differences == ()
 
 
 def test_looking_leaves_the_generators_as_they_were():
@@ -485,5 +665,5 @@ def test_looking_leaves_the_generators_as_they_were():
 
 def test_the_fixture_does_the_same(round_trip):
     round_trip.assert_kept(Shared, ROWS, ["deepcopy", "state_dict"])
-    with pytest.raises(AssertionError, match="claimed to survive state_dict, and does not"):
+    with pytest.raises(AssertionError, match="claimed to survive state_dict, but does not"):
         round_trip.assert_kept(Masked, ROWS, ["state_dict"])
