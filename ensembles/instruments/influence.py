@@ -38,7 +38,7 @@ from ensembles.handling.memory import is_shell, memory_in, told_type
 from ensembles.handling.numbers import checked_numbers
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import parameters_kept, preserved
-from ensembles.handling.training import leaves_of
+from ensembles.instruments.autograd import leaves_of
 from ensembles.instruments.transparency import transparent_backward, transparent_forward
 from ensembles.present_run import seed
 from ensembles.subject import Model, Outputs
