@@ -45,14 +45,22 @@ WHEN_USED = {
 }
 """What it may import besides, inside functions or for types only: that costs nothing at start."""
 
-HANDLING = ["memory", "members", "numbers", "registered_tensors", "state", "training", "precision"]
+HANDLING = [
+    "atoms",
+    "memory",
+    "members",
+    "numbers",
+    "registered_tensors",
+    "state",
+    "training",
+    "precision",
+]
 """The files that handle a model, each above what it may import."""
 
 INSTRUMENTS = [
     "processes",
     "autograd",
     "storage",
-    "atoms",
     "tensor_locations",
     "learning_rates",
     "recording",
@@ -61,7 +69,6 @@ INSTRUMENTS = [
     "transparency",
     "influence",
     "distances",
-    "step_effects",
 ]
 """The shared instruments, each above what it may import."""
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from ensembles.handling.atoms import holds_nothing
 from ensembles.handling.members import named_modules_of
 from ensembles.handling.memory import as_kind_of
-from ensembles.instruments.atoms import holds_nothing
 from ensembles.message import listed
 from ensembles.subject import LISTED, Loss, Model
 from ensembles.user_calls import asked, called

@@ -10,25 +10,30 @@ import types
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ensembles.handling.atoms import FUNCTIONS, SEQUENCES, holds_nothing
 from ensembles.handling.members import named_modules_of
 from ensembles.instruments.autograd import leaves_of
 from ensembles.subject import Model
 
-__all__ = ["Location", "homes_of", "things_below"]
+__all__ = ["Location", "Search", "homes_of", "things_below"]
 
 HOLDERS = (Tensor, nn.Module, list, dict, tuple)
 """What is looked for in places that hold much else: classes, defaults and global variables."""
 
-ITERABLES = (list, tuple, set, frozenset, deque)
+AT_ONCE = 1_000
+"""Entries of a container that are looked at in their turn; the rest comes last, so that a data set
+that hangs on a model does not keep the search from the model's other attributes."""
 
-MOST_OBJECTS = 100_000
-"""Objects looked into for a name: a data set that hangs on a model is not walked to its end."""
+MOST_OBJECTS = 300_000
+"""Objects that are looked into, which takes seconds. Where there are more, the search says so."""
 
 
 class Location(NamedTuple):
@@ -77,10 +82,30 @@ def homes_of(model: Model, wanted: Mapping[int, Tensor]) -> dict[int, Location]:
     return {**made_from, **exact}
 
 
-def things_below(model: Model) -> Iterator[tuple[Location, Any]]:
+@dataclass
+class Search:
+    """How far searches came.
+
+    Attributes:
+        objects: How many objects the last one looked into. Numbers and texts do not count.
+        ended: Whether these were all, in each search.
+
+    Example:
+        >>> search = Search()
+        >>> _ = list(things_below(nn.Linear(2, 2), search))
+        >>> search.ended
+        True
+    """
+
+    objects: int = 0
+    ended: bool = True
+
+
+def things_below(model: Model, search: Search | None = None) -> Iterator[tuple[Location, Any]]:
     """All that is in attributes, containers, functions and classes below the model.
 
-    Breadth first, so that the shortest path names a thing. Optimizers are not looked into.
+    Breadth first, so that the shortest path names a thing. What holds no tensor is passed over, and
+    optimizers are not looked into. `search` is told how far the search came.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -88,22 +113,38 @@ def things_below(model: Model) -> Iterator[tuple[Location, Any]]:
         >>> [place.path for place, thing in things_below(net) if isinstance(thing, nn.ReLU)]
         ['model.others[0]']
     """
-    queue: deque[tuple[str, str, Any]] = deque(
-        (name, "", module) for name, module in named_modules_of(model).items()
-    )
-    seen: set[int] = set()
-    while queue and len(seen) < MOST_OBJECTS:
+    search = Search() if search is None else search
+    search.objects = 0
+    queue: deque[tuple[str, str, Any]] = deque()
+    rests: deque[Iterator[tuple[str, str, Any]]] = deque()
+
+    def take(inside: Iterator[tuple[str, str, Any]]) -> None:
+        some = list(islice(inside, AT_ONCE))
+        queue.extend(some)
+        if len(some) == AT_ONCE:
+            rests.append(inside)
+
+    take((name, "", module) for name, module in named_modules_of(model).items())
+    seen: dict[int, Any] = {}  # with the objects, so that no new one gets an id
+    while queue or rests:
+        if not queue:
+            take(rests.popleft())
+            continue
         path, how, thing = queue.popleft()
         location = Location(path, how or "as a plain attribute")
         if isinstance(thing, Tensor):
             yield location, thing
             continue
         # What an optimizer lists, it steps: that is no home. A schedule's optimizer is one too.
-        if id(thing) in seen or isinstance(thing, Optimizer):
+        if id(thing) in seen or holds_nothing(thing) or isinstance(thing, Optimizer):
             continue
-        seen.add(id(thing))
+        if search.objects == MOST_OBJECTS:
+            search.ended = False
+            return
+        search.objects += 1
+        seen[id(thing)] = thing
         yield location, thing
-        queue.extend(_inside(path, how, thing))
+        take(_inside(path, how, thing))
 
 
 def _inside(path: str, how: str, thing: Any) -> Iterator[tuple[str, str, Any]]:
@@ -111,15 +152,17 @@ def _inside(path: str, how: str, thing: Any) -> Iterator[tuple[str, str, Any]]:
         yield from _inside_module(path, how, thing)
     elif isinstance(thing, Mapping):
         for key, value in list(thing.items()):
-            yield f"{path}[{key!r}]", how or "in a Python dict", value
-    elif isinstance(thing, ITERABLES):
-        kind = next(kind.__name__ for kind in ITERABLES if isinstance(thing, kind))
+            if not holds_nothing(value):
+                yield f"{path}[{key!r}]", how or "in a Python dict", value
+    elif isinstance(thing, SEQUENCES):
+        kind = next(kind.__name__ for kind in SEQUENCES if isinstance(thing, kind))
         for position, value in enumerate(thing):
-            yield f"{path}[{position}]", how or f"in a Python {kind}", value
+            if not holds_nothing(value):
+                yield f"{path}[{position}]", how or f"in a Python {kind}", value
     elif isinstance(thing, partial):
         for value in (thing.func, *thing.args, *thing.keywords.values()):
             yield path, how or "in a partial", value
-    elif isinstance(thing, (types.FunctionType, types.MethodType)):
+    elif isinstance(thing, FUNCTIONS):
         yield from _inside_function(path, "", thing)
     elif not isinstance(thing, (type, types.ModuleType)):
         for name, value in _attributes(thing):

@@ -1,13 +1,16 @@
 from collections import deque
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
+from ensembles.handling.atoms import holds_nothing
 from ensembles.instruments import tensor_locations as homes
-from ensembles.instruments.tensor_locations import homes_of
+from ensembles.instruments.tensor_locations import Search, homes_of, things_below
 
 
 def lost() -> torch.Tensor:
@@ -131,12 +134,74 @@ def test_a_variable_that_is_not_bound_yet_is_no_place():
     assert found(make(False), tensor) is None
 
 
-def test_the_search_ends_at_a_cap(monkeypatch):
+def searched(model) -> tuple[set[int], Search]:
+    search = Search()
+    return {id(thing) for _, thing in things_below(model, search)}, search
+
+
+def test_the_search_ends_at_a_cap_and_says_so(monkeypatch):
     tensor = lost()
-    model = with_attribute([[[i] for i in range(100)], [[tensor]]])
-    assert found(model, tensor) == ("model.kept[1][0][0]", "in a Python list")
+    model = with_attribute([[[{"a": tensor}] for _ in range(100)], [[[[[lost()]]]]]])
+    things, search = searched(model)
+    assert id(model.kept[1][0][0][0][0][0]) in things
+    assert search.ended
+    for cap, ended in ((search.objects, True), (search.objects - 1, False)):
+        monkeypatch.setattr(homes, "MOST_OBJECTS", cap)
+        things, search = searched(model)
+        assert (search.objects, search.ended) == (cap, ended)
     monkeypatch.setattr(homes, "MOST_OBJECTS", 50)
-    assert found(model, tensor) is None
+    assert id(model.kept[1][0][0][0][0][0]) not in searched(model)[0]
+    assert found(model, model.kept[1][0][0][0][0][0]) is None
+
+
+LONG = {
+    "numbers": list(range(2_000)),
+    "pairs": [(i, 0.5 * i) for i in range(2_000)],
+    "records": [SimpleNamespace(path=Path(f"{i}.png"), box=(i, i)) for i in range(2_000)],
+    "dicts": [{"image": f"{i}.png", "boxes": [(i, i)]} for i in range(2_000)],
+    "numpy": [(number, None) for number in numpy.arange(2_000)],
+    "a dict": {i: (i, b"") for i in range(2_000)},
+    "a set": {(i, str(i)) for i in range(2_000)},
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_what_holds_atoms_only_is_passed_over(kind, monkeypatch):
+    assert holds_nothing(LONG[kind])
+    monkeypatch.setattr(homes, "MOST_OBJECTS", 100)
+    tensor = lost()
+    model = with_attribute(LONG[kind])
+    model.late = [{"mask": tensor}]
+    assert searched(model)[1].ended
+    assert found(model, tensor) == ("model.late[0]['mask']", "in a Python list")
+
+
+def test_the_one_entry_that_holds_a_tensor_is_found():
+    tensor = lost()
+    for thing, place in (
+        ([*LONG["pairs"], (0, tensor)], ("model.kept[2000][1]", "in a Python list")),
+        ([*LONG["records"], Slotted(tensor)], ("model.kept[2000].scale", "in a Python list")),
+        ([*LONG["numbers"], lambda x: x * tensor], ("tensor of model.kept[2000]", "in a closure")),
+        ([[[[[[tensor]]]]]], ("model.kept[0][0][0][0][0][0]", "in a Python list")),
+        (
+            SimpleNamespace(a=1, b={"c": [tensor]}),
+            ("model.kept.b['c'][0]", "in an object of type SimpleNamespace"),
+        ),
+    ):
+        assert not holds_nothing(thing)
+        assert found(with_attribute(thing), tensor) == place
+
+
+def test_a_long_list_does_not_keep_the_search_from_what_is_near(monkeypatch):
+    tensor, last = lost(), lost()
+    model = with_attribute([Slotted(lost()) for _ in range(5_000)])
+    model.kept.append(Slotted(last))
+    model.near = [[[{"mask": tensor}]]]
+    assert found(model, last) == ("model.kept[5000].scale", "in a Python list")
+    monkeypatch.setattr(homes, "MOST_OBJECTS", 2_000)
+    assert found(model, tensor) == ("model.near[0][0][0]['mask']", "in a Python list")
+    assert found(model, last) is None
+    assert not searched(model)[1].ended
 
 
 def test_nothing_wanted_is_nothing_searched():

@@ -2,8 +2,8 @@
 
 Catches parameters that the optimizer never got or got twice, optimizers of a model that has
 changed since, members in a Python list, tensors that forward uses and nothing registers, branches
-that are cut from the loss, pairs of factors that are both zero, rates of zero, and freezes that
-froze nothing.
+that are cut from the loss, pairs of factors that are both zero, rates of zero, freezes that froze
+nothing, and parameters that forward freezes after it has used them.
 
 Gradients are those of the training loss in train mode, or of a random projection of all outputs.
 Where one is missing or zero in every element, the structure decides: it is a finding only where

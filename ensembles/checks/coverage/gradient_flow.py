@@ -8,7 +8,7 @@ the weights and of what the model draws itself.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -56,6 +56,7 @@ class Flow:
         stuck: Trainable parameters that are zero and have no gradient, because whatever
             multiplies them is zero and has none either.
         thawed: Frozen parameters that train() or the call makes trainable.
+        refrozen: Parameters that the call uses and then freezes: backward() gives them nothing.
         unused_members: Members whose trained output the loss does not use, whatever the
             predictions.
     """
@@ -66,6 +67,7 @@ class Flow:
     zero_gradient: tuple[str, ...] = ()
     stuck: tuple[str, ...] = ()
     thawed: tuple[str, ...] = ()
+    refrozen: tuple[str, ...] = ()
     unused_members: tuple[str, ...] = ()
 
 
@@ -96,6 +98,7 @@ def gradient_flow(case: Case) -> Flow:
         _check_finite(found)
         thawed = tuple(e.names[0] for e in frozen if in_training and e.tensor.requires_grad)
         every = [y for ys in found.values() for y in ys]
+        refrozen = _refrozen(every_one, every)
         known = {id(p) for module in case.modules.values() for p in module.parameters()}
         known |= {id(x) for x in pytree.tree_leaves(given) if isinstance(x, Tensor)}
         lost = {id(leaf): leaf for leaf in leaves_of(every) if id(leaf) not in known}
@@ -122,7 +125,7 @@ def gradient_flow(case: Case) -> Flow:
         pairs = list(zip(trainable, gradients[: len(trainable)], strict=True))
         missing = {name for name, gradient in pairs if gradient is None}
         dead = [name for name, gradient in pairs if gradient is None or not _lives(gradient)]
-        suspects = {name: trainable[name] for name in dead}
+        suspects = {name: trainable[name] for name in dead if name not in refrozen}
         live = any(y.requires_grad for y in every)
         del found, every, gradients, pairs  # each as large as the model, or its graph
         cut = _cut(case, used, suspects, live=live)
@@ -134,8 +137,16 @@ def gradient_flow(case: Case) -> Flow:
         zero_gradient=tuple(n for n in dead if n in cut and n not in missing),
         stuck=stuck,
         thawed=thawed,
+        refrozen=refrozen,
         unused_members=unused,
     )
+
+
+def _refrozen(parameters: Sequence[Registered], outputs: Sequence[Tensor]) -> tuple[str, ...]:
+    """What the call used while it was trainable, and has frozen since."""
+    frozen = [entry for entry in parameters if not entry.tensor.requires_grad]
+    used = {id(leaf) for leaf in leaves_of(outputs)} if frozen else {}
+    return tuple(entry.names[0] for entry in frozen if id(entry.tensor) in used)
 
 
 def _check_finite(found: Mapping[str, tuple[Tensor, ...]]) -> None:

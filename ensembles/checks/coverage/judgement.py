@@ -49,10 +49,12 @@ def judge(coverage: OptimizerCoverage, claim: CoverageClaim) -> Findings:
 
 def _affected(coverage: OptimizerCoverage) -> Iterator[Count]:
     places = {found.place for found in coverage.findings}
-    if touched := sum(name in places for name in coverage.trainable):
+    trainable = set(coverage.trainable)
+    if touched := len(places & trainable):
         yield Count(touched, "trainable parameter", of=len(coverage.trainable))
     for kind, words in _KINDS.items():
-        if words.noun and (others := coverage.places(kind)):
+        others = [place for place in coverage.places(kind) if place not in trainable]
+        if words.noun and others:
             yield Count(len(others), words.noun)
 
 
@@ -70,7 +72,7 @@ def _explained(coverage: OptimizerCoverage, found: Finding) -> Explanation:
 
 
 class _Kind(NamedTuple):
-    """How a kind of finding is told; `noun` where its places are no trainable parameters."""
+    """How a kind of finding is told; `noun` for its places that are no trainable parameters."""
 
     but: str
     meaning: str
@@ -156,5 +158,12 @@ _KINDS = {
         "an own train() or forward() that calls requires_grad_(True) on more than it means to",
         "Leave out what is frozen.",
         "undone freeze",
+    ),
+    "frozen in forward": _Kind(
+        "forward() freezes some before backward() runs",
+        "What is frozen when backward() runs gets no gradient from it.",
+        "a forward() that makes one part at a time trainable, and leaves the others frozen",
+        "Let forward() put the flags back before it returns.",
+        "frozen parameter",
     ),
 }

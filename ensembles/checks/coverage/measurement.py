@@ -27,7 +27,7 @@ __all__ = ["KINDS", "OptimizerCoverage", "measure", "measure_optimizer_coverage"
 KINDS = (
     *("missing", "repeated", "several objects", "stale", "unregistered", "unused output"),
     *("without gradient", "zero gradient", "stuck at zero", "rate zero"),
-    *("false freeze", "undone freeze"),
+    *("false freeze", "undone freeze", "frozen in forward"),
 )
 """Of findings, in the order in which they are told."""
 
@@ -310,6 +310,7 @@ def _cut(flow: Flow) -> Iterator[Finding]:
         ("zero gradient", flow.zero_gradient, "zero in every element"),
         ("stuck at zero", flow.stuck, "zero, and so is whatever multiplies it"),
         ("undone freeze", flow.thawed, "train() or forward() makes it trainable"),
+        ("frozen in forward", flow.refrozen, "forward() uses it, and then freezes it"),
     ):
         for name in names:
             yield Finding(kind=kind, place=name, found=found)

@@ -13,7 +13,7 @@ from ensembles.findings import Finding
 from ensembles.handling.members import named_modules_of
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import copy_of
-from ensembles.instruments.step_effects import distance
+from ensembles.instruments.distances import distance
 from ensembles.subject import Model
 
 __all__ = ["Averages"]

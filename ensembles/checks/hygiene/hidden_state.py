@@ -16,8 +16,8 @@ from ensembles.handling.members import named_modules_of
 from ensembles.handling.memory import memory_in
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import copy_of
-from ensembles.instruments.step_effects import distance
-from ensembles.instruments.tensor_locations import Location, things_below
+from ensembles.instruments.distances import distance
+from ensembles.instruments.tensor_locations import Location, Search, things_below
 from ensembles.message import listed
 from ensembles.subject import Model
 
@@ -34,8 +34,12 @@ __all__ = [
 # --- at rest ------------------------------------------------------------------------------------
 
 
-def unlisted_modules(model: Model) -> list[tuple[Location, nn.Module]]:
+def unlisted_modules(
+    model: Model, search: Search | None = None
+) -> list[tuple[Location, nn.Module]]:
     """Modules below the model that nothing registers, each without those inside it.
+
+    `search` is told how far the search came.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -45,7 +49,7 @@ def unlisted_modules(model: Model) -> list[tuple[Location, nn.Module]]:
     """
     known = {id(inner) for module in named_modules_of(model).values() for inner in module.modules()}
     found = []
-    for location, thing in things_below(model):
+    for location, thing in things_below(model, search):
         if isinstance(thing, nn.Module) and id(thing) not in known:
             known.update(id(inner) for inner in thing.modules())
             found.append((location, thing))

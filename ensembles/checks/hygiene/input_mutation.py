@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ensembles.case import Case
 from ensembles.handling.training import fresh
-from ensembles.instruments.step_effects import distance
+from ensembles.instruments.distances import distance
 
 __all__ = ["Write", "Writes"]
 

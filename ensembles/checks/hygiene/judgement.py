@@ -28,6 +28,7 @@ def assert_state_clean(hygiene: StateHygiene, *, updates: int = HygieneClaim.upd
             go through one network. A norm that the step does not call is let pass.
 
     Raises:
+        ValueError: If there is none, and not all below the model was searched for what is hidden.
         AssertionError: If there is any finding, or a norm updates another number of times.
 
     Example:
@@ -39,7 +40,11 @@ def assert_state_clean(hygiene: StateHygiene, *, updates: int = HygieneClaim.upd
 
 
 def judge(hygiene: StateHygiene, claim: HygieneClaim) -> Findings:
-    """What is not in order, and norms that update another number of times than claimed."""
+    """What is not in order, and norms that update another number of times than claimed.
+
+    Raises:
+        ValueError: If nothing was found, and not all below the model was searched.
+    """
     claimed = _a_step(claim.updates)
     wrong = [
         Finding(kind="norm updates", place=name, expected=claimed, found=_a_step(n), amount=n)
@@ -47,11 +52,19 @@ def judge(hygiene: StateHygiene, claim: HygieneClaim) -> Findings:
         if n not in (0, claim.updates)
     ]
     items = sorted([*hygiene.findings, *wrong], key=lambda one: KINDS.index(one.kind))
+    if not items and not hygiene.all_searched:
+        raise ValueError(
+            f"the first {hygiene.searched:,} objects below the model were searched for hidden "
+            "modules and tensors, but there are more, of which nothing is known. Usual cause: a "
+            "data set that is an attribute of the model. Keep it outside of the model, or in "
+            "tensors."
+        )
     sentence = "state is claimed to be registered and to move only when it should"
     return Findings(
         claim=f"{sentence}, but {_KINDS[items[0].kind].but}" if items else sentence,
         items=tuple(map(_explained, items)),
         affected=tuple(_affected(hygiene, items)),
+        looked_at=tuple(_looked_at(hygiene)),
     )
 
 
@@ -104,6 +117,11 @@ def _affected(hygiene: StateHygiene, items: list[Finding]) -> Iterator[Count]:
             yield Count(len(places), noun, of=total)
 
 
+def _looked_at(hygiene: StateHygiene) -> Iterator[Count]:
+    if not hygiene.all_searched:  # how many there are is not known
+        yield Count(hygiene.searched, "object of the model, but there are more")
+
+
 def _tensors_of(thing: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(thing, Tensor):
         yield path, thing
@@ -154,6 +172,15 @@ _KINDS = {
         "Part of the model is in another mode than the rest, or changes when a mode is set again.",
         "an own train() that does not reach every child, or a forward() that sets a mode",
         "Let train() call super().train(mode) and return self; set no mode in forward().",
+    ),
+    "requires_grad": _Kind(
+        "a call changes which parameters are trained",
+        "What is frozen when backward() runs gets no gradient, and an optimizer that is built "
+        "after the call gets other parameters.",
+        "a forward() that calls requires_grad_() and does not put the flags back",
+        "Freeze where the model is built. What forward() changes for a while, it puts back before "
+        "it returns.",
+        "registered tensor",
     ),
     "moves in eval": _Kind(
         "a call in eval mode changes it",

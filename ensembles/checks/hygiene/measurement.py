@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import torch
@@ -24,15 +24,16 @@ from ensembles.findings import Finding
 from ensembles.handling.numbers import checked_numbers
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import generators_kept, preserved
+from ensembles.instruments.tensor_locations import Search
 from ensembles.message import aligned, counted
 from ensembles.subject import Model, Recipe
 
 __all__ = ["KINDS", "StateHygiene", "measure", "measure_state_hygiene"]
 
 KINDS = (
-    *("hidden module", "hidden tensor", "stays behind", "mode", "moves in eval", "stale"),
-    *("random in eval", "global state", "changes the batch", "norm updates", "frozen moves"),
-    *("drifting", "masked moves", "averaged norm", "alias"),
+    *("hidden module", "hidden tensor", "stays behind", "mode", "requires_grad"),
+    *("moves in eval", "stale", "random in eval", "global state", "changes the batch"),
+    *("norm updates", "frozen moves", "drifting", "masked moves", "averaged norm", "alias"),
 )
 """Of findings, in the order in which they are told; "norm updates" depend on the claim."""
 
@@ -48,6 +49,8 @@ class StateHygiene:
         updates: How often each norm updated its statistics in one training step, as its counter
             or the calls of batch_norm say.
         findings: All that is not in order whatever is claimed, kind by kind.
+        searched: How many objects below the model were searched for what is hidden.
+        all_searched: Whether there are no more.
     """
 
     modules: int
@@ -55,6 +58,8 @@ class StateHygiene:
     steps: int
     updates: tuple[tuple[str, int], ...]
     findings: tuple[Finding, ...]
+    searched: int = field(default=0, compare=False)
+    all_searched: bool = True
 
     def places(self, kind: str) -> tuple[str, ...]:
         """The places of one kind of finding, such as "hidden tensor".
@@ -68,9 +73,10 @@ class StateHygiene:
 
     def __str__(self) -> str:
         norms = f"; {_often({count for _, count in self.updates})}" if self.updates else ""
+        more = f"; searched {self.searched:,} objects, but there are more"
         head = (
             f"{counted(range(self.modules), 'module')}, {self.tensors} parameters and buffers, "
-            f"{counted(self.findings, 'finding')}{norms}"
+            f"{counted(self.findings, 'finding')}{norms}{'' if self.all_searched else more}"
         )
         rows = aligned([(found.place, found.kind, found.found) for found in self.findings])
         return "\n".join([head, *(f"  {row}" for row in rows)])
@@ -120,7 +126,8 @@ def measure(case: Case, claim: HygieneClaim | None = None) -> StateHygiene:
     __tracebackhide__ = True
     checked_numbers(case.model)
     _ = case.batch  # is made here, where gradients are as the user has them
-    hidden = unlisted_modules(case.model)
+    search = Search()
+    hidden = unlisted_modules(case.model, search)
     everything = [*case.modules.values(), *(module for _, module in hidden)]
     found = [*live_snapshots(case.model), *stale_gradients(case)]
     with torch.inference_mode(False), generators_kept(), preserved(everything) as start:
@@ -129,7 +136,7 @@ def measure(case: Case, claim: HygieneClaim | None = None) -> StateHygiene:
         found += wrong_modes(case.modules)
         start.restore()
         with torch.no_grad():
-            used, in_eval = moved_in_eval(case, hidden, start)
+            used, in_eval = moved_in_eval(case, hidden, start, search)
         found += in_eval
         start.restore()
         with torch.enable_grad():
@@ -147,6 +154,8 @@ def measure(case: Case, claim: HygieneClaim | None = None) -> StateHygiene:
         steps=trained.steps,
         updates=tuple(trained.updates.items()),
         findings=tuple(found),
+        searched=search.objects,
+        all_searched=search.ended,
     )
 
 

@@ -24,9 +24,9 @@ from ensembles.handling.precision import autocasts, dtypes_of
 from ensembles.handling.registered_tensors import Registered, registered
 from ensembles.handling.state import Snapshot, copy_of, seed_generators
 from ensembles.handling.training import gradients_of, projected_gradients, values_of
+from ensembles.instruments.distances import distance
 from ensembles.instruments.recording import generator_entries
-from ensembles.instruments.step_effects import distance
-from ensembles.instruments.tensor_locations import Location, things_below
+from ensembles.instruments.tensor_locations import Location, Search, things_below
 from ensembles.message import listed
 from ensembles.tolerance import tolerance_of
 from ensembles.user_calls import ERRORS, raised
@@ -41,7 +41,10 @@ STEPS_LOOKED_AT = 3
 
 
 def moved_in_eval(
-    case: Case, hidden: Sequence[tuple[Location, nn.Module]], start: Snapshot
+    case: Case,
+    hidden: Sequence[tuple[Location, nn.Module]],
+    start: Snapshot,
+    search: Search | None = None,
 ) -> tuple[set[int], list[Finding]]:
     """The modules that a call in eval mode uses, by id, and what it moves or draws.
 
@@ -49,6 +52,7 @@ def moved_in_eval(
         case: The case.
         hidden: Modules that nothing registers, with their places.
         start: The state of all modules that every call begins from.
+        search: Is told how far the search for hidden tensors came.
 
     Example:
         >>> net = nn.Dropout(0.5)
@@ -59,7 +63,7 @@ def moved_in_eval(
     everything = [*case.modules.values(), *(module for _, module in hidden)]
     held = {id(t) for m in everything for t in (*m.parameters(), *m.buffers())}
     places: dict[int, tuple[Location, Tensor]] = {}
-    for place, thing in things_below(case.model):
+    for place, thing in things_below(case.model, search):
         if isinstance(thing, Tensor) and id(thing) not in held:
             places.setdefault(id(thing), (place, thing))
     named = [(e.names[0], e.tensor) for e in registered(case.model)]
@@ -81,7 +85,7 @@ def moved_in_eval(
         (path, how), tensor = places[key]
         told = f"shape {tuple(tensor.shape)}, kept {how}"
         found.append(Finding(kind="hidden tensor", place=path, found=told, amount=tensor.numel()))
-    found += _woken(case, start)
+    found += _left_otherwise(case, start)
     # Without the recorder, in whose presence PyTorch takes no fused kernels.
     first, again = (_eval_call(case, case.seed, start.restore) for _ in range(2))
     states = [_generators()]
@@ -105,6 +109,11 @@ def _set_eval(case: Case) -> None:
         module.eval()
 
 
+def _set_train(case: Case) -> None:
+    for module in case.modules.values():
+        module.train()
+
+
 def _eval_call(
     case: Case, seed: int, before: Callable[[], None], batch: Any = None
 ) -> list[Tensor]:
@@ -122,14 +131,15 @@ def _kept_from_calls(
 
     `first` are the outputs of a call that began from `start`; `dtypes` took part in it.
     """
+    start.restore()
+    _set_train(case)
+    trainable = [e.tensor for e in registered(case.model) if e.tensor.requires_grad]
 
     def trained() -> None:
         """As by training: other weights, in their place."""
-        for module in case.modules.values():
-            module.train()
-        for entry in registered(case.model):
-            p = entry.tensor
-            if not (p.requires_grad and p.is_floating_point() and p.layout is torch.strided):
+        _set_train(case)
+        for p in trainable:
+            if not (p.is_floating_point() and p.layout is torch.strided):
                 continue
             # What is expanded is one number in several places, and cannot be written.
             if all(size < 2 or step for size, step in zip(p.shape, p.stride(), strict=True)):
@@ -202,9 +212,12 @@ def _seeded_by(states: Sequence[Mapping[str, str]], mode: str) -> Iterator[Findi
             yield Finding(kind="global state", place=f"generator {name}", found=told)
 
 
-def _woken(case: Case, start: Snapshot) -> Iterator[Finding]:
-    """Modules that a call in eval mode left in train mode, each without those inside it."""
-    after = _in_train_mode(case)
+def _left_otherwise(case: Case, start: Snapshot) -> Iterator[Finding]:
+    """Flags that a call in eval mode changed, and modules that it left in train mode.
+
+    Modules without those inside them.
+    """
+    after, flags = _in_train_mode(case), _flags(case)
     start.restore()
     _set_eval(case)
     before = _in_train_mode(case)
@@ -213,6 +226,22 @@ def _woken(case: Case, start: Snapshot) -> Iterator[Finding]:
         if name.rpartition(".")[0] not in woken:
             told = "in train mode after a call in eval mode"
             yield Finding(kind="mode", place=name, found=told)
+    yield from _switched(_flags(case), flags, "eval")
+
+
+def _flags(case: Case) -> dict[str, bool]:
+    entries = registered(case.model)
+    return {e.names[0]: e.tensor.requires_grad for e in entries if e.kind == "parameter"}
+
+
+def _switched(
+    before: Mapping[str, bool], after: Mapping[str, bool], mode: str
+) -> Iterator[Finding]:
+    """Parameters that a call froze or made trainable."""
+    for name, flag in after.items():
+        if before.get(name, flag) is not flag:
+            told = f"changes from {before[name]} to {flag} in one call in {mode} mode"
+            yield Finding(kind="requires_grad", place=name, found=told)
 
 
 def _in_train_mode(case: Case) -> list[str]:
@@ -278,10 +307,13 @@ def moved_in_training(case: Case, everything: Sequence[nn.Module], used: set[int
         at_start = Snapshot(everything)
         before = _values(entries)
         norms = NormUpdates(_running_means(entries))
+        _set_train(case)  # an own train() may freeze
+        flags = _flags(case)
         with Writes(case) as writes, norms:
             yielded = _train_call(case, step, writes.batch)
         states.append(_generators())
         found += _written(writes, "train")
+        found += _switched(flags, _flags(case), "train")
         by_forward = dict(_changed(entries, before))
         by_first = by_first or by_forward
         if masked:
@@ -360,8 +392,7 @@ def _gradients(
 
 
 def _train_call(case: Case, step: int, batch: Any = None) -> dict[str, tuple[Tensor, ...]]:
-    for module in case.modules.values():
-        module.train()
+    _set_train(case)
     seed_generators(case.seed + step)
     return case.call(batch=batch)
 

@@ -17,7 +17,7 @@ from ensembles.handling.memory import numbers_in
 from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import preserved, seed_generators
 from ensembles.handling.training import fresh
-from ensembles.instruments.step_effects import distance
+from ensembles.instruments.distances import distance
 from ensembles.subject import whole
 
 __all__ = ["TrainingCall", "difference", "outputs_of", "training_call", "training_difference"]

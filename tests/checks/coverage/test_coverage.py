@@ -1189,11 +1189,20 @@ def test_a_freeze_that_is_undone_is_broken(where):
 
 def test_what_forward_freezes_after_use_is_broken(golden, freezing_heads):
     model = freezing_heads(6, put_back=False)
-    golden(message_of(model, sgd, torch.randn(5, 6)), "messages/coverage_frozen_in_forward.txt")
+    text = message_of(model, torch.randn(5, 6), optimizer=sgd)
+    golden(text, "messages/coverage_frozen_in_forward.txt")
     assert all(p.requires_grad for p in model.parameters())
     assert_optimizer_complete(
-        measure_optimizer_coverage(freezing_heads(6, put_back=True), sgd, torch.randn(5, 6))
+        measure_optimizer_coverage(
+            freezing_heads(6, put_back=True), torch.randn(5, 6), optimizer=sgd
+        )
     )
+
+
+def test_what_forward_thaws_and_freezes_again_is_counted_as_frozen(freezing_heads):
+    text = message_of(freezing_heads(6, put_back=False, trained=1), torch.randn(5, 6))
+    assert "model.heads.1.weight   frozen in forward:   forward() uses it, and then fr" in text
+    assert "(2 of 2 trainable parameters, 2 undone freezes, 2 frozen parameters)" in text
 
 
 def test_what_forward_freezes_before_use_is_cut():
@@ -1202,7 +1211,7 @@ def test_what_forward_freezes_before_use_is_cut():
         return net.head(net.trunk(x))
 
     text = message_of(Net(forward), batch=torch.randn(5, 6))
-    assert "model.trunk.weight   without gradient:   cut from every output, or unused" in text
+    assert "model.trunk.weight   cut from every output, or unused" in text
     assert "frozen in forward" not in text
 
 

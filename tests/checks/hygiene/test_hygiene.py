@@ -391,10 +391,8 @@ def test_a_call_that_freezes_what_it_has_used_is_broken(trained, freezing_heads)
     model = freezing_heads(4, put_back=False)
     model.heads[trained:].requires_grad_(False)
     text = message(model)
-    assert "heads.0.weight   requires_grad:   True, and False after a call in eval mode" in text
-    assert (
-        "A call changes what is trained: what is frozen when backward() runs gets nothing" in text
-    )
+    assert "but a call changes which parameters are trained" in text
+    assert "heads.0.weight   changes from True to False in one call in eval mode" in text
     assert "stale" not in text
     assert [p.requires_grad for head in model.heads for p in head.parameters()] == [
         i < trained for i in range(3) for _ in range(2)
@@ -407,7 +405,7 @@ def test_a_call_that_freezes_in_train_mode_is_broken():
         return x
 
     text = message(Calling(frozen))
-    assert "layer.weight   requires_grad:   True, and False after a call in train mode" in text
+    assert "layer.weight   changes from True to False in one call in train mode" in text
 
 
 def test_a_call_that_puts_its_freezes_back_is_clean(freezing_heads):
@@ -435,16 +433,17 @@ def test_where_not_all_was_searched_nothing_holds(monkeypatch, golden):
     assert_state_clean(measure_state_hygiene(Calling(lambda m, x: x), ROWS))
     measured = measure_state_hygiene(clean, ROWS)
     assert str(measured) == (
-        "2 modules, 2 parameters and buffers, 0 findings; hidden ones searched for in the first "
-        "500 objects, of more"
+        "2 modules, 2 parameters and buffers, 0 findings; searched 500 objects, but there are more"
     )
     with pytest.raises(ValueError, match="the first 500 objects below the model were") as error:
         assert_state_clean(measured)
     golden(str(error.value), "messages/hygiene_not_all.txt")
-    assert (
-        "(1 hidden tensor; 2 modules, 2 parameters and buffers; hidden ones searched for in the "
-        "first 500 objects, of more)" in message(hidden)
-    )
+    measured = measure_state_hygiene(hidden, ROWS)
+    with pytest.raises(Broken, match="looked at 500 objects of the model, but there are more\n"):
+        assert_state_clean(measured)
+    assert judge(measured, HygieneClaim()).kinds == ("hidden tensor",)
+    (looked_at,) = judge(measured, HygieneClaim()).looked_at
+    assert looked_at.number == measured.searched == 500
 
 
 def test_a_call_that_leaves_train_mode_behind_is_broken():
