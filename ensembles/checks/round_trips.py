@@ -49,6 +49,7 @@ class RoundTrip:
             optimizer is made after.
         details: What was found where something is broken.
         reason: Why nothing was looked at; "" where something was.
+        unowned: Why ownership alone was not, where a look would have ended the process.
     """
 
     conversion: str
@@ -59,12 +60,20 @@ class RoundTrip:
     optimizer: str = "-"
     details: tuple[str, ...] = ()
     reason: str = ""
+    unowned: str = ""
 
     CELLS = ("ties", "function", "ownership", "parameters", "optimizer")
 
     def broken(self, status: str = "broken") -> tuple[str, ...]:
         """The cells with this status."""
         return tuple(cell for cell in self.CELLS if getattr(self, cell) == status)
+
+    @property
+    def unseen(self) -> tuple[str, str]:
+        """What was not looked at, and why; empty where everything was."""
+        if self.unowned:
+            return f"ownership after {self.conversion}", self.unowned
+        return (self.conversion if self.reason else ""), self.reason
 
 
 @dataclass(frozen=True)
@@ -92,9 +101,8 @@ class RoundTrips:
         rows = [("", *RoundTrip.CELLS), *(_row(one) for one in seen)]
         lines = aligned(rows) if seen else []
         lines += [f"{one.conversion}: {_BY_PYTORCH[one.conversion]}" for one in expected]
-        lines += [
-            f"{one.conversion}: not looked at, {one.reason}" for one in self.trips if one.reason
-        ]
+        unseen = [one.unseen for one in self.trips]
+        lines += [f"{what}: not looked at, {reason}" for what, reason in unseen if reason]
         return "\n".join([head, *(f"  {line}" for line in lines)])
 
 
@@ -108,12 +116,12 @@ def _let_pass(trips: Sequence[RoundTrip]) -> list[str]:
             f"{len(expected)} broken by PyTorch: {_names(expected)}"
             + (" (after these tie again: b.weight = a.weight)" if again else "")
         )
-    reasons: dict[str, list[RoundTrip]] = {}
-    for one in trips:
-        if one.reason:
-            reasons.setdefault(one.reason, []).append(one)
+    reasons: dict[str, list[str]] = {}
+    for what, reason in (one.unseen for one in trips):
+        if reason:
+            reasons.setdefault(reason, []).append(what)
     if reasons:
-        unseen = [f"{_names(those)} ({reason})" for reason, those in reasons.items()]
+        unseen = [f"{', '.join(those)} ({reason})" for reason, those in reasons.items()]
         count = sum(len(those) for those in reasons.values())
         told.append(f"{count} not looked at: {', '.join(unseen)}")
     return told
@@ -359,6 +367,7 @@ def _judged(name: str, found: Trip) -> RoundTrip:
         parameters=cells["parameters"],
         optimizer=cells["optimizer"],
         details=details,
+        unowned=found.unowned,
     )
 
 

@@ -103,6 +103,7 @@ class Conversion:
             "shared" where something new computes with the same parameters.
         tolerance: Of outputs, relative to the greatest.
         partial: Whether PyTorch does it for some models only, so that an error is no defect.
+        layout: Whether it lays tensors out otherwise, which PyTorch has other kernels for.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Conversion:
     result: Literal["copy", "in place", "shared"] = "copy"
     tolerance: float = SAME_CODE
     partial: bool = False
+    layout: bool = False
 
 
 def _of(module: nn.Module) -> Converted:
@@ -282,7 +284,7 @@ CONVERSIONS: Mapping[str, Conversion] = {
         Conversion("to_empty", _to_empty, partial=True),
         Conversion("half", _through(torch.float16), "in place", HALF),
         Conversion("double", _through(torch.float64), "in place"),
-        Conversion("channels_last", _channels_last, "in place", OTHER_CODE),
+        Conversion("channels_last", _channels_last, "in place", OTHER_CODE, layout=True),
         Conversion("weight_norm", _weight_norm, "in place", OTHER_CODE, partial=True),
         Conversion("functional_call", _functional_call, partial=True),
         Conversion("vmap", _vmap, "copy", OTHER_CODE, partial=True),

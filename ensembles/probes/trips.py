@@ -9,7 +9,7 @@ are compared too, because the same function may be cut off from its weights in t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ensembles.probes.conversions import SAME_CODE, Conversion, NotLookedAt, Source, converted
+from ensembles.probes.overruns import OverrunLog
 from ensembles.probes.owned import Reach, owned_otherwise, reach_of
 from ensembles.probes.registers import registered
 from ensembles.probes.state import seed_generators
@@ -37,6 +38,8 @@ __all__ = ["Trip", "owners_of", "trip"]
 
 STEP = 0.1
 """Change of every weight, in multiples of its tensor's own spread: outputs differ clearly."""
+
+_OVERRUN = "on a CPU, PyTorch may write past a buffer in the weight gradient of"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Trip:
         statistics: Buffers of the model that a training call of the copy moved.
         unsaved: Buffers that no state_dict holds.
         owned: Whether owners of weights could be compared.
+        unowned: Why they were not, where a look would have ended the process.
         owned_otherwise: Weights whose elements reach other members than before, in sentences.
     """
 
@@ -82,6 +86,7 @@ class Trip:
     statistics: tuple[str, ...] = ()
     unsaved: tuple[str, ...] = ()
     owned: bool = False
+    unowned: str = ""
     owned_otherwise: tuple[str, ...] = ()
 
 
@@ -144,8 +149,10 @@ def trip(
         "stale": after.stale if conversion.result != "copy" else (),
         "unsaved": unsaved,
     }
+    log = OverrunLog()
     try:
-        found = _outputs(result.call, batch, seed)
+        with log if conversion.layout else nullcontext():
+            found = _outputs(result.call, batch, seed)
     except Exception as error:
         if conversion.partial and (result.module is None or conversion.result == "shared"):
             # By whom it was called, on what, is no news here.
@@ -163,7 +170,9 @@ def trip(
         facts["after_step"] = _difference(moved, _outputs(result.call, batch, seed))
         if conversion.result == "copy":
             facts["aliased"] = _changed(source, before, conversion.tolerance, seed)
-    if owners is not None and result.module is not None:
+    if log.convs:  # to look at owners is a backward pass
+        facts["unowned"] = f"{_OVERRUN} {log.convs[0]}"
+    elif owners is not None and result.module is not None:
         facts["owned"], facts["owned_otherwise"] = _owned(owners, result.module, batch, outputs)
     return Trip(**facts)
 
