@@ -108,10 +108,24 @@ def test_the_checks_need_only_torch_and_pytest():
     assert names == ["torch", "pytest"]
 
 
-def test_continuous_integration_runs_exactly_the_test_command_of_the_readme():
-    command = (ROOT / ".ci" / "run").read_text().rstrip().splitlines()[-1]
+def test_continuous_integration_runs_exactly_the_test_command_of_the_readme_first():
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    first, *others = [number for number, line in enumerate(lines) if "pytest" in line]
+    # What comes after it may not hide that it failed.
+    command, joined, end = lines[first].rpartition(" &&")
+    assert (joined, end) == (" &&", "")
     assert command.endswith("pytest -n 2")
     assert command in (ROOT / "README.md").read_text().splitlines()
+    assert len(others) == 1
+
+
+def test_it_runs_what_is_computed_channels_last_with_the_kernels_of_avx2_too():
+    command = (ROOT / ".ci" / "run").read_text().replace("\\\n ", "").splitlines()[-1]
+    setting, _, rest = command.partition(" ")
+    assert setting == "ONEDNN_MAX_CPU_ISA=AVX2"
+    tests = [part for part in rest.split() if part.startswith("tests/")]
+    assert "tests/models" in tests
+    assert all((ROOT / path).exists() for path in tests)
 
 
 def test_the_readme_has_the_command_of_the_main_job():

@@ -37,7 +37,8 @@ last already, members are computed channels last behind the stem for as long as 
 they compute with are small: normalisation, max-pool and convs of few channels are faster so, and
 wide convs are not. A stem whose pool is shared is channels last as well. Elsewhere a layout changes
 only between a product and its normalisation, or a normalisation and its activation, where the
-tensor that is left is not kept. On other devices the layout is left as it is.
+tensor that is left is not kept; but the input of a strided 1x1 conv of less than 16 channels is
+copied, see `ensembles.kernels`. On other devices the layout is left as it is.
 
 What the time cannot go below: only products are shared out, so they cost 2 whatever k. What is
 done for each activation behind the stem (normalisation, sums) costs 1 + k, as there are 1 + k times

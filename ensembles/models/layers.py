@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ensembles.models.convs import GuardedConv2d
 from ensembles.models.routing import Block
 
 __all__ = ["BlockConv2d", "ChannelSwitcher", "SubnetConv2d", "SubnetGrid"]
@@ -59,7 +60,7 @@ class ChannelSwitcher(nn.Module):
         return f"width={self.width}, shift={self.shift}"
 
 
-class SubnetConv2d(nn.Conv2d):
+class SubnetConv2d(GuardedConv2d):
     """A `torch.nn.Conv2d` of k times the width, whose blocks are the convs of its subnets.
 
     The channels are cut into k groups; ``conv.subnets[i, j]`` computes with block (i, j), the part
@@ -201,7 +202,7 @@ class SubnetConv2d(nn.Conv2d):
         rows, columns = self._rows_and_columns(i, j)
         weight = self.weight[rows, columns] if blocks is None else blocks[i, j]
         bias = None if self.subnet_bias is None else self.subnet_bias[i, j]
-        return self._computed_with(x, weight, bias)
+        return self._computed_narrow(x, weight, bias)
 
     def zero_padded(self, x: Tensor, i: int, j: int) -> Tensor:
         """Computes with block (i, j) at full width: every other weight is masked with zeros.
@@ -237,7 +238,7 @@ class SubnetConv2d(nn.Conv2d):
         if self.subnet_bias is not None:
             around = (rows.start, self.out_channels - rows.stop)
             bias = nn.functional.pad(self.subnet_bias[i, j], around)
-        return self._computed_with(x, weight * mask, bias)
+        return self._computed(x, weight * mask, bias)
 
     def split_weight(self) -> dict[Block, Tensor]:
         """Returns all blocks of the weight: views, made in one go.
@@ -287,7 +288,7 @@ class SubnetConv2d(nn.Conv2d):
         sums = []
         for i in range(rows):
             products = [
-                self._computed_with(group, blocks[i, j], None) for j, group in enumerate(groups)
+                self._computed_narrow(group, blocks[i, j], None) for j, group in enumerate(groups)
             ]
             sums.append(sum(products[1:], start=products[0]))
         y = torch.cat(sums, dim=-3)
@@ -299,7 +300,11 @@ class SubnetConv2d(nn.Conv2d):
         shown: str = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{shown}, width={self.width}{stem}"
 
-    def _computed_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _computed_narrow(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, weight = self._guarded(x, weight, self.in_channels // self.grid[1])
+        return self._computed(x, weight, bias)
+
+    def _computed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # torch.nn.Conv2d's own way: stride, padding and its modes, and dilation are all in here.
         y: Tensor = self._conv_forward(x, weight, bias)
         return y

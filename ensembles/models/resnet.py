@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack, cast
 import torch
 from torch import Tensor, nn
 
+from ensembles.kernels import overruns_channels_last
+from ensembles.models.convs import GuardedConv2d
 from ensembles.models.routing import ResidualShape
 
 __all__ = [
@@ -304,7 +306,9 @@ class ResNet(nn.Module):
         is_stem: bool = False,
     ) -> nn.Conv2d:
         """Makes one conv; what has another kind of conv overrides this."""
-        return nn.Conv2d(
+        # Only where it matters: tools of others ask for the very type of a layer.
+        overruns = overruns_channels_last(in_channels, (kernel_size,), (stride,))
+        return (GuardedConv2d if overruns else nn.Conv2d)(
             in_channels,
             out_channels,
             kernel_size,

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -38,6 +39,7 @@ from ensembles.checks.round_trips.model_calls import (
     training_call,
     training_difference,
 )
+from ensembles.checks.round_trips.overruns import OverrunLog
 from ensembles.checks.round_trips.owners import Reach, other_owners, reach_of
 from ensembles.handling.members import call, is_one_module, named_modules_of
 from ensembles.handling.memory import as_kind_of, numbers_in
@@ -56,6 +58,8 @@ STEP = 0.1
 
 STEPS = 4
 """The same in tolerances, where that is more: a tenth does not show in bfloat16."""
+
+_OVERRUN = "on a CPU, PyTorch may write past a buffer in the weight gradient of"
 
 
 def outcomes(case: Case, conversions: Sequence[Conversion]) -> dict[str, Outcome]:
@@ -225,8 +229,10 @@ class Original:
             found += self._registered_otherwise(result.module, copied=copied)
             tied = any(len(group) > 1 for group in (*self.groups, *_groups(result.module)))
             looked_at += ["parameters", *(["ties"] * tied), *(["optimizer"] * (not copied))]
+        log = OverrunLog()
         try:
-            outputs = outputs_of(self.case, result.call)
+            with log if conversion.layout else nullcontext():
+                outputs = outputs_of(self.case, result.call)
         except Exception as error:
             if partial and (result.module is None or conversion.result == "shared"):
                 # By whom it was called, on what, is no news here.
@@ -236,11 +242,13 @@ class Original:
             return self._outcome(name, looked_at, found)
         apart = any(one.kind == "came apart" for one in found)
         found += self._computed_otherwise(conversion, result, outputs, trained, apart=apart)
-        if self.owners is not None and result.module is not None:
+        unowned = f"{_OVERRUN} {log.convs[0]}" if log.convs else ""
+        if self.owners is not None and result.module is not None and not unowned:
+            # To look at owners is a backward pass.
             owned = self._owned_otherwise(self.owners, result.module)
             looked_at += [] if owned is None else ["ownership"]
             found += owned or []
-        return self._outcome(name, looked_at, found)
+        return replace(self._outcome(name, looked_at, found), unowned=unowned)
 
     def _registered_otherwise(self, module: nn.Module, *, copied: bool) -> Iterator[Difference]:
         groups = _groups(module)

@@ -94,6 +94,7 @@ class Conversion:
         cast: What weights are cast to on the way.
         partial: Whether PyTorch does it for some models only, so that an error is no defect.
         loads: Whether it loads the state into another model.
+        layout: Whether it lays tensors out otherwise, which PyTorch has other kernels for.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Conversion:
     cast: torch.dtype | None = None
     partial: bool = False
     loads: bool = False
+    layout: bool = False
 
 
 def _of(module: nn.Module) -> Converted:
@@ -272,7 +274,7 @@ LOCAL: Mapping[str, Conversion] = {
         Conversion("to_empty", _to_empty, partial=True),
         Conversion("half", _through(torch.float16), "in place", "recomputed", torch.float16),
         Conversion("double", _through(torch.float64), "in place"),
-        Conversion("channels_last", _channels_last, "in place", "recomputed"),
+        Conversion("channels_last", _channels_last, "in place", "recomputed", layout=True),
         Conversion("weight_norm", _weight_norm, "in place", "recomputed", partial=True),
         # Fused paths of a layer, such as attention's, ask for Parameters.
         Conversion("functional_call", _functional_call, "copy", "recomputed", partial=True),

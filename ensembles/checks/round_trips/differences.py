@@ -60,6 +60,7 @@ class Outcome:
         looked_at: The `ASPECTS` that could be compared.
         differences: All that is not as before, in their order.
         reason: Why nothing was looked at; "" where something was.
+        unowned: Why owners alone were not looked at, where the look would have ended the process.
         applies: Whether there is anything to convert in this model.
     """
 
@@ -68,6 +69,14 @@ class Outcome:
     differences: tuple[Difference, ...] = ()
     reason: str = ""
     applies: bool = True
+    unowned: str = ""
+
+    @property
+    def unseen(self) -> tuple[str, str]:
+        """What was not looked at, and why; empty where everything was."""
+        if self.unowned:
+            return f"ownership after {self.conversion}", self.unowned
+        return (self.conversion if self.reason else ""), self.reason
 
     def status(self, aspect: str) -> str:
         """What became of one of `ASPECTS`: "kept", "broken", "broken by PyTorch", or "-".

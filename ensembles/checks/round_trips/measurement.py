@@ -64,8 +64,9 @@ class RoundTrips:
         for applies, told in ((True, "not looked at"), (False, "not applicable")):
             reasons: dict[str, list[str]] = {}
             for one in self.outcomes:
-                if one.reason and one.applies == applies:
-                    reasons.setdefault(one.reason, []).append(one.conversion)
+                what, reason = one.unseen
+                if reason and one.applies == applies:
+                    reasons.setdefault(reason, []).append(what)
             if reasons:
                 unseen = [f"{', '.join(those)} ({reason})" for reason, those in reasons.items()]
                 yield f"{sum(map(len, reasons.values()))} {told}: {', '.join(unseen)}"
