@@ -1,4 +1,4 @@
-"""A case: a subject that was made. One case goes through every check, and no check changes it.
+"""A case is a subject that was made. It goes through every check, and no check changes it.
 
 A case knows the model, the batch, the members and their outputs, the optimizer, the loss and the
 seed. It can call the model, train it for a step, and put it back.

@@ -32,7 +32,7 @@ class Promise:
 
     Example:
         >>> PROMISES["sharing"].fixture, PROMISES["sharing"].folder
-        ('parameter_sharing', 'ensembles.checks.sharing.measurement')
+        ('parameter_sharing', 'ensembles.checks.sharing')
     """
 
     name: str
