@@ -1,7 +1,7 @@
-"""The subject made: the one object that goes through every check, and is as before after each.
+"""A case is a subject that was made. It goes through every check, and no check changes it.
 
 A case knows the model, the batch, the members and their outputs, the optimizer, the loss and the
-seed. It knows how to call the model, how to train it for a step, and how to put it back.
+seed. It can call the model, train it for a step, and put it back.
 """
 
 from __future__ import annotations
@@ -49,15 +49,16 @@ _NOTHING: Any = object()
 
 
 class Case:
-    """A subject that was made, for every check to look at.
+    """A subject that was made, so that every check can look at it.
 
-    Model and batch are made when they are first asked for, under the seed: first the model, then
-    the batch, with the generators as `make` left them. Checks put back what they change; `digest`
-    proves it.
+    Model and batch are made when they are first asked for, under the seed. The model is made first.
+    The batch follows, with the generators as `make` left them. Checks put back what they change;
+    `digest` proves it.
 
     Args:
         subject: The recipe.
-        seed: Set before the model is made, and before every check; by default that of the run.
+        seed: Set before the model is made, and before every check. The default is the seed of the
+            run.
 
     Example:
         >>> case = Case.of([nn.Linear(4, 2), nn.Linear(4, 2)], torch.randn(5, 4))
@@ -84,13 +85,13 @@ class Case:
         batch: Any = None,
         **recipe: Unpack[Recipe],
     ) -> Case:
-        """The case of what a user gave: a model, or a function that makes it, and a recipe.
+        """The case of a model, or of a function that makes it, with a recipe.
 
         Args:
             model: A module, the members as a list or dict of modules, a function that builds one of
                 these, a subject, or a case.
-            batch: What the model is called with, or a function that returns it; None where the
-                check needs none.
+            batch: What the model is called with, or a function that returns it; None if the
+                check needs no batch.
             **recipe: Fields of `Subject`.
 
         Raises:
@@ -99,15 +100,16 @@ class Case:
         if isinstance(model, (Case, Subject)):
             if batch is not None or recipe:
                 kind = type(model).__name__.lower()
-                raise ValueError(f"a {kind} brings its batch and recipe: give no others.")
+                raise ValueError(f"a {kind} already has a batch and a recipe: give it no others.")
             return model if isinstance(model, Case) else cls(model)
         seed = recipe.pop("seed", None)
+        fields: Any = recipe
         given = isinstance(model, nn.Module) or not callable(model)
         if given:
             named_modules_of(model)  # type: ignore[arg-type]
         make: Any = (lambda: model) if given else model
         feed = batch if batch is None or callable(batch) else lambda: batch
-        case = cls(Subject(make=make, batch=feed, **recipe), seed=seed)
+        case = cls(Subject(make=make, batch=feed, **fields), seed=seed)
         if given:
             case._model = model
         return case
@@ -140,8 +142,8 @@ class Case:
         """A new model; the generators stay as `make` left them.
 
         Args:
-            generators: The states that it is drawn from, such as `after_make`, for a model that is
-                drawn after the first; by default those of the seed.
+            generators: The states that it is drawn from, such as `after_make` for a model that is
+                drawn after the first. By default the generators are seeded.
         """
         __tracebackhide__ = True
         if generators is None:
@@ -175,7 +177,7 @@ class Case:
             )
         if self._batch is _NOTHING:
             _ = self.model  # its draws come first
-            then = "It takes nothing, and returns what the model is called with."
+            then = "It takes no arguments and returns what the model is called with."
             with generators_kept():
                 if self._after_make is not None:
                     restore_generators(self._after_make)
@@ -196,13 +198,13 @@ class Case:
 
     @property
     def everything(self) -> list[nn.Module]:
-        """All that a call or a step may change: also modules that nothing lists."""
+        """Every module that a call or a step may change, also those that no module lists."""
         modules = list(self.modules.values())
         return [*modules, *hidden_modules(modules)]
 
     @property
     def members_known(self) -> bool:
-        """Whether members are modules of their own, and not only outputs."""
+        """Whether each member is a module, rather than only an output."""
         return self.subject.members is not None or not self.is_one_module
 
     @property
@@ -212,9 +214,10 @@ class Case:
 
     @property
     def data(self) -> dict[int | str, Callable[[], Any]]:
-        """By member, a function that asks the subject anew for what the member is trained on.
+        """For each member, a function that asks the subject for what the member is trained on.
 
-        The keys are what the subject's `data` is called with: numbers, or the names of a dict.
+        Each call asks again. The keys are what the subject's `data` is called with: numbers, or the
+        names of a dict.
 
         Raises:
             ValueError: If the subject has no data.
@@ -222,8 +225,8 @@ class Case:
         data = self.subject.data
         if data is None:
             raise ValueError(
-                f"subject {self.subject.name!r} has no data: give Subject(data=...), a function of "
-                "the member to its sample indices or its loader."
+                f"subject {self.subject.name!r} has no data: give Subject(data=...), a function "
+                "that takes a member and returns its sample indices or its loader."
             )
         if self.members_known:
             names = list(self.members)
@@ -236,11 +239,11 @@ class Case:
     # --- calls and steps ------------------------------------------------------------------------
 
     def call(self, model: Model | None = None, batch: Any = None) -> dict[str, tuple[Tensor, ...]]:
-        """What each member yields, in the present mode.
+        """What each member returns, in the present mode.
 
         Args:
             model: What to call in place of the case's model: some of the members, or a copy.
-            batch: What to call it with, as it is; by default a fresh copy of the case's batch.
+            batch: What to call it with; it is not copied. By default a copy of the case's batch.
         """
         __tracebackhide__ = True
         called = self.model if model is None else model
@@ -256,13 +259,13 @@ class Case:
         __tracebackhide__ = True
         if self.subject.loss is None:
             raise ValueError(
-                f"subject {self.subject.name!r} has no loss: give Subject(loss=...), a function of "
-                "the dict of member outputs."
+                f"subject {self.subject.name!r} has no loss: give Subject(loss=...), a function "
+                "that takes the dict of member outputs."
             )
         return loss_of(self.subject.loss, outputs)
 
     def optimizers(self, model: Model | None = None) -> tuple[Optimizer, ...]:
-        """The optimizers, built for the model or for some of its members; plain SGD by default."""
+        """The optimizers of the model, or of some of its members; plain SGD by default."""
         __tracebackhide__ = True
         trained = self.model if model is None else model
         if self.subject.optimizer is None:
@@ -282,12 +285,12 @@ class Case:
         return preserved(self.everything)
 
     def digest(self) -> tuple[str, str]:
-        """Digests of the model and of the batch, "" where that was not made yet."""
+        """Digests of the model and of the batch; "" for a batch that was not made yet."""
         batch = "" if self._batch is _NOTHING else digest_of_state([self._batch])
         return digest_of_state(list(self.modules.values())), batch
 
     def is_as(self, digest: tuple[str, str]) -> bool:
-        """Whether nothing was changed since; a batch that was made since is no change."""
+        """Whether nothing changed since; a batch that was first made since is not a change."""
         model, batch = self.digest()
         return model == digest[0] and digest[1] in ("", batch)
 
@@ -295,7 +298,7 @@ class Case:
     def checked(self) -> Iterator[Case]:
         """For one check: seeds the generators, and puts them back on exit.
 
-        The draws of a check are apart from those of `make` and of the batch.
+        The seed differs from that of `make`, so that a check draws other numbers than the model.
         """
         with generators_kept():
             _ = self.model
@@ -310,8 +313,9 @@ class Case:
             **recipe: Fields of `Subject` in place of the case's own.
         """
         seed = recipe.pop("seed", None)
+        fields: Any = recipe
         other = Case(
-            replace(self.subject, make=lambda: model, **recipe),
+            replace(self.subject, make=lambda: model, **fields),
             seed=self.seed if seed is None else seed,
         )
         other._model, other._batch = model, self._batch

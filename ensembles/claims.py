@@ -1,7 +1,7 @@
-"""What the grammars of all claims have in common: how a claim is refused.
+"""What all claims have in common: how a wrong claim is refused.
 
-Standard library only: a claim is parsed before any model is built. What can be claimed of a promise
-stands in its folder, in `claim.py`.
+Standard library only, because a claim is parsed before any model is built. The file `claim.py` in
+the folder of a promise says what can be claimed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["ClaimError", "is_count", "is_number", "is_patterns", "options_of", "
 
 
 class ClaimError(ValueError):
-    """A claim that cannot be parsed: it says what was given, and what could be.
+    """A claim that cannot be parsed. It says what was given, and what can be claimed.
 
     Example:
         >>> raise unknown("sharing", "independant", ["independent", "tied"])
@@ -42,7 +42,7 @@ def unknown(check: str, given: object, known: Sequence[str]) -> ClaimError:
 
 
 def options_of(given: object, known: Sequence[str]) -> dict[str, Any] | None:
-    """A claim that is a dict of options, as a dict; None where it is none, or has other keys.
+    """A claim that is a dict of options, as a dict; None if it is no dict, or has other keys.
 
     Example:
         >>> options_of({"steps": 3}, ["steps"]), options_of({"stesp": 3}, ["steps"])

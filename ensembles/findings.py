@@ -1,7 +1,7 @@
-"""What a check found, as data: messages, tables, JSON and reports are renderings of it.
+"""What a check found, as data. Messages, tables, JSON and reports are made from it.
 
-Standard library only. No instrument composes sentences, and nobody takes one apart: a judgement
-fills in these fields, and `ensembles.message` turns them into words.
+Standard library only. Instruments do not write sentences, and no code reads a sentence again. A
+judgement fills in these fields, and `ensembles.message` turns them into words.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["Count", "Finding", "Findings"]
 
 @dataclass(frozen=True)
 class Count:
-    """How many of how many: what is affected, or what was looked at.
+    """A number of things, often of a total: how many are affected, or were looked at.
 
     Example:
         >>> print(Count(2, "parameter", of=62), "|", Count(1, "buffer"), "|", Count(3, "query"))
@@ -38,7 +38,7 @@ class Count:
 
 
 def _plural(noun: str) -> str:
-    """Of the last word before "of" or "in": "ordered pair", "piece of memory"."""
+    """The plural of a noun: "ordered pairs", "pieces of memory"."""
     head, preposition, rest = noun.partition(" of ")
     if head.endswith("y") and head[-2:-1] not in "aeiou":
         return f"{head[:-1]}ies{preposition}{rest}"
@@ -52,13 +52,13 @@ class Finding:
 
     Attributes:
         kind: What kind of finding it is, in a word or two, such as "leak" or "zero gradient".
-        place: Where: a parameter, buffer or module by its path, or a step, row or call.
+        place: Where it is: the path of a parameter, buffer or module, or a step, row or call.
         members: The members that it concerns.
-        expected: What was claimed to be there; "" where the claim says it already.
+        expected: What was claimed to be there; "" if the claim already says it.
         found: What was found.
-        amount: How much, as a number in the unit that `found` names; None where nothing is counted.
+        amount: How much, as a number in the unit that `found` names; None if nothing is counted.
         meaning: What this kind means for training or prediction, in one sentence.
-        cause: The usual cause, in words that follow "Usual cause:"; "" where none is known.
+        cause: The usual cause, in words that follow "Usual cause:"; "" if none is known.
         remedy: What to do, in full sentences.
 
     Example:
@@ -79,14 +79,14 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings(Sequence[Finding]):
-    """All that a check found against one claim; empty where the claim holds.
+    """Everything that a check found against one claim; empty if the claim holds.
 
     Attributes:
-        claim: The claim in one sentence and, where it is broken, how: "members 0, 1 are claimed
-            independent, but share parameters".
-        items: The findings, the first to be read first.
+        claim: The claim in one sentence. If it is broken, the sentence says how: "members 0, 1 are
+            claimed independent, but share parameters".
+        items: The findings, the most important first.
         affected: How much of the model they concern, such as 2 of 62 parameters.
-        looked_at: What was looked at of what there is, where that is not everything.
+        looked_at: How much was looked at, where that is not everything.
         notes: What a reader should know besides, in full sentences: what the claim lets pass.
 
     Example:

@@ -1,6 +1,6 @@
-"""How a broken claim is told: claim, where, how much, likely cause, what to do, replay.
+"""Writes the message of a broken claim: claim, where, how much, likely cause, remedy, replay.
 
-Standard library only. One function, so that every check's message has the same order.
+Standard library only. One function writes all messages, so that they have the same order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ensembles.findings import Finding, Findings
 
 SHOWN_ROWS = 8
-"""Rows of a table before it is capped: a message fits on one screen."""
+"""How many rows of a table are shown, so that a message fits on one screen."""
 
 PROSE_WIDTH = 92
 
@@ -31,19 +31,19 @@ def broken(
         claim: The claim and that it does not hold, in one sentence.
         rows: Where: place, expected and found, one row each. Capped at `SHOWN_ROWS`.
         total: How much in all, such as "62 of 62 parameters".
-        meaning: What it means for training, in one sentence; its line breaks are kept.
-        remedy: The usual cause and what to do next; its line breaks are kept.
+        meaning: What it means for training, in one sentence. Its line breaks are kept.
+        remedy: The usual cause and what to do next. Its line breaks are kept.
 
     Returns:
         The message, with the command that replays it when a pytest test is running.
 
     Example:
         >>> print(broken(
-        ...     "members 0, 1 are claimed independent, and share parameters",
+        ...     "members 0, 1 are claimed independent, but share parameters",
         ...     [("weight", "one tensor in members 0, 1")], total="1 of 1 parameters",
         ...     meaning="The two members are one network.", remedy="Build each member anew.",
         ... ).partition("  replay")[0].rstrip())
-        members 0, 1 are claimed independent, and share parameters
+        members 0, 1 are claimed independent, but share parameters
         <BLANKLINE>
           weight   one tensor in members 0, 1
           (1 of 1 parameters)
@@ -64,7 +64,7 @@ def broken(
 
 
 class Broken(AssertionError):  # noqa: N818  (what it says of a claim)
-    """A broken claim: its text is the message, and `findings` is what it is made of.
+    """A broken claim: its text is the message, and the message is made from `findings`.
 
     Example:
         >>> from ensembles.findings import Finding, Findings
@@ -79,12 +79,12 @@ class Broken(AssertionError):  # noqa: N818  (what it says of a claim)
         self.findings = findings
 
 
-# Tracebacks name it as what it is to its readers.
+# Tracebacks show it under the name that readers know.
 Broken.__module__, Broken.__qualname__ = "builtins", "AssertionError"
 
 
 def assert_held(findings: Findings) -> None:
-    """Raises `Broken` where something was found.
+    """Raises `Broken` if something was found.
 
     Example:
         >>> from ensembles.findings import Findings
@@ -98,7 +98,7 @@ def assert_held(findings: Findings) -> None:
 def rendered(findings: Findings) -> str:
     """The message of a broken claim: claim, where, how much, meaning, cause, remedy, replay.
 
-    Rows of every kind of finding are shown; what does not fit is counted.
+    Rows of every kind of finding are shown. Rows that do not fit are counted.
 
     Args:
         findings: What a judgement found.
@@ -140,7 +140,7 @@ def rendered(findings: Findings) -> str:
 
 
 def _prose(findings: Findings) -> Iterator[str]:
-    """What each kind means, its usual cause and what to do; a paragraph a kind, if several."""
+    """What each kind means, its usual cause and what to do; one paragraph for each kind."""
     several = len(findings.kinds) > 1
     for kind in findings.kinds:
         items = findings.of_kind(kind)
@@ -155,7 +155,7 @@ def _prose(findings: Findings) -> Iterator[str]:
 
 
 def _shown(findings: Findings) -> list[Finding]:
-    """As many as fit, in their order, and at least one of every kind."""
+    """As many findings as fit, in their order, and at least one of every kind."""
     firsts = {findings.items.index(findings.of_kind(kind)[0]) for kind in findings.kinds}
     others = [i for i in range(len(findings)) if i not in firsts]
     room = max(SHOWN_ROWS - len(firsts), 0)
@@ -163,9 +163,10 @@ def _shown(findings: Findings) -> list[Finding]:
 
 
 def _rows(items: Sequence[Finding], *, several: bool) -> list[tuple[str, ...]]:
-    """Place, kind where there are several, expected, found; without columns that are empty.
+    """Rows of place, kind, expected and found; columns that are empty are left out.
 
-    What is too wide to stand side by side stands one below the other.
+    The kind is shown only where there are several. If expected and found are too wide for one line,
+    they stand one below the other.
     """
     rows: list[tuple[str, ...]] = [
         (
@@ -206,7 +207,7 @@ def in_common(members: Sequence[str], *, whole: bool) -> Explanation:
 
     Args:
         members: The members that do.
-        whole: Whether all that they register is the same, so that they are one network.
+        whole: Whether everything that they register is the same, so that they are one network.
 
     Example:
         >>> in_common(["0", "1"], whole=True)["meaning"]
@@ -228,7 +229,7 @@ def in_common(members: Sequence[str], *, whole: bool) -> Explanation:
 
 
 def told_in_common(members: Sequence[str], *, whole: bool) -> tuple[str, str]:
-    """As `in_common`, with cause and remedy in one text."""
+    """The same as `in_common`, with cause and remedy in one text."""
     told = in_common(members, whole=whole)
     return told["meaning"], f"Usual cause: {told['cause']}. {told['remedy']}"
 
@@ -277,7 +278,7 @@ def replay() -> str:
     if not test:
         return ""
     file, _, name = test.partition("::")
-    if not file or file.endswith("ensembles/suite.py"):  # the gate is found by its import name
+    if not file or file.endswith("ensembles/suite.py"):  # pytest finds the gate by its import name
         test = f"ensembles.suite::{name}"
     gate = "--pyargs " if test.startswith("ensembles.suite") else ""
     about = (

@@ -1,7 +1,7 @@
-"""What the present run was told: its seed, and the subject that the command line names.
+"""The options of the present run: its seed, and the subject that the command line names.
 
-Standard library only. pytest's options and `check_ensemble` set both; a case reads the seed when it
-is made, and a message names both in the command that replays it.
+Standard library only. pytest's options set both, and `check_ensemble` sets the seed. A case reads
+the seed when it is made. A message names both in the command that replays it.
 """
 
 from __future__ import annotations

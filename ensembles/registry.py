@@ -1,7 +1,7 @@
-"""The table of promises: what each is called, what it says, and the folder that keeps it.
+"""The table of promises: the name of each, what it says, and its folder.
 
-Standard library only. The gate, pytest's fixtures, the public names, the choices of options and the
-tables of the README derive from this table, or a test holds them to it.
+Standard library only. The gate, pytest's fixtures, the public names and the choices of options come
+from this table. A test compares the tables of the README with it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ class Promise:
     """One promise: a row of the table.
 
     Attributes:
-        name: What claims, `-k`, `--ensembles-require`, reports and the folder call it.
+        name: The name in claims, `-k`, `--ensembles-require` and reports, and of the folder.
         fixture: The fixture that tests ask for.
         sentence: The promise itself, in one sentence.
         catches: Some faults that break it, for the README.
-        public: What `ensembles` exports of the folder, as "module.name".
-        by_default: What is claimed of a bare model, by what was given: "module" (one network),
-            "container" (one that keeps modules in an attribute `members`) or "ensemble" (a list or
-            dict of modules). Nothing says that the outputs of a bare module are members.
+        public: What `ensembles` exports from the folder, as "module.name".
+        by_default: What a bare model claims. It depends on what was given: "module" (one network),
+            "container" (a network that keeps modules in an attribute `members`) or "ensemble" (a
+            list or dict of modules). The outputs of a "module" are not taken as members, because
+            nothing says that they are.
 
     Example:
         >>> PROMISES["sharing"].fixture, PROMISES["sharing"].folder
-        ('parameter_sharing', 'ensembles.checks.sharing.measurement')
+        ('parameter_sharing', 'ensembles.checks.sharing')
     """
 
     name: str
@@ -248,7 +249,7 @@ KINDS = ("module", "container", "ensemble")
 
 
 def default_claims(kind: str) -> dict[str, str]:
-    """What is claimed of a bare model of one of `KINDS`.
+    """What a bare model of one of `KINDS` claims.
 
     Example:
         >>> default_claims("module")

@@ -1,8 +1,7 @@
 """The model under verification: how to make, feed, split and train it, and what it claims.
 
-Every check accepts what users already have: a module, a list or a dict of modules. This file
-turns those into one vocabulary (named members, named member outputs), and refuses what cannot be
-looked at with an error that says where and what to do.
+`Subject` holds all of this. `Recipe` is the part of it that every check and fixture takes as
+keywords. `split_axis`, `split_batch` and `whole` say how an output is split into members.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any, TypedDict
 from torch import Tensor, nn
 
 Model = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
-"""What a user points at: one module, or the members as a list or dict of modules."""
+"""What a user gives: one module, or the members as a list or dict of modules."""
 
 Outputs = Callable[[Any], Mapping[str, Any] | Sequence[Any]]
 """Splits what one module returns into member outputs: see `split_axis` and `split_batch`."""
@@ -30,8 +29,8 @@ Loss = Callable[[dict[str, Any]], Tensor]
 class Recipe(TypedDict, total=False):
     """How a model is split, trained and used: what every check takes beside model and batch.
 
-    The keys are the fields of `Subject` of the same names, and mean the same; `seed` is besides. A
-    check that has no use for one lets it pass, so that one recipe serves all checks of a model.
+    The keys are fields of `Subject`, and `seed`. A check ignores the keys that it does not need, so
+    that one recipe serves all checks of a model.
     """
 
     name: str
@@ -47,57 +46,59 @@ class Recipe(TypedDict, total=False):
     data: Callable[[Any], Any] | None
     data_size: int | None
     seed: int | None
-    """Set before the model is made, and before every check; by default that of the run."""
+    """Set before the model is made, and before every check; by default the seed of the run."""
 
 
 LISTED = "Usual cause: members in a Python list instead of nn.ModuleList"
-"""Why a model registers nothing."""
+"""Why a model registers no parameters."""
 
 SPLIT = (
     "Give a list of modules, or outputs=a function that splits what the model returns: split_axis, "
-    "split_batch or your own. Where it returns the mean of its members, give the members: "
+    "split_batch or your own. If it returns the mean of its members, give the members: "
     "make=lambda: list(Model().members)."
 )
-"""What to do where a model yields one output, and a check compares members."""
+"""What to do if a model returns one output, but a check compares members."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Subject:
     """A model with the recipe to make, feed, split and train it, and with its claims.
 
-    Only `make` is required; a check that needs more than was given says which field to add.
+    Only `make` is required. If a check needs another field, it says which one to add.
 
     Args:
         make: Returns a new model at each call: a module, or the members as a list or dict of
-            modules. Called once for every check, after the global seeds were set.
+            modules. It is called after the global seeds were set. All checks share one model, but
+            some checks also build new ones.
         name: Shown in reports and test ids.
         batch: Returns what the model is called with: a tensor, a tuple of positional arguments,
             or a dict of keyword arguments.
         outputs: Splits the value that one module returns into member outputs. By default a list,
             tuple or dict is taken as one output per member, and a tensor as one member.
         members: Finds the member modules inside one module, such as `lambda model: model.members`,
-            so that storage can be compared between them. A list or dict of modules needs none.
-        optimizer: Builds the optimizer, or a list of them, for the model that it is given; or
-            returns what `configure_optimizers` of a LightningModule does, of which schedulers are
-            left out.
+            so that storage can be compared between them. A list or dict of modules does not need
+            it.
+        optimizer: Takes the model, and builds its optimizer or a list of them. It may also return
+            what `configure_optimizers` of a LightningModule returns; schedulers are then ignored.
         loss: The training loss: a function of the dict of member outputs, to a scalar tensor.
         member_loss: The loss of one member: a function of its output, to a scalar tensor.
-        scheduler: A function of one optimizer: its scheduler, a list of them, or a function that
-            is called once after each training step.
-        clip: What training does to gradients before the step: a function of the model.
+        scheduler: A function of one optimizer. It returns its scheduler, a list of them, or a
+            function that is called once after each training step.
+        clip: Clips the gradients before the step, as training does: a function of the model.
         predict: The ensemble's prediction: a function of the model and the batch, to a tensor of
             probabilities, log-probabilities, logits or classes.
         evaluate: The ensemble's metric: a function of the model, the batch and the labels, to a
             number.
-        data: What a member is trained on: a function of its number (its name, where the members
-            are a dict), to sample indices, a sampler, or a loader.
-        data_size: How many samples the data set has, where a member draws another number.
-        claims: What the model promises: check name to claim (see `ensembles.checks`). What
-            is not claimed is shown as such, and is never passed.
+        data: What a member is trained on: a function of its number, to sample indices, a sampler,
+            or a loader. If the members are a dict, it gets the member's name.
+        data_size: How many samples the data set has, if a member draws another number of them.
+        claims: What the model promises: check name to claim (see `ensembles.checks`). A check that
+            is not claimed is reported as not claimed, and never as passed.
         expected_failures: Check name to the reason why its claim is known to be broken. Such a
-            check fails as expected; one that passes after all is reported.
+            check fails as expected. If it passes after all, this is reported.
 
     Example:
+        >>> from ensembles.handling.members import member_outputs
         >>> subject = Subject(
         ...     name="three classifiers",
         ...     make=lambda: [nn.Linear(4, 2) for _ in range(3)],
@@ -128,7 +129,7 @@ class Subject:
     def __post_init__(self) -> None:
         if not callable(self.make):
             raise ValueError(
-                "Subject(make=...) takes a function that builds the model, and got "
+                "Subject(make=...) takes a function that builds the model, but got "
                 f"{kind_of(self.make)}. Write make=lambda: ..., so that a new model can be built."
             )
         for name in (
@@ -138,7 +139,7 @@ class Subject:
             given = getattr(self, name)
             if given is not None and not callable(given):
                 raise ValueError(
-                    f"Subject({name}=...) takes a function, and got {kind_of(given)}. "
+                    f"Subject({name}=...) takes a function, but got {kind_of(given)}. "
                     f"Write {name}=lambda ...: ..., so that every check gets a new one."
                 )
         for name, value in (("claim", self.claims), ("reason", self.expected_failures)):
@@ -171,8 +172,8 @@ class Partition:
     Attributes:
         parent: The parent's member name. All other members are subnets, and each owns an equal
             share.
-        times: 1 where subnets partition a weight; k for a stem, whose k row blocks are each
-            shared by the k subnets that start there.
+        times: 1 if subnets partition a weight. It is k for a stem, because each of its k row
+            blocks is shared by the k subnets that start there.
 
     Example:
         >>> print(Partition(), "|", Partition(times=2))
@@ -187,7 +188,7 @@ class Partition:
 
 
 def split_axis(axis: int) -> Outputs:
-    """Member outputs are stacked along `axis` of one tensor.
+    """Splits a tensor in which member outputs are stacked along `axis`.
 
     Args:
         axis: The member axis: 0 for (member, sample, class), 1 for (sample, member, class).
@@ -200,7 +201,7 @@ def split_axis(axis: int) -> Outputs:
     def split(output: Any) -> Sequence[Any]:
         if not isinstance(output, Tensor):
             raise ValueError(
-                f"split_axis({axis}) splits a tensor, and the model returned "
+                f"split_axis({axis}) splits a tensor, but the model returned "
                 f"{kind_of(output)}. Give outputs=a function of that value."
             )
         if not -output.ndim <= axis < output.ndim:
@@ -214,7 +215,9 @@ def split_axis(axis: int) -> Outputs:
 
 
 def split_batch(count: int) -> Outputs:
-    """Member outputs are stacked along the batch: rows 0..n-1 are member 0's, and so on.
+    """Splits a tensor in which member outputs are stacked along the batch.
+
+    Rows 0..n-1 are the output of member 0, the next n rows that of member 1, and so on.
 
     Args:
         count: The number of members; the output has count * n rows.
@@ -224,18 +227,18 @@ def split_batch(count: int) -> Outputs:
         [(2, 10), (2, 10), (2, 10), (2, 10)]
     """
     if count < 1:
-        raise ValueError(f"split_batch({count}): the number of members is at least 1.")
+        raise ValueError(f"split_batch({count}): the number of members must be at least 1.")
 
     def split(output: Any) -> Sequence[Any]:
         if not isinstance(output, Tensor):
             raise ValueError(
-                f"split_batch({count}) splits a tensor, and the model returned "
+                f"split_batch({count}) splits a tensor, but the model returned "
                 f"{kind_of(output)}. Give outputs=a function of that value."
             )
         if output.ndim == 0 or output.shape[0] % count:
             raise ValueError(
                 f"split_batch({count}): the model's output has shape "
-                f"{tuple(output.shape)}, whose rows do not divide by {count}."
+                f"{tuple(output.shape)}, and its number of rows is not a multiple of {count}."
             )
         return output.chunk(count)
 
@@ -243,7 +246,7 @@ def split_batch(count: int) -> Outputs:
 
 
 def whole(output: Any) -> Mapping[str, Any]:
-    """The model is one member, whatever it returns (auxiliary heads, a named tuple, a dict).
+    """Takes the model as one member, whatever it returns (auxiliary heads, a tuple, a dict).
 
     Example:
         >>> list(whole((torch.zeros(2), torch.zeros(3))))

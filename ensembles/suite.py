@@ -1,8 +1,8 @@
-"""The gate for a repository with no test files of its own.
+"""The gate for a repository that has no test files of its own.
 
-`pytest --pyargs ensembles.suite --ensembles-subject=package.module:factory` collects one test of
-every check, for the subject that the factory returns; without a subject, for the worked example
-of this project, the wide ResNet-18 with its subnets.
+`pytest --pyargs ensembles.suite --ensembles-subject=package.module:factory` collects one test for
+every check of the subject that the factory returns. Without a subject, it takes the example of this
+project, the wide ResNet-18 with its subnets.
 """
 
 import sys
@@ -27,7 +27,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         named = resolve(path)
         if not named.claims:
             raise ValueError(
-                f"subject {named.name!r} claims nothing, so that there is nothing to gate. "
+                f"subject {named.name!r} claims nothing, so there is nothing to check. "
                 "Give Subject(claims={check: claim})."
             )
         tests = parametrize_with_checks([named])

@@ -1,7 +1,7 @@
-"""Calls what the user wrote; an error names the argument, the user's file and line, and what to do.
+"""Calls functions of the user. An error names the argument, the user's file and line, and a remedy.
 
-Standard library and pytest only. One place, so that `make`, `batch`, `optimizer`, `loss` and all
-the others are told alike, whether they raise an error, skip the test or exit.
+Standard library and pytest only. All of `make`, `batch`, `optimizer`, `loss` and the others are
+called here, so that their errors read the same, whether they raise, skip the test or exit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pytest
 __all__ = ["ERRORS", "STOPS", "asked", "called", "raised", "said"]
 
 LONGEST = 400
-"""Characters of somebody else's error: a state dict that does not fit names every key of it."""
+"""Characters that are shown of another package's error: some name every key of a state dict."""
 
 OURS = (
     "ensembles.user_calls",
@@ -38,26 +38,26 @@ OURS = (
 SKIPS = (SkipTest, pytest.skip.Exception, pytest.xfail.Exception)
 
 NOT_LOOKED_AT = (
-    "A claim that nothing looked at does not hold: raise an error, or do not claim it here."
+    "A claim does not hold if nothing looked at it: raise an error, or do not claim it here."
 )
-"""Of what skips: a gate on a machine without the data or the GPU is not green."""
+"""Said of a function that skips: on a machine without the data or the GPU, a gate is not green."""
 
 STOPS = (SystemExit, pytest.exit.Exception, pytest.fail.Exception, *SKIPS)
-"""What ends a run, or a test before its check has looked; out of a check none of them may come."""
+"""What ends a run, or a test before its check has looked. No check lets any of them through."""
 
 ERRORS = (Exception, SystemExit, *SKIPS)
-"""What is an error of the function that raises it.
+"""What counts as an error of the function that raises it.
 
-pytest.fail is not one of them: it also ends a test that takes too long, and no check may take that
-for a model that cannot be called. KeyboardInterrupt stops the run.
+pytest.fail is not among them: it also ends a test that takes too long, and a check must not take
+that for a model that cannot be called. KeyboardInterrupt stops the run.
 """
 
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
-"""Folders of what others wrote: a line in there says less than the line that called it."""
+"""Folders of libraries: a line in a library says less than the line that called it."""
 
 
 def asked(argument: str, function: Callable[..., Any], *given: Any, then: str) -> Any:
-    """What a function of the user's returns.
+    """What a function of the user returns.
 
     Args:
         argument: What the user gave it as, such as "optimizer".
@@ -66,8 +66,8 @@ def asked(argument: str, function: Callable[..., Any], *given: Any, then: str) -
         then: What the function takes and returns, in a sentence.
 
     Raises:
-        ValueError: If it raises, skips or exits; with the argument, the error, and the place in the
-            user's file.
+        ValueError: If it raises, skips or exits. It names the argument, the error, and the place
+            in the user's file.
 
     Example:
         >>> asked("batch", lambda: {}["images"], then="It returns what the model is called with.")
@@ -85,7 +85,7 @@ def asked(argument: str, function: Callable[..., Any], *given: Any, then: str) -
 
 
 def called(function: Any) -> str:
-    """The name that a function has, if any.
+    """The name of a function, or "..." if it has none.
 
     Example:
         >>> called(sum), called(lambda: 1), called(partial(sum))
@@ -96,14 +96,14 @@ def called(function: Any) -> str:
 
 
 def raised(what: str, error: BaseException, then: str = "", *, of: Any = None) -> str:
-    """That something raised an error, where, and what to do, in full sentences.
+    """Says in full sentences that something raised an error, where, and what to do.
 
     Args:
         what: What raised it.
         error: The error.
         then: What to do: a sentence, or "".
-        of: The function, or the object, that was called: where it comes from, frames are shown
-            also if it comes from a library.
+        of: The function or object that was called. Its own lines are shown even if it comes from a
+            library.
 
     Example:
         >>> raised("clip=...", ZeroDivisionError("division by zero"), "It takes the model.")
@@ -134,7 +134,7 @@ def _place(error: BaseException, of: Any) -> str:
     if not mine:
         module = str(getattr(_inner(of), "__module__", None) or type(of).__module__)
         home = module.partition(".")[0]
-        # Which line of PyTorch it was, or of this package, says nothing of the user's.
+        # A line of PyTorch or of this package says nothing about the user's code.
         if home not in ("torch", "ensembles", *sys.stdlib_module_names):
             mine = [(f.f_code.co_filename, line) for f, line in frames if _root(f) == home]
             mine = mine or list(_definition(of))
@@ -146,7 +146,7 @@ def _place(error: BaseException, of: Any) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether it is told already: an inferred batch, a `split_axis`, a function inside another."""
+    """Whether it has a message already: from an inferred batch, `split_axis`, or an inner call."""
     frames = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
     return isinstance(error, ValueError) and frames[-1] in OURS
 
@@ -158,7 +158,7 @@ def _inner(function: Any) -> Any:
 
 
 def _definition(of: Any) -> Iterator[tuple[str, int]]:
-    """Where a function stands that could not be called at all: it takes other arguments."""
+    """Where a function is defined that could not be called, because it takes other arguments."""
     code = getattr(_inner(of), "__code__", None)
     if code is not None and os.path.isfile(code.co_filename):
         yield code.co_filename, code.co_firstlineno

@@ -434,7 +434,10 @@ def test_tests_of_other_files_that_the_page_names_are_there():
     root = Path(__file__).parents[1]
     page = (root / "docs" / "diary.md").read_text()
     links = set(re.findall(r"\]\(\.\./(tests/[\w/]+\.py)\)", page))
-    assert {"tests/checks/test_alone.py", "tests/checks/loss_scale/test_loss_scale.py"} <= links
+    assert {
+        "tests/checks/trajectory/test_member_runs.py",
+        "tests/checks/loss_scale/test_loss_scale.py",
+    } <= links
     defined = "".join((root / link).read_text() for link in links)
     named = set(re.findall(r"`(test_\w+)`", page))
     assert {name for name in named if f"def {name}(" not in defined} == set()

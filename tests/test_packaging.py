@@ -86,7 +86,7 @@ def test_the_installed_gate_passes_a_healthy_subject(clean_pytest, tmp_path):
 def test_the_installed_gate_fails_a_broken_subject(clean_pytest, tmp_path):
     run = gated(clean_pytest, tmp_path, "repeated")
     assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
-    assert "\nmembers 0, 1, 2 are claimed independent, and share parameters\n" in run.stdout
+    assert "\nmembers 0, 1, 2 are claimed independent, but share parameters\n" in run.stdout
 
 
 def test_the_clean_environment_imports_the_wheel_and_not_the_checkout(clean_pytest, tmp_path):

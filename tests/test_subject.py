@@ -33,7 +33,7 @@ def plain(outputs: dict) -> dict:
 
 
 def test_a_model_in_place_of_its_recipe_is_refused():
-    with refused("Subject(make=...) takes a function that builds the model, and got an object of"):
+    with refused("Subject(make=...) takes a function that builds the model, but got an object of"):
         Subject(make=[nn.Linear(2, 2)])
 
 
@@ -143,11 +143,11 @@ def test_outputs_are_split_into_members(value, outputs, expected):
         ([], None, "the model's output has no members: there is nothing to compare."),
         ([LEFT, "cat"], None, "the output of member 1 is an object of type str, and holds no"),
         ([torch.tensor(1)], None, "the output of member 0 is a tensor of dtype torch.int64 and"),
-        ([LEFT], split_axis(0), "split_axis(0) splits a tensor, and the model returned an object"),
+        ([LEFT], split_axis(0), "split_axis(0) splits a tensor, but the model returned an object"),
         (LEFT, split_axis(1), "split_axis(1): the model's output has shape (2,), which has no"),
         (LEFT, split_axis(-2), "split_axis(-2): the model's output has shape (2,), which has no"),
-        (LEFT, split_batch(3), "split_batch(3): the model's output has shape (2,), whose rows do"),
-        ("cat", split_batch(2), "split_batch(2) splits a tensor, and the model returned an object"),
+        (LEFT, split_batch(3), "split_batch(3): the model's output has shape (2,), and its number"),
+        ("cat", split_batch(2), "split_batch(2) splits a tensor, but the model returned an object"),
         (LEFT, lambda y: y.heads, "outputs=... raised AttributeError: 'Tensor' object has no"),
         (LEFT, lambda y: y, "the model's output is a tensor of dtype torch.float32 and shape (2,)"),
     ],
@@ -162,7 +162,7 @@ def test_outputs_that_are_no_members_are_refused(value, outputs, told):
 
 
 def test_a_batch_cannot_be_split_into_no_members():
-    with refused("split_batch(0): the number of members is at least 1."):
+    with refused("split_batch(0): the number of members must be at least 1."):
         split_batch(0)
 
 
@@ -216,10 +216,10 @@ def of_dtype(dtype: torch.dtype) -> nn.Module:
     ("layer", "told"),
     [
         (nn.LazyLinear(2), "parameter b.head.weight is lazy and has no shape yet."),
-        (nn.Linear(4, 2, device="meta"), "parameter b.head.weight is on the meta device, and"),
-        (of_dtype(torch.int32), "parameter b.head.weight has dtype torch.int32, and this check"),
-        (of_dtype(torch.bool), "parameter b.head.weight has dtype torch.bool, and this check"),
-        (of_dtype(torch.complex64), "parameter b.head.weight has dtype torch.complex64, and this"),
+        (nn.Linear(4, 2, device="meta"), "parameter b.head.weight is on the meta device, but"),
+        (of_dtype(torch.int32), "parameter b.head.weight has dtype torch.int32, but this check"),
+        (of_dtype(torch.bool), "parameter b.head.weight has dtype torch.bool, but this check"),
+        (of_dtype(torch.complex64), "parameter b.head.weight has dtype torch.complex64, but this"),
         (infinite(), "parameter b.head.bias holds NaN or infinity in 1 of 2 elements."),
     ],
     ids=["lazy", "meta", "integer", "boolean", "complex", "infinite"],

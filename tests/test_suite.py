@@ -223,15 +223,15 @@ REFUSED = {
     "zoo:nothing": f"the factory 'nothing' returned an object of type NoneType. {NO_MODEL}",
     "zoo:number": f"the factory 'number' returned an object of type int. {NO_MODEL}",
     "zoo:empty": (
-        "the factory 'empty' returned no model: the model has no members: "
+        "the factory 'empty' did not return a model: the model has no members: "
         f"there is nothing to compare. {NO_MODEL}"
     ),
     "zoo:numbers": (
-        "the factory 'numbers' returned no model: the model: member 1 is an object of type int, "
-        f"not a torch.nn.Module. {NO_MODEL}"
+        "the factory 'numbers' did not return a model: the model: member 1 is an object of type "
+        f"int, not a torch.nn.Module. {NO_MODEL}"
     ),
     "zoo:silent": (
-        "subject 'members' claims nothing, so that there is nothing to gate. "
+        "subject 'members' claims nothing, so there is nothing to check. "
         "Give Subject(claims={check: claim})."
     ),
     "zoo:misspelt": (
@@ -271,8 +271,8 @@ def test_what_is_no_subject_is_refused_with_the_reason_alone(gate, path):
         (
             "batchless",
             "batch=... raised FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.pt' "
-            f"(zoo.py:{line_of('nowhere.pt')}). It takes nothing, and returns what the model is "
-            "called with.",
+            f"(zoo.py:{line_of('nowhere.pt')}). It takes no arguments and returns what the model "
+            "is called with.",
         ),
         (
             "misclaimed",

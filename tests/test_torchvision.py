@@ -234,20 +234,21 @@ def page(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
     head = [
         "# torchvision's classification models",
         "",
-        "No check fires on a healthy network. This table is what was measured on all "
-        f"{len(NAMES)} classification models of torchvision, each with ten classes, fresh weights "
-        "and two images of handwritten digits; alone, and as an ensemble of two. It is written by "
-        "`python tests/test_torchvision.py`, from `torchvision.jsonl` beside it; nothing in it is "
-        "typed. `pytest tests/test_torchvision.py` asserts it for one model of each family, and "
-        "`tox -e slow` for all.",
+        "No check may fail on a healthy network. This table shows the checks on all "
+        f"{len(NAMES)} classification models of torchvision. Each model has ten classes and fresh "
+        "weights, and its batch is two images of handwritten digits. It is checked alone, and as "
+        "an ensemble of two. `python tests/test_torchvision.py` writes the table from the file "
+        "`torchvision.jsonl` beside it; no entry is written by hand. "
+        "`pytest tests/test_torchvision.py` runs the checks on one model of each family, and "
+        "`tox -e slow` runs them on all models.",
         "",
-        f"Verdicts: {counted}. `held`: the claim was looked at and holds. `memory`: the check "
-        f"needs more than {GIGABYTES} GB here, and says nothing. Seconds are of one CPU thread, "
-        "start of Python included; gigabytes are the most that the process held. As ensembles of "
-        "two, "
+        f"The verdicts are: {counted}. `held` means that the check looked at the claim, and that "
+        f"it holds. `memory` means that the check needs more than {GIGABYTES} GB here, and did not "
+        "look. Seconds are those of one CPU thread, with the start of Python. Gigabytes are the "
+        "most that the process held. In ensembles of two, "
         + " and ".join(f"`{name}`" for name in SHORTENED)
-        + " are built of the same blocks, and fewer: whole, one alone has more than 600 million "
-        "parameters.",
+        + " have fewer blocks of the same kind, because one whole network has more than 600 "
+        "million parameters.",
         "",
         "Measured with "
         + "; ".join(f"torch {one}, torchvision {other}" for one, other in versions)

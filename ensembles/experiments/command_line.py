@@ -1,7 +1,7 @@
 """The console script `ensembles`: train, evaluate, plot, robustness, convert, check.
 
-A command is imported when it is called: `ensembles --help` is quick, and tells what is missing
-where the extra is not installed. What a user can mend is told in one line, with exit status 2.
+A command is imported only when it is called. So `ensembles --help` is quick, and it also works if
+the extra is not installed. An error that the user can mend is told in one line, with exit status 2.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ensembles import __version__
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
-    "train": "Trains a network, or goes on with a run that was stopped.",
+    "train": "Trains a network, or continues a run that was stopped.",
     "evaluate": "Evaluates a model on a set of images and on shifted sets, and writes a result.",
     "plot": "Draws results, or the training curves of runs.",
-    "robustness": "Compares models under distribution shift: accuracies, lines, and dominance.",
+    "robustness": "Compares how accurate models are under distribution shift.",
     "convert": "Converts a training checkpoint to a plain state dict.",
     "check": "Checks that a model is what it claims to be.",
 }
-"""What there is, with the first line of each command's docstring."""
+"""Each command, with the first line of its docstring."""
 
 OURS = Path(__file__).resolve().parents[1]
 """The folder of this package."""
@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; by default those of the process.
 
     Returns:
-        The exit status: 0, or 2 for what the user can mend. `check` has 1 for a broken claim and 3
-        where a check could not look.
+        The exit status: 0, or 2 for an error that the user can mend. `check` also returns 1 for a
+        broken claim, and 3 where a check could not look.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _overview()
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _told(command, f"{error.name} is not installed: {advice}", USER_ERROR)
     except argparse.ArgumentError as error:
         said = " ".join(str(error).split())
-        return _told(command, f"{said} (ensembles {command} --help tells more)", USER_ERROR)
+        return _told(command, f"{said} (ensembles {command} --help shows all options)", USER_ERROR)
     except (ValueError, OSError, FloatingPointError) as error:
         return _told(command, str(error), USER_ERROR)
     except (RuntimeError, TypeError) as error:
@@ -89,12 +89,12 @@ def _overview() -> argparse.ArgumentParser:
         description="Train, evaluate and verify ensembles and weight-sharing networks.",
         epilog="commands:\n"
         + "\n".join(lines)
-        + "\n\n`ensembles COMMAND --help` tells the options of a command.",
+        + "\n\n`ensembles COMMAND --help` shows the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"pytest-ensembles {__version__}")
     parser.add_argument(
-        "command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="what to do, see below"
+        "command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="one of the commands below"
     )
     return parser
 
@@ -106,7 +106,7 @@ def _told(command: str, message: str, status: int) -> int:
 
 @contextmanager
 def _warnings_told(command: str) -> Iterator[None]:
-    """Tells warnings of this package as errors are told; those of others keep their place."""
+    """Tells warnings of this package as errors are told; others are shown as Python does."""
     before = warnings.showwarning
 
     def show(

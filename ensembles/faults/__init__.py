@@ -1,1 +1,1 @@
-"""Ensembles with one known defect each, their healthy twins, and the checks that must tell them."""
+"""Ensembles that each have one known defect, their healthy twins, and the checks that catch it."""

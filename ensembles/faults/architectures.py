@@ -95,7 +95,7 @@ class Architecture:
 
     def normalised(self, width: int) -> list[nn.Module]:
         """The activation, behind a norm in the conv net."""
-        # Few units and no norm: with ReLU whole networks would start dead now and then.
+        # With few units and no norm, whole networks would sometimes start dead if this were ReLU.
         return [nn.BatchNorm2d(width), nn.ReLU()] if self.name == "convnet" else [nn.GELU()]
 
 
@@ -334,7 +334,7 @@ class Subnets(nn.Module):
 
 
 def sgd(model: nn.Module | Sequence[nn.Module]) -> torch.optim.Optimizer:
-    """The optimizer of every subject here: all parameters, each once.
+    """The optimizer of every subject here. It gets all parameters, each once.
 
     Example:
         >>> len(sgd([nn.Linear(2, 2), nn.Linear(2, 2)]).param_groups[0]["params"])

@@ -76,13 +76,13 @@ class Run:
 
     @property
     def fired(self) -> tuple[str, ...]:
-        """The checks that did not let it pass: broken claims, and errors."""
+        """The checks that did not pass: their claim is broken, or they ended in an error."""
         return tuple(check for check, said in self.statuses.items() if said in ("broken", "error"))
 
 
 @dataclass(frozen=True)
 class KillMatrix:
-    """Which checks catch which faults, and that none fires on a healthy twin.
+    """Which checks catch which faults, and whether a check fails on a healthy twin.
 
     Attributes:
         faults: The faults, in order.
@@ -94,7 +94,7 @@ class KillMatrix:
 
     @property
     def missed(self) -> tuple[str, ...]:
-        """Faults that a check named for them did not tell, as "fault (architecture): check"."""
+        """Faults that a check should catch but did not, as "fault (architecture): check"."""
         named = {fault.name: fault.caught_by for fault in self.faults}
         return tuple(
             f"{run.fault} ({run.architecture}): {check}"
@@ -106,7 +106,7 @@ class KillMatrix:
 
     @property
     def false_alarms(self) -> tuple[str, ...]:
-        """Healthy twins on which a check fires, as "fault (architecture): check"."""
+        """Healthy twins on which a check fails, as "fault (architecture): check"."""
         return tuple(
             f"{run.fault} ({run.architecture}): {check}"
             for run in self.runs

@@ -1,4 +1,4 @@
-"""Faults of cost: the predictions are right, and take more than they need."""
+"""Faults of cost: the predictions are right, but they cost more than they need."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _MaskedBlock(nn.Module):
 
 @fault("cost", "cost")
 def masked_at_full_width(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A narrow layer is computed as a wide one under a mask: three products of four are zero."""
+    """A narrow layer is computed as a wide, masked one: three of four products are zero."""
 
     def twin(members: list[Network]) -> None:
         members[place.member].blocks.insert(place.layer, architecture.conv(WIDTH, WIDTH))

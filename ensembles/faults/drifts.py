@@ -1,4 +1,4 @@
-"""Faults of what drifts: weights behind a mask, and averages with statistics of others."""
+"""Faults of drifting state: weights behind a mask, and averages with wrong statistics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _trained_behind_mask(
 
 @fault("state", "hygiene")
 def decay_behind_mask(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A mask is applied in forward alone, and weight decay trains what it hides."""
+    """A mask is applied only in forward, but weight decay still trains what it hides."""
 
     def keep(head: MaskedHead, mask: Tensor) -> None:
         head.register_buffer("mask", mask)
@@ -43,7 +43,7 @@ def decay_behind_mask(architecture: Architecture, place: Place, broken: bool) ->
 
 @fault("state", "hygiene")
 def norm_behind_mask(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A weight is normalised before it is masked, so that its norm is that of the whole weight."""
+    """A weight is normalised before it is masked, so its norm is that of the whole weight."""
 
     class Normed(MaskedHead):
         def forward(self, x: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def average_of_last_statistics(architecture: Architecture, place: Place, broken:
 
 @fault("state", "hygiene")
 def average_swapped_in(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """eval() puts averaged weights into the model, and leaves the statistics of the last one."""
+    """eval() puts averaged weights into the model, but leaves the statistics of the last one."""
 
     class Swapping(_Averaged):
         def train(self, mode: bool = True) -> Swapping:

@@ -68,7 +68,7 @@ class Fault:
         summary: One sentence.
         caught_by: The checks that must catch it, in every architecture.
         build: Makes the subject from the architecture, the place, and whether it is broken.
-        architectures: Where it makes sense.
+        architectures: The architectures in which it makes sense.
         recorded: Whether the graph of the twin is claimed too.
 
     Example:

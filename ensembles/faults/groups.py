@@ -21,7 +21,7 @@ def _healthy(architecture: Architecture, place: Place) -> Subject:
 
 @fault("training", "coverage")
 def not_in_optimizer(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The groups were made by hand, and leave out a block of one member."""
+    """The groups were made by hand, but they leave out a block of one member."""
 
     def optimizer(members: list[Network]) -> torch.optim.Optimizer:
         forgotten = list(members[place.member].blocks[place.layer].parameters()) if broken else []
@@ -60,7 +60,7 @@ def optimizer_of_a_copy(architecture: Architecture, place: Place, broken: bool) 
 
 @fault("training", "coverage")
 def optimizer_of_another(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Every member has an optimizer, and one of them got the parameters of another member."""
+    """Every member has an optimizer, but one of them got the parameters of another member."""
 
     def optimizers(members: list[Network]) -> list[torch.optim.Optimizer]:
         trained = list(members)
@@ -73,7 +73,7 @@ def optimizer_of_another(architecture: Architecture, place: Place, broken: bool)
 
 @fault("training", "coverage")
 def twice_in_optimizer(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A weight is listed twice, and so is stepped twice."""
+    """A weight is listed twice, so it is stepped twice."""
 
     def optimizer(members: list[Network]) -> torch.optim.Optimizer:
         again = [members[place.member].head.weight] if broken else []
@@ -84,7 +84,7 @@ def twice_in_optimizer(architecture: Architecture, place: Place, broken: bool) -
 
 @fault("training", "coverage")
 def in_two_optimizers(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """One optimizer is for matrices and one for the rest, and a matrix is in both."""
+    """One optimizer is for matrices and one for the rest, but one matrix is in both."""
 
     def optimizers(members: list[Network]) -> list[torch.optim.Optimizer]:
         every = list(nn.ModuleList(members).parameters())
@@ -115,7 +115,7 @@ def member_added_later(architecture: Architecture, place: Place, broken: bool) -
 
 @fault("training", "coverage")
 def converted_after_optimizer(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A head was weight-normalised after the optimizer was built: its weight is two others now."""
+    """A head was weight-normalised after the optimizer was built: its weight is two tensors now."""
 
     class Converted(nn.ModuleList):
         def __init__(self) -> None:

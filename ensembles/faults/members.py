@@ -1,4 +1,4 @@
-"""Faults of members: claimed separate, they are one network, mix, or read each other."""
+"""Faults of members that are claimed separate, but are one network, mix, or read each other."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def shared_layer(architecture: Architecture, place: Place, broken: bool) -> Subj
 def _sharing_a_part(
     architecture: Architecture, place: Place, broken: bool, part: Callable[[], nn.Module]
 ) -> Subject:
-    """Two members have one object in front of a block, as of a default argument or a registry."""
+    """Two members have the same object before a block, from a default argument or a registry."""
 
     def plant(members: list[Network]) -> None:
         first = part()
@@ -145,19 +145,19 @@ class _Swish(nn.Module):
 
 @fault("members", "sharing", "ownership", "coupling")
 def shared_activation(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """An activation with parameters is a default argument, and one object in two members."""
+    """An activation with parameters is a default argument, so two members have the same one."""
     return _sharing_a_part(architecture, place, broken, _Swish)
 
 
 @fault("members", "sharing", "ownership", "coupling")
 def shared_norm(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A norm comes from a registry of instances, and is one object in two members."""
+    """A norm comes from a registry of instances, so two members have the same one."""
     return _sharing_a_part(architecture, place, broken, lambda: nn.GroupNorm(1, WIDTH))
 
 
 @fault("members", "sharing", "ownership", "coupling")
 def cache_without_member(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Layers are made by a cached function whose key leaves the member out."""
+    """A cached function makes the layers, but its key leaves out the member."""
 
     def plant(members: list[Network]) -> None:
         cache: dict[Any, nn.Module] = {}
@@ -183,7 +183,7 @@ def assigned_snapshots(architecture: Architecture, place: Place, broken: bool) -
 
 @fault("members", "sharing", "coupling", "coverage")
 def overlapping_memory(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The heads are slices of one flat tensor, and the slices overlap by one row."""
+    """The heads are slices of one flat tensor, but the slices overlap by one row."""
 
     def plant(members: list[Network]) -> None:
         length = members[0].head.weight.numel()
@@ -198,7 +198,7 @@ def overlapping_memory(architecture: Architecture, place: Place, broken: bool) -
 
 @fault("members", "sharing", "coupling", architectures=("convnet",))
 def shared_statistics(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The running statistics of a BatchNorm were assigned, and both members update them."""
+    """The running statistics of a BatchNorm were assigned, so both members update them."""
 
     def plant(members: list[Network]) -> None:
         norms: list[Any] = [network.blocks[place.layer].bn1 for network in members]
@@ -244,7 +244,7 @@ def shared_mask(architecture: Architecture, place: Place, broken: bool) -> Subje
 
 @fault("members", "coupling")
 def coupled_loss(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The loss is that of the mean prediction, and members are claimed independent."""
+    """The loss is that of the mean prediction, but members are claimed independent."""
 
     def loss(outputs: Mapping[str, Tensor]) -> Tensor:
         if broken:
@@ -256,7 +256,7 @@ def coupled_loss(architecture: Architecture, place: Place, broken: bool) -> Subj
 
 @fault("members", "coupling")
 def common_target(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Members are drawn to their detached mean: no gradient flows between them, and all agree."""
+    """A loss pulls members to their detached mean: no gradient couples them, but all agree."""
 
     def loss(outputs: Mapping[str, Tensor]) -> Tensor:
         logits = torch.stack(list(outputs.values()))
@@ -268,7 +268,7 @@ def common_target(architecture: Architecture, place: Place, broken: bool) -> Sub
 
 @fault("members", "coupling")
 def common_weights(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A penalty draws members' weights to their mean: no prediction is read, and all agree."""
+    """A penalty pulls members' weights to their mean: no prediction is read, but all agree."""
     trained: list[Network] = []
 
     def plant(members: list[Network]) -> None:
@@ -287,7 +287,7 @@ def common_weights(architecture: Architecture, place: Place, broken: bool) -> Su
 
 @fault("members", "coupling")
 def foreign_features(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """One member's head reads the features of another too, detached."""
+    """The head of one member also reads the detached features of another member."""
 
     class Reading(Ensemble):
         def forward(self, x: Tensor) -> list[Tensor]:
@@ -301,7 +301,7 @@ def foreign_features(architecture: Architecture, place: Place, broken: bool) -> 
 
 @fault("members", "coupling")
 def swapped_outputs(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The output that is called one member's is computed by another."""
+    """An output has the name of one member, but another member computes it."""
 
     class Swapped(Ensemble):
         def forward(self, x: Tensor) -> list[Tensor]:
@@ -316,7 +316,7 @@ def swapped_outputs(architecture: Architecture, place: Place, broken: bool) -> S
 
 @fault("members", "coupling")
 def mixed_by_chance(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """In every second training call two members change features: mixup of the wrong axis."""
+    """In about half of the training calls two members swap features: mixup of the wrong axis."""
 
     class Mixing(Ensemble):
         def forward(self, x: Tensor) -> list[Tensor]:
@@ -332,7 +332,7 @@ def mixed_by_chance(architecture: Architecture, place: Place, broken: bool) -> S
 
 @fault("members", "coverage")
 def list_members(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Members are in a Python list, so that parameters() lists none of theirs."""
+    """Members are in a Python list, so parameters() lists none of their parameters."""
 
     class Weighted(Ensemble):
         def __init__(self, members: Sequence[nn.Module]) -> None:

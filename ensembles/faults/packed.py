@@ -21,7 +21,7 @@ def side_by_side(
 ) -> Subject:
     """Members in the channels of grouped layers, into which `plant` puts a defect.
 
-    Storage cannot tell them apart, so that sharing is claimed of the whole only.
+    Storage cannot tell them apart, so sharing is claimed only of the whole model.
 
     Example:
         >>> from ensembles.faults.architectures import ARCHITECTURES
@@ -84,7 +84,7 @@ def joint_norm(architecture: Architecture, place: Place, broken: bool) -> Subjec
 
 @fault("members", "ownership", "coupling")
 def wrong_reshape(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Packed logits are read as (class, member), and they lie as (member, class)."""
+    """Packed logits are read as (class, member), but they are stored as (member, class)."""
 
     def plant(packed: Packed) -> None:
         packed.between.append(_Shuffle(place.members) if broken else nn.Identity())

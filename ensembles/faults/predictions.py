@@ -25,9 +25,9 @@ def _predicting(
     claim: Any = "arithmetic",
     **more: Any,
 ) -> Subject:
-    """Healthy members, claimed to be reduced like this."""
+    """Healthy members whose prediction is claimed to be this reduction."""
     subject = separate(architecture, place, lambda members: None)
-    # The model is healthy: only what does not look at training is claimed besides.
+    # The model is healthy: the other claims are those that do not look at training.
     claims = {"sharing": "independent", "prediction": claim}
     return replace(subject, predict=predict, claims=claims, **more)
 
@@ -58,7 +58,7 @@ def average_of_logits(architecture: Architecture, place: Place, broken: bool) ->
 
 @fault("members", "prediction")
 def softmax_twice(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The mean of probabilities goes through softmax again, and is nearly uniform."""
+    """The mean of probabilities goes through softmax again, so it is nearly uniform."""
 
     def predict(members: Members, x: Tensor) -> Tensor:
         mean = _mean(members, x)
@@ -69,7 +69,7 @@ def softmax_twice(architecture: Architecture, place: Place, broken: bool) -> Sub
 
 @fault("members", "prediction")
 def one_member_predicts(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """All members are called, and the prediction is that of one, as the last of the loop."""
+    """All members are called, but the prediction is that of one, the last of the loop."""
 
     def predict(members: Members, x: Tensor) -> Tensor:
         found = _probabilities(members, x)
@@ -91,7 +91,7 @@ def mixed_predictions(architecture: Architecture, place: Place, broken: bool) ->
 
 @fault("members", "prediction")
 def weights_twice(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Weights of the members are applied twice, and the result is normalised."""
+    """Weights of the members are applied twice, and then the result is normalised."""
     shares = [i + 1.0 for i in range(place.members)]
     weights = torch.tensor(shares) / sum(shares)
 
@@ -118,7 +118,7 @@ def unnormalised_geometric(architecture: Architecture, place: Place, broken: boo
 
 @fault("members", "prediction")
 def dropped_last_batch(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The evaluation goes through the rows in batches, and drops the last, which is not full."""
+    """The evaluation goes through the rows in batches, but drops the last, which is not full."""
 
     def predict(members: Members, x: Tensor) -> Tensor:
         batches = [batch for batch in torch.split(x, 3) if len(batch) == 3 or not broken]
@@ -139,7 +139,7 @@ def _judged(
 
 @fault("members", "prediction")
 def loss_of_probabilities(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The loss that is reported is cross_entropy, given probabilities."""
+    """The reported loss is the cross_entropy of probabilities, in place of logits."""
 
     def evaluate(members: Members, x: Tensor, labels: Tensor) -> Tensor:
         mean = _mean(members, x)
@@ -182,7 +182,7 @@ def _trained_on_probabilities(
     claim: Any,
     member_loss: Callable[[Tensor], Tensor],
 ) -> Subject:
-    """Members that emit probabilities, and a training loss of them."""
+    """Members that return probabilities, with a training loss of these."""
 
     class Probable(Network):
         def forward(self, x: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def _likelihood(p: Tensor) -> Tensor:
 
 @fault("members", "loss_scale")
 def softmax_in_members(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Members end with softmax, and the training loss is the cross_entropy of what they emit."""
+    """Members end with softmax, but the training loss is the cross_entropy of their outputs."""
     loss = cross_entropy if broken else _likelihood
     return _trained_on_probabilities(
         architecture, place, lambda ps: torch.stack([loss(p) for p in ps]).sum(), "sum", loss

@@ -32,7 +32,7 @@ LENGTH = 10
 
 
 def _members(architecture: Architecture, place: Place, **claims: Any) -> Subject:
-    """Healthy members that claim this."""
+    """Healthy members with this claim."""
     subject = separate(architecture, place, lambda members: None)
     return replace(subject, claims={"sharing": "independent", **claims})
 
@@ -65,7 +65,7 @@ def weighted_member(architecture: Architecture, place: Place, broken: bool) -> S
 
 @fault("training", "trajectory", "loss_scale")
 def joint_clipping(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Gradients are clipped by one norm over all members: a loud one silences the others."""
+    """Gradients are clipped by one norm over all members: a large one shrinks the others."""
 
     def clip(members: Sequence[Network]) -> None:
         for clipped in [nn.ModuleList(members)] if broken else members:
@@ -177,7 +177,7 @@ def rate_of_the_sum(architecture: Architecture, place: Place, broken: bool) -> S
 
 @fault("training", "loss_scale")
 def absolute_minimum(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The learning rate was multiplied for a mean, and the schedule's eta_min was not."""
+    """The learning rate was multiplied for a mean, but the schedule's eta_min was not."""
     count = place.members
     minimum = RATE / 10 * (1 if broken else count)
     return replace(
@@ -228,7 +228,7 @@ def fractional_warmup(architecture: Architecture, place: Place, broken: bool) ->
 
 @fault("training", "loss_scale")
 def absolute_warmup_start(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The learning rate was multiplied for a mean, and the rate that warm-up starts at was not."""
+    """The learning rate was multiplied for a mean, but the rate where warm-up starts was not."""
     count = place.members
     start, goal = RATE / 10 * (1 if broken else count), RATE * count
 

@@ -105,7 +105,7 @@ class _Context(nn.Module):
 
 @fault("members", "batch")
 def dormant_mean(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A branch whose gain starts at zero adds the mean of the batch, and not of the channels."""
+    """A branch whose gain starts at zero adds the mean over the batch, not over the channels."""
     return _with_layer(architecture, place, lambda: _Context(0 if broken else 1))
 
 
@@ -120,6 +120,6 @@ class _Positions(nn.Module):
 
 @fault("members", "batch")
 def positions_of_rows(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Learned positions are added along the batch: a sample is another in another place."""
+    """Learned positions are added along the batch: a sample changes with its place in the batch."""
     rows = len(architecture.batch()) if broken else 1
     return _with_layer(architecture, place, lambda: _Positions(rows))

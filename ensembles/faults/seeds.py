@@ -1,4 +1,4 @@
-"""Faults of seeds: construction or training owe something to other things than the seed."""
+"""Faults of seeds: construction or training depends on something other than the seed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _repeating(
 
 @fault("members", "determinism")
 def built_before_seed(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """All weights were drawn when the code was imported, and every model is loaded with them."""
+    """All weights were drawn when the code was imported, and every model gets the same ones."""
 
     def drawn() -> list[dict[str, Any]]:
         return [architecture.network().state_dict() for _ in range(place.members)]
@@ -51,7 +51,7 @@ def built_before_seed(architecture: Architecture, place: Place, broken: bool) ->
 
 @fault("members", "determinism")
 def seeds_in_constructor(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """One member's constructor seeds the global generators, for all that is drawn afterwards."""
+    """The constructor of one member seeds the global generators, so all later draws repeat."""
 
     def plant(members: list[Network]) -> None:
         for i in range(place.members):
@@ -114,7 +114,7 @@ def entropy_for_seed(architecture: Architecture, place: Place, broken: bool) -> 
 
 @fault("members", "determinism")
 def generator_of_its_own(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A head adds noise from a generator that was made once, and goes on from run to run."""
+    """A head adds noise from a generator that was made once and goes on from run to run."""
     own = torch.Generator().manual_seed(0)
 
     class Noisy(nn.Linear):

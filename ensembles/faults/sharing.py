@@ -93,7 +93,7 @@ def _parameters_with_modules(stem: nn.Module, again: nn.Module) -> list[tuple[An
 
 @fault("sharing", "ownership")
 def wrong_factor(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Members share one network and have a scale of their own; one member takes another's."""
+    """Members share a network, and each has its own scale, but one member uses another's."""
 
     class Scaled(nn.Module):
         def __init__(self) -> None:
@@ -158,7 +158,7 @@ def _name(place: Place, shift: int = 1) -> str:
 
 @fault("sharing", "ownership")
 def untied_stem(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Everything in a subnet is tied to the parent but the stem, which is a copy."""
+    """A subnet is tied to the parent, except for the stem, which is a copy."""
 
     def plant(model: Subnets) -> None:
         if broken:
@@ -222,7 +222,7 @@ def norm_of_two_subnets(architecture: Architecture, place: Place, broken: bool) 
 
 @fault("sharing", "graph", recorded=True)
 def missing_switch(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The shortcut of a subnet stays in its group, and the main path moves to another."""
+    """The shortcut of a subnet stays in its group, but the main path moves to another."""
 
     def plant(model: Subnets) -> None:
         if broken:

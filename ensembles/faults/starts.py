@@ -29,7 +29,7 @@ def _diverse(
 
 @fault("members", "diversity")
 def copied_members(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A member is a deep copy of another: equal at the start, and for ever on equal data."""
+    """A member is a deep copy of another: they start equal, and stay equal on equal data."""
 
     def plant(members: list[Network]) -> None:
         if broken:
@@ -51,7 +51,7 @@ def one_state_dict(architecture: Architecture, place: Place, broken: bool) -> Su
 
 @fault("members", "diversity")
 def partly_reset(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A copy was drawn anew in every layer but one block."""
+    """A copy was drawn anew in all layers except one block."""
 
     def plant(members: list[Network]) -> None:
         block = copy.deepcopy(members[place.other].blocks[place.layer])
@@ -63,7 +63,7 @@ def partly_reset(architecture: Architecture, place: Place, broken: bool) -> Subj
 
 @fault("members", "diversity")
 def same_seed(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The constructor seeds, so that every member draws the same weights."""
+    """The constructor sets a seed, so every member draws the same weights."""
 
     def plant(members: list[Network]) -> None:
         for i, _ in enumerate(members):
@@ -95,7 +95,7 @@ def permuted_twin(architecture: Architecture, place: Place, broken: bool) -> Sub
 # The MLP's tensors are too small for a correlation to tell.
 @fault("members", "diversity", architectures=("convnet", "attention"))
 def perturbed_copies(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A member is another one with a little noise in every weight: no number is the same."""
+    """A member is another one with a little noise in every weight, so no number is the same."""
 
     def plant(members: list[Network]) -> None:
         source = members[place.other] if broken else architecture.network()
@@ -152,13 +152,13 @@ def _trained_on(
     architecture: Architecture, place: Place, data: Callable[[int], Iterable[Any]], claim: str
 ) -> Subject:
     subject = separate(architecture, place, lambda members: None)
-    # The model is healthy: only what does not look at training is claimed besides.
+    # The model is healthy: the other claims are those that do not look at training.
     return replace(subject, data=data, claims={"sharing": "independent", "data": claim})
 
 
 @fault("members", "data")
 def same_bootstrap(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Members are claimed bagged, and all get the same sample indices."""
+    """Members are claimed bagged, but all get the same sample indices."""
 
     def data(member: int) -> Iterable[Any]:
         generator = torch.Generator().manual_seed(0 if broken else member)
@@ -171,7 +171,7 @@ def same_bootstrap(architecture: Architecture, place: Place, broken: bool) -> Su
 def bootstrap_without_replacement(
     architecture: Architecture, place: Place, broken: bool
 ) -> Subject:
-    """Members are claimed bagged, and see every sample once, in an order of their own."""
+    """Members are claimed bagged, but each sees every sample once, in its own order."""
 
     def data(member: int) -> Iterable[Any]:
         drawn = torch.randperm(SAMPLES) if broken else torch.randint(SAMPLES, (SAMPLES,))
@@ -182,7 +182,7 @@ def bootstrap_without_replacement(
 
 @fault("members", "data")
 def bootstrap_of_each_epoch(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Members are claimed bagged, and one of them draws its bootstrap anew whenever it is read."""
+    """Members are claimed bagged, but one draws its bootstrap anew whenever it is read."""
 
     def data(member: int) -> Iterable[Any]:
         drawn = RandomSampler(range(SAMPLES), replacement=True, num_samples=SAMPLES)
@@ -193,7 +193,7 @@ def bootstrap_of_each_epoch(architecture: Architecture, place: Place, broken: bo
 
 @fault("members", "data")
 def unpaired_loaders(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Members are claimed to see the same batches, and every loader shuffles by itself."""
+    """Members are claimed to see the same batches, but every loader shuffles by itself."""
 
     def data(member: int) -> Iterable[Any]:
         generator = None if broken else torch.Generator().manual_seed(0)
@@ -204,7 +204,7 @@ def unpaired_loaders(architecture: Architecture, place: Place, broken: bool) -> 
 
 @fault("members", "data")
 def one_order(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Members are claimed to see orders of their own, and one generator seed shuffles for all."""
+    """Members are claimed to see different orders, but one generator seed shuffles for all."""
 
     def data(member: int) -> Iterable[Any]:
         generator = torch.Generator().manual_seed(0 if broken else member)
@@ -268,7 +268,7 @@ class _Seeds:
 # Worker processes take their time, and do the same in every architecture.
 @fault("members", "determinism", architectures=("mlp",))
 def workers_by_number(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Workers are seeded by their number, and augment alike in every epoch."""
+    """Workers are seeded by their number, so they augment alike in every epoch."""
 
     def data(member: int) -> Iterable[Any]:
         seeds = _Seeds(by_number=broken and member == place.member)
@@ -282,7 +282,7 @@ def workers_by_number(architecture: Architecture, place: Place, broken: bool) ->
 
 
 class _Epochs(DistributedSampler[Tensor]):
-    """Shuffles by the epoch, which is told it where one ends, or never."""
+    """A sampler that shuffles by the epoch. It is told each epoch, or never."""
 
     def __init__(self, samples: Dataset[Tensor], *, told: bool) -> None:
         super().__init__(samples, num_replicas=1, rank=0)
@@ -296,7 +296,7 @@ class _Epochs(DistributedSampler[Tensor]):
 
 @fault("members", "determinism")
 def order_of_one_epoch(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A sampler is not told which epoch it is, and shuffles alike in each of them."""
+    """A sampler is not told which epoch it is, so it shuffles alike in each of them."""
 
     def data(member: int) -> Iterable[Any]:
         samples = _Augmented(architecture.shape, None)

@@ -101,7 +101,7 @@ def norm_in_a_list(architecture: Architecture, place: Place, broken: bool) -> Su
 
 @fault("state", "hygiene")
 def eval_misses_a_member(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The ensemble has a train() of its own, which leaves out one member."""
+    """The ensemble has its own train(), which leaves out one member."""
 
     class Own(Ensemble):
         def train(self, mode: bool = True) -> Own:
@@ -146,7 +146,7 @@ def statistics_move_in_eval(architecture: Architecture, place: Place, broken: bo
 
 @fault("state", "hygiene")
 def frozen_but_moving(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A norm is frozen by requires_grad_(False), and its statistics still move."""
+    """A norm is frozen by requires_grad_(False), but its statistics still move."""
 
     class Norm(nn.BatchNorm1d):
         def train(self, mode: bool = True) -> Norm:
@@ -161,7 +161,7 @@ def frozen_but_moving(architecture: Architecture, place: Place, broken: bool) ->
 
 @fault("state", "hygiene")
 def norm_updated_twice(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Two streams of a step go through one norm, whose statistics move twice."""
+    """Two streams of a step go through one norm, so its statistics move twice."""
 
     class Streams(nn.Linear):
         def __init__(self) -> None:
@@ -295,7 +295,7 @@ def seeds_in_forward(architecture: Architecture, place: Place, broken: bool) -> 
 
 @fault("state", "hygiene")
 def stale_cache(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A head keeps in eval mode what it made of its weight, and training does not renew it."""
+    """In eval mode a head caches what it made of its weight, and training does not renew it."""
 
     class Kept(nn.Linear):
         made: Tensor | None = None

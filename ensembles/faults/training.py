@@ -63,7 +63,7 @@ def unregistered(architecture: Architecture, place: Place, broken: bool) -> Subj
 
 @fault("training", "coverage")
 def lost_parameter(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """`nn.Parameter(...).to(...)` is a tensor computed from a Parameter, and is not registered."""
+    """`nn.Parameter(...).to(...)` is computed from a Parameter, so it is not registered."""
 
     def scale() -> Tensor:
         number = torch.ones(1, dtype=torch.float64)
@@ -154,7 +154,7 @@ def weight_by_data(architecture: Architecture, place: Place, broken: bool) -> Su
 
 @fault("training", "ownership", "coverage")
 def unused_layer(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A block is registered, and forward does not call it."""
+    """A block is registered, but forward does not call it."""
 
     def plant(members: list[Network]) -> None:
         if broken:
@@ -194,7 +194,7 @@ def member_without_loss(architecture: Architecture, place: Place, broken: bool) 
 
 @fault("training", "coverage")
 def false_freeze(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """`stem.requires_grad = False` sets an attribute of the module, and freezes nothing."""
+    """`stem.requires_grad = False` sets an attribute of the module, but freezes nothing."""
 
     def plant(members: list[Network]) -> None:
         stem = members[place.member].stem
@@ -208,7 +208,7 @@ def false_freeze(architecture: Architecture, place: Place, broken: bool) -> Subj
 
 @fault("training", "coverage")
 def undone_freeze(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """The stem is frozen, and an own train() makes all parameters trainable again."""
+    """The stem is frozen, but the model's own train() makes all parameters trainable again."""
 
     class Thawing(Network):
         def train(self, mode: bool = True) -> Thawing:
@@ -228,7 +228,7 @@ def undone_freeze(architecture: Architecture, place: Place, broken: bool) -> Sub
 
 @fault("training", "coverage")
 def two_zero_factors(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Both factors of a low-rank correction start at zero, so that neither gets a gradient."""
+    """Both factors of a low-rank correction start at zero, so neither gets a gradient."""
 
     class Corrected(nn.Module):
         def __init__(self, block: nn.Module) -> None:

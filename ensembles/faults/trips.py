@@ -33,7 +33,7 @@ def unsaved_mask(architecture: Architecture, place: Place, broken: bool) -> Subj
 
 @fault("state", "round_trips")
 def copy_reads_original(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A head was patched with a function that closes over its weight: copies compute with it."""
+    """A head was patched with a function that closes over its weight, so copies compute with it."""
 
     def head() -> nn.Module:
         patched = nn.Linear(WIDTH, CLASSES)
@@ -47,7 +47,7 @@ def copy_reads_original(architecture: Architecture, place: Place, broken: bool) 
 
 @fault("state", "round_trips")
 def tied_by_two_names(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A weight is tied under two names, and to_empty after meta construction makes it two."""
+    """A weight is tied under two names, but to_empty after meta construction makes it two."""
 
     def head() -> nn.Module:
         first = nn.Linear(WIDTH, WIDTH, bias=False)
@@ -61,7 +61,7 @@ def tied_by_two_names(architecture: Architecture, place: Place, broken: bool) ->
 
 @fault("state", "round_trips")
 def names_that_change(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Layers are named by a counter: a load with strict=False skips them all, and says nothing."""
+    """Layers are named by a counter, so a load with strict=False skips them all silently."""
     numbers = count()
 
     class Named(nn.Module):
@@ -92,7 +92,7 @@ class _Twice(nn.Module):
 
 @fault("state", "round_trips")
 def cast_unties(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """Two layers share a weight, and an own `_apply` makes a Parameter of each when it casts."""
+    """Two layers share a weight, but an overridden `_apply` makes two Parameters when it casts."""
 
     class Layer(nn.Linear):
         def _apply(self, fn: Any, recurse: bool = True) -> Layer:
@@ -134,7 +134,7 @@ def view_of_a_layout(architecture: Architecture, place: Place, broken: bool) -> 
 
 @fault("state", "round_trips")
 def pickled_without_a_part(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """An own `__getstate__` leaves out what it takes for a cache, and the copy draws it anew."""
+    """An overridden `__getstate__` leaves out a "cache", so the copy draws it anew."""
 
     class Cached(nn.Linear):
         order: Tensor
@@ -158,7 +158,7 @@ def pickled_without_a_part(architecture: Architecture, place: Place, broken: boo
 
 @fault("state", "round_trips")
 def loaded_without_gradients(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """A head takes weights that were loaded for finished, and detaches them: no step moves them."""
+    """A head takes loaded weights for finished and detaches them, so no step moves them."""
 
     class Pretrained(nn.Linear):
         loaded = False
@@ -176,7 +176,7 @@ def loaded_without_gradients(architecture: Architecture, place: Place, broken: b
 
 @fault("state", "round_trips")
 def copy_shares_statistics(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """An own `__deepcopy__` hands the running statistics on: the copy's training moves them."""
+    """An overridden `__deepcopy__` shares running statistics: training the copy moves them."""
 
     class Norm(nn.BatchNorm1d):
         def __deepcopy__(self, memo: dict[int, Any]) -> Norm:
@@ -194,7 +194,7 @@ def copy_shares_statistics(architecture: Architecture, place: Place, broken: boo
 
 @fault("state", "round_trips")
 def copy_without_dropout(architecture: Architecture, place: Place, broken: bool) -> Subject:
-    """An own `__deepcopy__` builds a layer anew, without its rate of dropout: eval is the same."""
+    """An overridden `__deepcopy__` loses the rate of dropout; in eval mode nothing changes."""
 
     class Dropped(nn.Linear):
         def __init__(self, rate: float = 0.0) -> None:

@@ -1,1 +1,1 @@
-"""The gate: every claim of a subject is checked, in a script, under pytest, or by a command."""
+"""The gate checks every claim of a subject: in a script, under pytest, or from the command line."""

@@ -1,9 +1,9 @@
-"""Every check that a subject's claims call for, with several runners.
+"""Runs the checks of what a subject claims.
 
-`checks_for` generates the checks, `check_ensemble` runs them in a script or a notebook,
+`checks_for` generates the checks. `check_ensemble` runs them in a script or a notebook,
 `parametrize_with_checks` makes pytest tests of them, and `ensembles.suite` collects them from the
 command line. Claims are parsed when checks are generated, before any model is made. The model is
-made once, for all checks of its subject.
+made once for all checks of its subject.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ __all__ = ["BoundCheck", "check_ensemble", "checks_for", "parametrize_with_check
 
 
 class _SharedCase:
-    """The case of a subject, for all of its checks in a run; dropped after the last of them.
+    """The case of a subject, for all of its checks in a run; it is dropped after the last check.
 
-    It is made when the first check needs it. After each check a digest tells whether it is as it
-    was made; if not, the next check gets a new one.
+    It is made when the first check needs it. After each check a digest tells whether the check
+    changed it. If so, the next check gets a new one.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -65,14 +65,14 @@ class _SharedCase:
 class BoundCheck:
     """A check with its subject: call it, or read what it would test.
 
-    Calling returns the measurement, raises `AssertionError` where the claim is broken and
-    `ValueError` where it could not look. A check whose claim is not made raises pytest's skip.
+    Calling returns the measurement. It raises `AssertionError` if the claim is broken, and
+    `ValueError` if the check could not look. If the claim is not made, it raises pytest's skip.
 
     Attributes:
-        promise: What is checked.
-        subject: Of what.
-        claim: As the user wrote it; None where nothing is claimed.
-        parsed: As the check reads it.
+        promise: The promise that is checked.
+        subject: The subject that is checked.
+        claim: The claim as the user wrote it; None if nothing is claimed.
+        parsed: The claim as the check reads it.
     """
 
     promise: Promise
@@ -81,7 +81,7 @@ class BoundCheck:
     parsed: Any = field(default=None, compare=False)
     shared: _SharedCase | None = field(default=None, compare=False)
     seen: list[Any] = field(default_factory=list, compare=False)
-    """The line that the summary shows, of the last call."""
+    """The line of the last call, which the summary shows."""
 
     @property
     def name(self) -> str:
@@ -97,7 +97,7 @@ class BoundCheck:
         """Looks at the case of the subject, under the present seed."""
         __tracebackhide__ = True
         if not self.claimed:
-            # One reason for all, so that pytest's summary folds them; ours names each.
+            # The same reason for all, so that pytest's summary folds them. Ours names each.
             pytest.skip("not claimed")
         self.seen.clear()
         subject = subject or self.subject
@@ -108,7 +108,7 @@ class BoundCheck:
             measurement, findings = shared.of(self.name, self._look)
         except (Exception, *STOPS) as error:
             told, cause = error, error.__cause__
-            if isinstance(error, STOPS):  # as it is, it would skip or end what it did not look at
+            if isinstance(error, STOPS):  # unchanged, it would skip or end an unfinished check
                 code = f"the code of subject {subject.name!r}"
                 told, cause = ValueError(raised(code, error)), error
             self.seen.append(_first_line(_told(told)))
@@ -130,7 +130,7 @@ class BoundCheck:
         return f"<check {self.name} of {self.subject.name}>"
 
     def row(self, status: str) -> dict[str, Any]:
-        """What the summary shows of this check; plain data, so that it passes between processes."""
+        """What the summary shows of this check, as plain data that processes can exchange."""
         return {
             "subject": self.subject.name,
             "check": self.name,
@@ -141,7 +141,7 @@ class BoundCheck:
 
 
 def checks_for(subject: Subject) -> Iterator[BoundCheck]:
-    """Every check, bound to the subject, in the order of the registry; also those not claimed.
+    """Every check of the subject, in the order of the registry, also those that are not claimed.
 
     Raises:
         ClaimError: If the subject claims something that no check tests, or that cannot be parsed.
@@ -180,13 +180,13 @@ def check_ensemble(
 
     Args:
         model: A `Subject`, a module, a list or dict of modules, or a function that returns one.
-        seed: Set before the model is made, for every check.
+        seed: Set before the model is made, and before every check.
 
     Returns:
-        One result for each check, also for those not claimed; `print` it, or ask `.held`.
+        One result for each check, also for those that are not claimed. Print it, or ask `.held`.
 
     Raises:
-        ValueError: If this is no subject at all, or claims what no check tests.
+        ValueError: If no subject can be made of it, or if it claims something that no check tests.
 
     Example:
         >>> one = nn.Linear(2, 2)
@@ -207,14 +207,15 @@ def parametrize_with_checks(
 ) -> pytest.MarkDecorator:
     """Makes one test of every subject and check; the test calls `check(subject)`.
 
-    What a subject expects to fail (`Subject.expected_failures`) is a strict xfail, so that a check
-    that passes after all is reported.
+    A check that the subject expects to fail (`Subject.expected_failures`) is a strict xfail, so it
+    is reported if it passes after all.
 
     Args:
-        subjects: What `check_ensemble` takes, each.
+        subjects: Each is anything that `check_ensemble` takes.
 
     Raises:
-        ValueError: If there are no subjects, two have one name, or a claim cannot be parsed.
+        ValueError: If there are no subjects, if two have the same name, or if a claim cannot be
+            parsed.
 
     Example:
         >>> @parametrize_with_checks([[nn.Linear(2, 2), nn.Linear(2, 2)]])
@@ -228,7 +229,7 @@ def parametrize_with_checks(
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
-                f"{names.count(name)} subjects are named {name!r}: reports could not tell them "
+                f"{names.count(name)} subjects are named {name!r}, so reports could not tell them "
                 "apart. Give each its own name: Subject(name=...)."
             )
     return pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def _marks(bound: BoundCheck) -> Iterator[pytest.MarkDecorator]:
     yield pytest.mark.ensembles
     reason = bound.subject.expected_failures.get(bound.name)
     if reason is not None and bound.claimed:
-        # A check that could not look has not failed as expected.
+        # A check that could not look did not fail as expected.
         yield pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError)
 
 
@@ -273,20 +274,20 @@ def _findings_of(error: BaseException) -> Findings | None:
 
 
 def _line(measurement: object, findings: Findings) -> str:
-    """The measurement in a line, with what was not looked at."""
+    """The measurement in one line, and how much was looked at where that is not all."""
     partly = [str(count) for count in findings.looked_at if not count.complete]
     told = f" (looked at {', '.join(partly)})" if partly else ""
     return _first_line(str(measurement)) + told
 
 
 def _told(error: BaseException) -> str:
-    """The message; with its type where it is not one of ours, or says nothing."""
+    """The message of an error; with its type if it is not one of ours, or is empty."""
     ours = isinstance(error, (AssertionError, ValueError)) and str(error)
     return str(error) if ours else said(error)
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised it; else the frames of the user's model are worth reading."""
+    """Whether this package raised it; otherwise the frames of the user's model are useful."""
     *_, (frame, _) = walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__")).startswith("ensembles.")
 

@@ -21,13 +21,13 @@ class Result:
     Attributes:
         subject: The subject's name.
         check: The check's name.
-        claim: What was claimed; None where nothing was.
+        claim: What was claimed; None if nothing was claimed.
         status: "held", "broken", "error" (the check could not look), "fails as expected", "passes
             unexpectedly" or "not claimed".
-        found: The measurement in a line, or the first line of the message.
+        found: The measurement in one line, or the first line of the message.
         message: The whole message of a broken claim or an error.
-        measurement: The measurement, where there is one.
-        findings: What the judgement found, where there was a measurement.
+        measurement: The measurement of a claim that held.
+        findings: What the judgement found, if the claim is broken.
 
     Example:
         >>> Result("net", "sharing", "distinct", "held", "1 member").status
@@ -44,7 +44,7 @@ class Result:
     findings: Findings | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data: what JSON can hold. Measurements are given as their text.
+        """The result as plain data that JSON can hold. A measurement is given as its text.
 
         Example:
             >>> Result("net", "sharing", None, "not claimed").to_dict()["status"]
@@ -64,9 +64,9 @@ class Result:
 
 @dataclass(frozen=True, repr=False)
 class Results(Sequence[Result]):
-    """Results of all checks of a subject: a sequence, and by name `results["sharing"]`.
+    """The results of all checks of a subject: a sequence, also by name, as `results["sharing"]`.
 
-    `str` is a table with the messages of what is broken, `held` is what a gate asks.
+    `str` is a table with the messages of broken claims. `held` is what a gate asks.
 
     Example:
         >>> results = Results((Result("net", "sharing", "distinct", "held", "1 member"),))
@@ -86,7 +86,9 @@ class Results(Sequence[Result]):
         for result in self.results:
             if result.check == index:
                 return result
-        raise KeyError(f"{index!r} is no check. Checks are: {', '.join(r.check for r in self)}.")
+        raise KeyError(
+            f"there is no check {index!r}. Checks are: {', '.join(r.check for r in self)}."
+        )
 
     def __len__(self) -> int:
         return len(self.results)
@@ -102,7 +104,7 @@ class Results(Sequence[Result]):
         return "held" in states and not states & bad
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data: what JSON can hold."""
+        """The results as plain data that JSON can hold."""
         return {
             "subject": self._subject,
             "held": self.held,
@@ -110,7 +112,7 @@ class Results(Sequence[Result]):
         }
 
     def to_json(self) -> str:
-        """As JSON text.
+        """The results as JSON text.
 
         Example:
             >>> results = Results((Result("net", "sharing", None, "not claimed"),))

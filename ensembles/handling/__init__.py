@@ -1,1 +1,1 @@
-"""How a model is called, trained for a step, and put back as it was."""
+"""Calls a model, trains it for a step, and puts it back as it was."""

@@ -1,8 +1,8 @@
 """The members of a model: as modules of their own, or as outputs of one module.
 
-Every check accepts what users already have: a module, a list or a dict of modules. This file
-turns those into one vocabulary, named members and named member outputs. It refuses what cannot be
-looked at with an error that says where and what to do.
+Every check accepts what users already have: a module, a list or a dict of modules. This file makes
+named members and named member outputs of these. What cannot be looked at is refused, with an error
+that says where and what to do.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def new_model(make: Callable[[], Model]) -> Model:
         Identity()
     """
     __tracebackhide__ = True
-    then = "It takes nothing, and returns a module, or the members as a list or dict of modules."
+    then = (
+        "It takes no arguments and returns a module, or the members as a list or dict of modules."
+    )
     model: Model = asked("make", make, then=then)
     return model
 
@@ -48,7 +50,7 @@ def named_modules_of(model: Model) -> dict[str, nn.Module]:
     """The modules that the user gave, by name: {"model": it} for one, {"0": ...} for a list.
 
     Raises:
-        ValueError: If it is no module, or no list or dict of modules, or an empty one.
+        ValueError: If it is neither a module nor a list or dict of modules, or if it is empty.
 
     Example:
         >>> list(named_modules_of([nn.Linear(2, 2), nn.Linear(2, 2)]))
@@ -60,7 +62,7 @@ def named_modules_of(model: Model) -> dict[str, nn.Module]:
 
 
 def is_one_module(model: Model) -> TypeIs[nn.Module]:
-    """Whether the user gave one module; containers without a call count as lists and dicts.
+    """Whether the user gave one module; a ModuleList or ModuleDict counts as a list or dict.
 
     Example:
         >>> is_one_module(nn.Linear(2, 2)), is_one_module(nn.ModuleList([nn.Linear(2, 2)]))
@@ -73,7 +75,7 @@ def named_members(model: Model, members: Members | None = None) -> dict[str, nn.
     """The member modules by name, as `members` finds them, or the list or dict itself.
 
     Raises:
-        ValueError: If there are none, or if something else than modules was found.
+        ValueError: If there are none, or if something other than modules was found.
 
     Example:
         >>> named_members(nn.ModuleDict({"a": nn.Linear(2, 2)}), dict)
@@ -90,20 +92,20 @@ def named_members(model: Model, members: Members | None = None) -> dict[str, nn.
 def member_outputs(
     model: Model, batch: Any, *, outputs: Outputs | None = None
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Calls the model and returns the floating tensors that each member yields.
+    """Calls the model, and returns the floating-point tensors of each member's output.
 
     Args:
         model: One module, or the members as a list or dict of modules, each called on the batch.
         batch: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        outputs: Splits what one module returns; by default a list, tuple or dict is one output
-            per member and a tensor is one member. Of members that are modules of their own, it
-            finds the output in what each returns.
+        outputs: Splits what one module returns. By default a list, tuple or dict has one output
+            per member, and a tensor is one member. If the members are a list or dict of modules,
+            `outputs` is called on what each of them returns.
 
     Returns:
         Member name to its output tensors, in the order in which the model gives them.
 
     Raises:
-        ValueError: If the call raises, or if a member's output holds no floating tensor.
+        ValueError: If the call raises, or if a member's output holds no floating-point tensor.
 
     Example:
         >>> two = [nn.Linear(4, 2), nn.Linear(4, 2)]
@@ -149,7 +151,9 @@ def _named(found: Any, kind: type, where: str) -> dict[str, Any]:
     if isinstance(found, (Mapping, nn.ModuleDict)):
         named = {str(name): value for name, value in found.items()}
         if len(named) < len(found):
-            raise ValueError(f"{where} has two members of one name: {sorted(map(str, found))}.")
+            raise ValueError(
+                f"{where} has two members with the same name: {sorted(map(str, found))}."
+            )
     elif isinstance(found, (Sequence, nn.ModuleList)) and not isinstance(found, str):
         named = {str(position): value for position, value in enumerate(found)}
     else:
@@ -166,14 +170,14 @@ def _tensors(value: Any, member: str) -> tuple[Tensor, ...]:
     found = tuple(x for x in _leaves(value) if isinstance(x, Tensor) and x.is_floating_point())
     if not found:
         raise ValueError(
-            f"the output of member {member} is {kind_of(value)}, and holds no floating tensor. "
-            "Give outputs=a function that returns each member's logits."
+            f"the output of member {member} is {kind_of(value)}, and holds no floating-point "
+            "tensor. Give outputs=a function that returns each member's logits."
         )
     return found
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What an output holds, also in dataclasses and mappings that torch does not know as such."""
+    """What an output holds, also in dataclasses and mappings that torch does not open."""
     for leaf in pytree.tree_leaves(value):
         if is_dataclass(leaf) and not isinstance(leaf, type):
             yield from _leaves([getattr(leaf, entry.name) for entry in fields(leaf)])

@@ -1,8 +1,8 @@
 """What a tensor holds: memory of its own, or other tensors.
 
-A `DTensor`, a quantized weight or a nested tensor is a shell around tensors: the address of the
-shell is 0, where nobody may read, and what two of them share is what their inner tensors share. A
-sparse tensor has its indices and values. The memory of an oneDNN tensor PyTorch does not show.
+A `DTensor`, a quantized weight or a nested tensor is a shell around other tensors. The address of
+the shell is 0, and reading there ends the process. Two shells share what their inner tensors share.
+A sparse tensor holds its indices and values. PyTorch does not show the memory of a oneDNN tensor.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ SPARSE: dict[torch.layout, Callable[[Tensor], tuple[Tensor, ...]]] = {
 
 
 def inner_tensors(tensor: Tensor, place: str = "a tensor") -> tuple[Tensor, ...]:
-    """The tensors that a tensor is made of; none where it has memory of its own.
+    """The tensors that a tensor is made of; none if it has memory of its own.
 
     Args:
-        tensor: Of any class and layout.
+        tensor: A tensor of any class and layout.
         place: What an error calls it.
 
     Raises:
-        ValueError: If it has no memory, and does not say what it is made of.
+        ValueError: If it has no memory, and does not show what it is made of.
 
     Example:
         >>> len(inner_tensors(torch.ones(2))), len(inner_tensors(torch.eye(2).to_sparse()))
@@ -66,12 +66,12 @@ def inner_tensors(tensor: Tensor, place: str = "a tensor") -> tuple[Tensor, ...]
             found = SPARSE[tensor.layout](tensor.detach())
     except Exception as error:
         raise ValueError(
-            f"{place} is of type {told_type(tensor)}, and does not open: "
+            f"{place} is of type {told_type(tensor)}, and its inner tensors cannot be read: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not found:
         raise ValueError(
-            f"{place} is of type {told_type(tensor)}, whose memory PyTorch does not show. Check "
+            f"{place} is of type {told_type(tensor)}, and PyTorch does not show its memory. Check "
             "the model before it gets such tensors, or make them dense."
         )
     return found
@@ -81,7 +81,7 @@ def memory_in(tensor: Tensor, place: str = "a tensor") -> Iterator[Tensor]:
     """The strided tensors that hold a tensor's memory: itself, or those that it is made of.
 
     Args:
-        tensor: Of any class and layout.
+        tensor: A tensor of any class and layout.
         place: What an error calls it.
 
     Raises:
@@ -102,10 +102,10 @@ def memory_in(tensor: Tensor, place: str = "a tensor") -> Iterator[Tensor]:
 def numbers_in(tensor: Tensor, place: str = "a tensor") -> Tensor:
     """A dense tensor with a tensor's numbers, without its history.
 
-    Of a shell around several tensors they are those of all, one after another, in a row.
+    For a shell around several tensors, the numbers of all of them are joined into one row.
 
     Args:
-        tensor: Of any class and layout.
+        tensor: A tensor of any class and layout.
         place: What an error calls it.
 
     Raises:
@@ -130,14 +130,15 @@ def numbers_in(tensor: Tensor, place: str = "a tensor") -> Tensor:
 
 
 def checked_present(tensor: Tensor, place: str = "a tensor") -> None:
-    """Refuses to read where nothing is: in a storage that was freed, or in a fake tensor.
+    """Refuses a tensor that cannot be read: its storage was freed, or it is a fake tensor.
 
     Args:
-        tensor: Of any class and layout; on the meta device nobody reads.
+        tensor: A tensor of any class and layout. One on the meta device is accepted, because it is
+            never read.
         place: What the error calls it.
 
     Raises:
-        ValueError: If a read of its numbers could end the process.
+        ValueError: If reading its numbers could end the process.
 
     Example:
         >>> weight = torch.ones(2)
@@ -160,7 +161,7 @@ def checked_present(tensor: Tensor, place: str = "a tensor") -> None:
 def as_kind_of(values: Tensor, tensor: Tensor) -> Tensor:
     """Plain values in the precision, on the device and in the placement of another tensor.
 
-    A `DTensor` computes with its like only.
+    A `DTensor` computes only with another `DTensor`.
 
     Example:
         >>> as_kind_of(torch.ones(2), torch.zeros(2, dtype=torch.float64))
@@ -200,7 +201,7 @@ def told_type(tensor: Tensor) -> str:
 
 
 def _has_memory(tensor: Tensor, place: str) -> bool:
-    """Whether it may be read; a storage that was freed since is refused."""
+    """Whether it may be read; a storage that was freed is refused."""
     try:
         storage = tensor.untyped_storage()
         if storage.device.type == "meta" or not tensor.numel():
@@ -213,6 +214,6 @@ def _has_memory(tensor: Tensor, place: str) -> bool:
     if there and (last + 1) * tensor.element_size() > storage.nbytes():
         raise ValueError(
             f"{place} has no memory at present: its storage of {storage.nbytes():,} bytes is too "
-            "small for its elements. FSDP frees what it has sharded: check the model before."
+            "small for its elements. FSDP frees what it has sharded: check the model before that."
         )
     return there

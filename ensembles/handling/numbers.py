@@ -1,4 +1,4 @@
-"""Refuses what holds no usable numbers, before a check computes with it."""
+"""Refuses parameters without usable numbers, before a check computes with them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def checked_numbers(model: Model) -> None:
     """Refuses parameters that hold no usable numbers, before a check computes with them.
 
     Raises:
-        ValueError: For lazy, meta, integer, complex, NaN or infinite parameters, naming the first
-            of them and what to do.
+        ValueError: If a parameter is lazy, on the meta device, integer, complex, NaN or infinite.
+            It names the first one and says what to do.
 
     Example:
         >>> checked_numbers(nn.Linear(4, 2, device="meta"))
@@ -30,15 +30,16 @@ def checked_numbers(model: Model) -> None:
             checked_initialised(parameter, place)
             if parameter.device.type == "meta":
                 raise ValueError(
-                    f"{place} is on the meta device, and this check computes with numbers. "
-                    "Build the model on a real device; the sharing check works on meta."
+                    f"{place} is on the meta device, but this check computes with numbers. "
+                    "Build the model on a real device. The sharing check works on meta."
                 )
             if not parameter.is_floating_point():
                 raise ValueError(
-                    f"{place} has dtype {parameter.dtype}, and this check needs real floating "
-                    "parameters. Make integer tables buffers; give complex weights as pairs."
+                    f"{place} has dtype {parameter.dtype}, but this check needs real "
+                    "floating-point parameters. Make an integer table a buffer; store complex "
+                    "weights as pairs of real numbers."
                 )
-            # A frozen parameter may be an additive mask, of minus infinity.
+            # A frozen parameter may be an additive mask that holds minus infinity.
             numbers = numbers_in(parameter, place)
             usable = numbers.isfinite()
             if not parameter.requires_grad:
@@ -47,7 +48,7 @@ def checked_numbers(model: Model) -> None:
                 wrong = int((~usable).sum())
                 raise ValueError(
                     f"{place} holds NaN or infinity in {wrong} of {numbers.numel()} elements. "
-                    "Nothing can be concluded from it: mend the initialisation or the checkpoint."
+                    "Nothing can be concluded from it: repair the initialisation or the checkpoint."
                 )
 
 

@@ -1,4 +1,4 @@
-"""Which dtypes take part when a model is called: a tolerance is that of the coarsest."""
+"""Which dtypes take part when a model is called; the coarsest of them decides the tolerance."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["autocasts", "dtypes_of"]
 def dtypes_of(model: Model, *given: Any) -> set[torch.dtype]:
     """The floating dtypes of parameters, of tensors such as inputs and outputs, and of autocast.
 
-    Buffers are left out, and parameters of 8 bits: they may be kept in less than what computes.
+    Buffers and 8-bit parameters are left out: they may be stored more coarsely than computed with.
 
     Args:
         model: One module, or the members as a list or dict of modules.
-        given: Tensors, or what holds some; dtypes that took part besides.
+        given: Tensors or containers of tensors, and other dtypes that took part.
 
     Example:
         >>> found = dtypes_of(torch.nn.Linear(2, 2), {"x": torch.ones(1).half()}, torch.float64)
@@ -48,7 +48,7 @@ def dtypes_of(model: Model, *given: Any) -> set[torch.dtype]:
 def autocasts() -> Iterator[set[torch.dtype]]:
     """The dtypes that models cast to while this is open, also where they cast outputs back.
 
-    What enters `torch.autocast` is seen; what a function casts by hand is not.
+    It sees models that enter `torch.autocast`. It does not see a function that casts by itself.
 
     Example:
         >>> with autocasts() as seen, torch.autocast("cpu", torch.bfloat16):
@@ -65,6 +65,6 @@ def autocasts() -> Iterator[set[torch.dtype]]:
             seen.add(torch.get_autocast_dtype(self.device))
         return result
 
-    # No hook and no mode, because in their presence other kernels may be taken.
+    # Neither a hook nor a mode is used, because PyTorch may choose other kernels for them.
     with mock.patch.object(torch.autocast, "__enter__", entered):
         yield seen

@@ -1,4 +1,4 @@
-"""Whatever a check does with a model, the model and the random generators are as before."""
+"""Puts a model and the random generators back as they were, whatever a check did with them."""
 
 from __future__ import annotations
 
@@ -45,32 +45,33 @@ __all__ = [
 ]
 
 PLAIN = (Tensor, bool, int, float, str, type(None))
-"""Attributes that come back as they were."""
+"""Types of attributes that are restored."""
 
 CONTAINERS = (dict, list)
-"""Those come back with what was in them."""
+"""Types of attributes that are restored with what was in them."""
 
 REGISTERS = ("_parameters", "_buffers", "_modules")
-"""Dicts that are seen to by themselves."""
+"""Dicts that are restored separately."""
 
 PLAIN_MODEL = (
     "This check computes with plain tensors. Check the model before it is sharded or quantized "
     "(fully_shard, parallelize_module, quantize_); sharing opens such tensors."
 )
-"""What to do where operations are not known to a class of tensors."""
+"""What to do if a class of tensors does not support an operation."""
 
 _COPIES: WeakValueDictionary[tuple[int, int], Tensor] = WeakValueDictionary()
-"""By the address of a tensor and a number, copies of it, for as long as somebody has them."""
+"""Copies of tensors, by the tensor's address and a number, for as long as they are in use."""
 
 _STATES = 3
-"""How many copies are known: of before a check, and of before and after what it does."""
+"""How many copies of a tensor are kept: before a check, and before and after what it does."""
 
 
 def copy_of(tensor: Tensor) -> Tensor:
-    """A copy of the values, to be read only: one for all who ask while the values are the same.
+    """A copy of the values, which must only be read.
 
-    Checks within checks keep the state that each begins from, and mostly it is one state: of a
-    network with hundreds of millions of weights, every copy counts.
+    While the values are the same, every call returns the same copy. Checks within checks each keep
+    the state that they begin from, and mostly this is one state. In a network with hundreds of
+    millions of weights, every copy counts.
 
     Example:
         >>> weight = torch.ones(2)
@@ -97,10 +98,10 @@ def _same_bits(one: Tensor, two: Tensor) -> bool:
 
 
 class Snapshot:
-    """What modules hold and where the random generators are, to return to as often as needed.
+    """What modules hold, and the states of the random generators, to be restored repeatedly.
 
     Values are restored in the tensors that the modules held, so views and ties survive. Plain
-    attributes come back too: a counter, a flag, a cache that was None or empty.
+    attributes are restored too: a counter, a flag, a cache that was None or empty.
 
     Args:
         model: One module, or the members as a list or dict of modules.
@@ -125,8 +126,8 @@ class Snapshot:
                 inner for given in named_modules_of(model).values() for inner in given.modules()
             )
         ]
-        # Old-style weight_norm, spectral_norm and pruning keep what they computed as an attribute;
-        # a cache is None until the first call, and a flag says whether weights are merged.
+        # Old-style weight_norm, spectral_norm and pruning keep what they computed as attributes. A
+        # cache is None until the first call. A flag says whether weights are merged.
         self._attributes = [
             (module, dict(module._modules), _plain_among(vars(module)))
             for module, *_ in self._modules
@@ -153,7 +154,7 @@ class Snapshot:
         return [tensor for tensor, *_ in self._tensors if tensor.is_leaf]
 
     def changed(self) -> bool:
-        """Whether a parameter or buffer is another, or differs in a bit."""
+        """Whether a parameter or buffer was replaced, or differs in a bit."""
         registered_anew = any(
             not (_same(module._parameters, parameters) and _same(module._buffers, buffers))
             for module, _, parameters, buffers in self._modules
@@ -165,13 +166,13 @@ class Snapshot:
         )
 
     def restore(self) -> None:
-        """Returns to the values, modes and random numbers of before; gradients become None."""
+        """Restores values, modes and random generators; gradients become None."""
         for module, training, parameters, buffers in self._modules:
             module.training = training
             pairs: list[tuple[Any, Any]]
             pairs = [(module._parameters, parameters), (module._buffers, buffers)]
             for register, before in pairs:
-                if not _same(register, before):  # scripted modules have read-only ones
+                if not _same(register, before):  # those of scripted modules are read-only
                     register.clear()
                     register.update(before)
         for module, children, attributes in self._attributes:
@@ -213,12 +214,12 @@ def preserved(model: Model) -> Iterator[Snapshot]:
         model: One module, or the members as a list or dict of modules.
 
     Yields:
-        The state on entry, which may be restored before the exit too.
+        The state on entry, which may also be restored before the exit.
 
     Raises:
-        ValueError: If a tensor of the model has no memory that may be read; and in place of an
-            error that is raised inside, if the model has tensors that are made of others: many
-            operations are not known to those.
+        ValueError: If a tensor of the model has no memory that may be read. It also replaces an
+            error that is raised inside, if the model has tensors that are made of others, because
+            these do not support many operations.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -244,7 +245,7 @@ def preserved(model: Model) -> Iterator[Snapshot]:
 
 @contextmanager
 def _shells_told(model: Model) -> Iterator[None]:
-    """Says that the model has tensors made of others, where something fails that is not ours."""
+    """Adds to a foreign error that the model has tensors which are made of others."""
     try:
         yield
     except (AssertionError, ValueError):
@@ -258,9 +259,9 @@ def _shells_told(model: Model) -> Iterator[None]:
 
 
 def graph_kept(modules: Sequence[nn.Module]) -> saved_tensors_hooks:
-    """A graph that is made inside stays usable after changes of these modules that were undone.
+    """Keeps a graph that is made inside usable, although these modules are changed and restored.
 
-    Autograd by itself refuses a tensor that was written to, though it has its values again.
+    Autograd by itself refuses a tensor that was written to, even if it has its old values again.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -284,7 +285,7 @@ def graph_kept(modules: Sequence[nn.Module]) -> saved_tensors_hooks:
         if version not in (None, tensor._version):
             raise ValueError(
                 f"a tensor of shape {tuple(tensor.shape)} that the backward pass needs was "
-                "written to, later in the call or in the next one. Clone it before, or do not "
+                "overwritten later in the call or in the next one. Clone it before, or do not "
                 "work in place."
             )
         return tensor
@@ -328,9 +329,9 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def parameters_kept(model: Model, *, frozen: Collection[int] = ()) -> Iterator[None]:
-    """Refuses a model whose call changes what it trains; wrap the call in it.
+    """Refuses a model whose call changes its trainable parameters; wrap the call in it.
 
-    A frozen parameter may move, as a buffer may: the key encoder of He et al. 2020 follows its
+    A frozen parameter may change, as a buffer may: the key encoder of He et al. 2020 follows its
     query encoder in the forward pass of training.
 
     Args:
@@ -338,7 +339,7 @@ def parameters_kept(model: Model, *, frozen: Collection[int] = ()) -> Iterator[N
         frozen: Ids of parameters that are frozen, though they require a gradient now.
 
     Raises:
-        ValueError: On exit, naming the first trainable parameter that the call changed.
+        ValueError: On exit. It names the first trainable parameter that the call changed.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -357,14 +358,15 @@ def parameters_kept(model: Model, *, frozen: Collection[int] = ()) -> Iterator[N
     for (place, parameter), (address, values) in zip(named, before, strict=True):
         if parameter.data_ptr() != address or not torch.equal(_bits(parameter), _bits(values)):
             raise ValueError(
-                f"calling the model changes its own parameter {place}, so that what is measured "
-                "depends on how often it was called. Change parameters in the training step; "
-                "freeze one that is not trained (requires_grad_(False)), or make it a buffer."
+                f"calling the model changes its own parameter {place}, so a measurement "
+                "depends on how often the model was called. Change parameters in the training "
+                "step. If this one is not trained, freeze it (requires_grad_(False)) or make it a "
+                "buffer."
             )
 
 
 def _unexpanded(tensor: Tensor, *, like: Tensor | None = None) -> Tensor:
-    """Without the repeats of an expanded tensor, which cannot be written to."""
+    """The tensor without the repeats of an expanded one, which cannot be written to."""
     if not tensor.ndim or tensor.layout is not torch.strided:
         return tensor
     strides = (tensor if like is None else like).stride()
@@ -389,7 +391,7 @@ def _bits(parameter: Tensor) -> Tensor:
 
 
 def _plain_among(attributes: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Each with a copy of what is in it, where it is a dict or a list."""
+    """Plain attributes; a dict or list comes with a copy of what is in it."""
     return {
         name: (value, value.copy() if type(value) in CONTAINERS else None)
         for name, value in attributes.items()
@@ -422,7 +424,7 @@ def generator_states() -> dict[str, Any]:
 
 
 def restore_generators(generators: Mapping[str, Any]) -> None:
-    """Returns the global random generators to states from `generator_states`.
+    """Sets the global random generators to states from `generator_states`.
 
     Example:
         >>> before = generator_states()
@@ -442,14 +444,14 @@ def restore_generators(generators: Mapping[str, Any]) -> None:
 # --- digests ------------------------------------------------------------------------------------
 
 WALKED = 20_000
-"""Objects that a digest reads below the modules; a model that keeps more is made anew."""
+"""How many objects below the modules a digest reads; a model that keeps more is made anew."""
 
 
 def digest_of_state(things: Sequence[Any]) -> str:
-    """A digest of all that modules hold: tensors, gradients, modes, hooks, attributes.
+    """A digest of everything that modules hold: tensors, gradients, modes, hooks, attributes.
 
-    It reads what Python objects below the modules keep too: counters, caches, generators. Where
-    that is more than `WALKED` objects, two digests never agree, because nothing is proved then.
+    It also reads what Python objects below the modules keep: counters, caches, generators. If these
+    are more than `WALKED` objects, two digests never agree, because they would prove nothing.
 
     Args:
         things: Modules or a batch, with all that is below them.
@@ -482,9 +484,9 @@ def digest_of_state(things: Sequence[Any]) -> str:
 
 
 def _read(thing: Any) -> tuple[bytes, list[Any] | None]:
-    """What a thing is by itself, and what is in it; None where it holds nothing else."""
+    """What an object is by itself, and what is in it; None if it holds no other objects."""
     if isinstance(thing, Tensor):
-        if isinstance(thing, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(thing):
             return b"lazy;", None
         grad = thing.grad if thing.is_leaf else None
         flags = f"{thing.dtype} {tuple(thing.shape)} {thing.device} {thing.requires_grad};"
@@ -531,7 +533,7 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _raw(tensor: Tensor) -> bytes:
-    """The bits of a tensor with memory of its own; on meta there are none."""
+    """The bits of a tensor with memory of its own; a tensor on meta has none."""
     values = tensor.detach()
     if values.is_meta:
         return b"meta;"

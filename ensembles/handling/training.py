@@ -1,7 +1,7 @@
-"""The parts of a training step, each by itself: batch, loss, gradients and optimizers.
+"""The parts of a training step: batch, loss, gradients and optimizers.
 
-They take what users give, refuse what does not fit with an error that says what to do, and leave
-nothing behind: no `.grad`, and no change of the batch.
+The functions take what users give. If something does not fit, the error says what to do. They leave
+nothing behind: no `.grad`, and the batch is not changed.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ __all__ = [
 ]
 
 LEARNING_RATE = 0.01
-"""Of `plain_sgd`, and the greatest in steps that are looked at. With gradients of about 1: far
-above rounding, and no explosion: larger ones are scaled down by `restrain`."""
+"""The learning rate of `plain_sgd`, and the greatest one in steps that are looked at. With
+gradients of about 1, a step is far larger than rounding, but training does not explode: `restrain`
+scales larger gradients down."""
 
 NOTHING_TO_TRAIN = (
-    "The model registers no trainable parameters, so that no step can be taken. "
-    f"{LISTED}, or all is frozen."
+    "The model registers no trainable parameters, so no training step is possible. "
+    f"{LISTED}, or all parameters are frozen."
 )
 
 # --- the model and what it is called with -------------------------------------------------------
@@ -70,7 +71,7 @@ def fresh(batch: Any) -> Any:
 
 
 def set_training(model: Model, trained: Model) -> None:
-    """Puts modules into train mode where they belong to `trained`, and else into eval mode.
+    """Puts modules that belong to `trained` into train mode, and all others into eval mode.
 
     Example:
         >>> two = [nn.Linear(2, 2), nn.Linear(2, 2)]
@@ -85,7 +86,7 @@ def set_training(model: Model, trained: Model) -> None:
 
 
 def hidden_modules(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Modules in Python containers below these, which a call may change though nothing lists them.
+    """Modules in Python containers below these: no module lists them, but a call may change them.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -118,7 +119,7 @@ def hidden_modules(modules: Sequence[nn.Module]) -> list[nn.Module]:
 def projected_gradients(
     outputs: Sequence[Tensor], parameters: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Gradients of a fixed random projection of the outputs; generic, so that no sum cancels.
+    """Gradients of a fixed random projection of the outputs, so that no gradients cancel.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -135,7 +136,7 @@ def projected_gradients(
 def gradients_of(
     outputs: Sequence[Tensor], weights: Sequence[Tensor], parameters: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Gradients of the weighted outputs; None where there is none. No `.grad` is left behind.
+    """Gradients of the weighted outputs, or None where there is none. No `.grad` is left behind.
 
     As in backward(), what a call has frozen after it was used has none.
 
@@ -156,14 +157,14 @@ def _gradients(
     tensors: list[Tensor], factors: list[Tensor], parameters: list[Tensor]
 ) -> list[Tensor | None]:
     try:
-        # The graph may hold nodes that the user made: they stay usable.
+        # The graph may hold nodes that the user made, and these must stay usable.
         return list(
             torch.autograd.grad(tensors, parameters, factors, allow_unused=True, retain_graph=True)
         )
     except RuntimeError as error:
         if "checkpoint" not in str(error).lower():
             raise
-    # Re-entrant checkpoints work with backward() only, which accumulates.
+    # Re-entrant checkpoints only work with backward(), which accumulates.
     before = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
@@ -201,10 +202,10 @@ class NotFiniteError(ValueError):
 
 
 def loss_of(loss: Loss, outputs: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
-    """The training loss of member outputs, where a member with one tensor gives that tensor.
+    """The training loss of member outputs. A member with one tensor is passed as that tensor.
 
     Raises:
-        ValueError: If the loss raises, or is no scalar tensor.
+        ValueError: If the loss raises, or is not a scalar tensor.
         NotFiniteError: If it is NaN or infinite.
 
     Example:
@@ -237,17 +238,17 @@ def loss_of(loss: Loss, outputs: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
 def output_gradients(
     loss: Loss, values: Mapping[str, tuple[Tensor, ...]]
 ) -> dict[str, list[Tensor | None]]:
-    """The gradient of the loss in each member's output.
+    """The gradient of the loss with respect to each member's output.
 
     Raises:
-        ValueError: If the loss depends on no member's output, or is no finite scalar tensor.
+        ValueError: If the loss depends on no member's output, or is not a finite scalar tensor.
 
     Example:
         >>> output_gradients(lambda y: 2 * y["a"].sum(), {"a": (torch.ones(2),)})
         {'a': [tensor([2., 2.])]}
     """
     leaves = {m: tuple(y.detach().requires_grad_() for y in ys) for m, ys in values.items()}
-    # Clones, because a loss may change what it is given in place.
+    # The loss gets clones, because it may change its arguments in place.
     value = loss_of(loss, {m: tuple(y.clone() for y in ys) for m, ys in leaves.items()})
     flat = [y for ys in leaves.values() for y in ys]
     found = gradients_of([value], [torch.ones_like(value)], flat)
@@ -264,7 +265,7 @@ def output_gradients(
 
 
 def optimizers_of(optimizer: Any, model: Model) -> tuple[Optimizer, ...]:
-    """The optimizers that a function of the model builds, one or a list.
+    """The optimizers that a function of the model builds: one or a list.
 
     Raises:
         ValueError: If it raises or returns something else.
@@ -281,9 +282,9 @@ def optimizers_of(optimizer: Any, model: Model) -> tuple[Optimizer, ...]:
             "takes the model and builds its optimizer, because every step needs a new one."
         )
     then = "It takes the model and returns its optimizer, or a list of them."
-    if not _trained(model):  # no optimizer takes an empty list
+    if not _trained(model):  # every optimizer refuses an empty list
         then = f"{then} {NOTHING_TO_TRAIN}"
-    # PyTorch warns of duplicates, which the coverage check reports with their names.
+    # PyTorch warns about duplicates, but the coverage check reports them with their names.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         built = asked("optimizer", optimizer, model, then=then)
@@ -298,7 +299,7 @@ def optimizers_of(optimizer: Any, model: Model) -> tuple[Optimizer, ...]:
 
 
 def _optimizers_in(built: Any) -> Iterator[Any]:
-    """What Lightning takes too: dicts, and a list of optimizers with one of their schedulers."""
+    """Also what Lightning takes: dicts, and a list of optimizers with a list of schedulers."""
     if isinstance(built, Mapping) and "optimizer" in built:
         yield from _optimizers_in(built["optimizer"])
     elif isinstance(built, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Wide ResNets with their subnets, and ensembles: the suite's default subject."""
+"""Wide ResNets with their subnets, and ensembles. One is the default subject of the suite."""
 
 from ensembles.models.heads import GroupedLinear
 from ensembles.models.layers import BlockConv2d, ChannelSwitcher, SubnetConv2d, SubnetGrid

@@ -4,16 +4,17 @@
 outside of the group where the subnet is, and every conv runs at full width with all blocks but one
 masked. It is slow (1 + k*k times the parent) and plain.
 
-The zero part is held at zero and not merely expected to stay there: BatchNorm, activation and
-max-pool see only the channels of the live group, and zeros are put around their result. So it does
-not matter whether act(0) is 0 (softplus, sigmoid), whether act'(0) is 0 (GELU, ELU), or which of a
-dead zero and a live negative value is larger.
+The zero part is set to zero in every step: BatchNorm, activation and max-pool see only the channels
+of the live group, and zeros are put around their result. So it does not matter whether act(0) is 0
+(softplus, sigmoid), whether act'(0) is 0 (GELU, ELU), or whether a dead zero is larger than a live
+negative value.
 
-What a mask cannot hide: it multiplies, and 0 * inf is nan. One inf or nan in block (i, j) of a
-conv reaches every subnet that writes group i there, and not only the one that owns the block.
+A mask cannot hide inf or nan: it multiplies, and 0 * inf is nan. One inf or nan in block (i, j) of
+a conv reaches every subnet that writes group i there, also those that do not own the block.
 
-``sum_of_subnets``: activations of a subnet are narrow, its group is bookkeeping, and no zero is
-computed. Let the parent's stem cost S, its other convs R, and its classifier F operations. The k*k
+``sum_of_subnets``: activations of a subnet are narrow, only the number of its group is kept, and no
+zeros are computed. Let the parent's stem cost S, its other convs R, and its classifier F
+operations. The k*k
 subnets partition the other convs, so together they cost R again. The stem is not divided at its
 input, so the k subnets that start in a group need the same rows of the parent's own product: it is
 computed once for all. A classifier is narrow, F/k, and there are k*k. A forward pass costs
@@ -32,7 +33,7 @@ Kept for the backward pass is 1 + k times what the parent keeps, less the stem's
 kept once, and less all up to the pool where that is shared. Weights are not copied. An inf in a
 block reaches the parent and the one subnet that owns the block.
 
-A layout is no part of the function. On a CPU, unless the image or the stem's weight is channels
+The layout does not change the function. On a CPU, unless the image or the stem's weight is channels
 last already, members are computed channels last behind the stem for as long as the weights that
 they compute with are small: normalisation, max-pool and convs of few channels are faster so, and
 wide convs are not. A stem whose pool is shared is channels last as well. Elsewhere a layout changes
@@ -40,11 +41,12 @@ only between a product and its normalisation, or a normalisation and its activat
 tensor that is left is not kept; but the input of a strided 1x1 conv of less than 16 channels is
 copied, see `ensembles.kernels`. On other devices the layout is left as it is.
 
-What the time cannot go below: only products are shared out, so they cost 2 whatever k. What is
-done for each activation behind the stem (normalisation, sums) costs 1 + k, as there are 1 + k times
-as many activations. One CPU thread, ResNet-18 of 16 channels, width 4, 32 images of 32x32: of a
-parent's train step 80 % are products, 9 % the rest of the stem, 11 % the rest. So 0.80 * 2 + 0.09 +
-0.11 * 5 = 2.24 is what k = 4 costs if narrow convs are as fast as wide ones; 2.3 is measured.
+There is a lower bound of the time. Only products are divided between subnets, so they cost 2 for
+every k. Work on each activation behind the stem (normalisation, sums) costs 1 + k, because there
+are 1 + k times as many activations. An example is ResNet-18 of 16 channels, width 4, with 32 images
+of 32x32 on one CPU thread. Of a parent's train step, 80 % are products, 9 % the rest of the stem,
+and 11 % the rest. So k = 4 costs 0.80 * 2 + 0.09 + 0.11 * 5 = 2.24 if narrow convs are as fast as
+wide ones; 2.3 is measured.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The worked example, as a subject of the suite: the wide ResNet-18 with its four subnets."""
+"""The example subject of the suite: the wide ResNet-18 with its four subnets."""
 
 import torch
 

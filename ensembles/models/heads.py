@@ -109,8 +109,8 @@ class GroupedLinear(nn.Module):
     def merged(self) -> nn.Linear:
         """Makes the ordinary head that computes the mean of the groups' logits.
 
-        Its softmax is the groups' geometric mean: a network that was trained with the mean-field
-        loss is used, and stored, as an ordinary one.
+        Its softmax is the groups' geometric mean. So a network that was trained with the mean-field
+        loss can be used and stored as an ordinary one.
 
         Example:
             >>> head, x = GroupedLinear(8, 10, groups=4), torch.randn(5, 8)

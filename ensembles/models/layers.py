@@ -73,7 +73,7 @@ class SubnetConv2d(GuardedConv2d):
     ``.double()``, ``to_empty`` and ``load_state_dict(assign=True)`` cannot part them. (Views that
     are kept as Parameters are parted by each of these, and an optimizer steps twice on them.)
 
-    Weights are shared, biases are own: with ``bias=True`` the parent keeps ``bias`` of shape
+    Weights are shared, but biases are not: with ``bias=True`` the parent keeps ``bias`` of shape
     (out,), and the blocks have ``subnet_bias`` of shape (k, k, out/k), drawn as that of a conv of
     ordinary width. With ``bias=False`` the names of the parameters are those of `torch.nn.Conv2d`.
 

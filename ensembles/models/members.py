@@ -28,7 +28,7 @@ class Ensemble(nn.Module):
 
     Args:
         members: At least one module, each another object. That members share no parts either is a
-            claim to be verified, and not verified here.
+            claim that the checks verify; it is not verified here.
 
     Shape:
         The members' input to a list of the members' outputs.
@@ -89,9 +89,9 @@ class Ensemble(nn.Module):
 
 
 class NStreams(nn.Module):
-    """The accident of an ensemble that is one network: the input goes through it N times.
+    """An accidental ensemble that is one network: the input goes through it N times.
 
-    It is kept on purpose: to be told from an ensemble, and to be measured. With loss l and
+    It is kept on purpose, so that it can be measured and told from an ensemble. With loss l and
     gradient g of a single run, and all streams on the same batch:
 
     * the sum of the stream losses has gradient N g (in float32 bit by bit up to N = 5), their mean

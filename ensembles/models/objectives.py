@@ -187,7 +187,7 @@ class MeanField:
 class Interpolated:
     """lam * (the parent's loss) + (1 - lam) * (the mean of the subnets' losses).
 
-    What counts for nothing is not asked: no subnet at lam = 1, and no parent at lam = 0.
+    A member of weight 0 is not computed: no subnet at lam = 1, and no parent at lam = 0.
 
     Example:
         >>> objective = Interpolated(0.25)
@@ -236,9 +236,9 @@ class Interpolated:
 class Stochastic:
     """A coin for each step: the parent's loss with probability p, and the subnets' otherwise.
 
-    Only what the coin chose is computed, and only there gradients go. The coin is a function of
-    seed and step alone, so that a run that is resumed, or that steps aside to evaluate, has the
-    same coins. Over the coins the loss averages to `expectation`.
+    Only the members that the coin chose are computed, and only they get gradients. The coin depends
+    only on seed and step, so a run that is resumed, or that stops to evaluate, has the same coins.
+    The average of the loss over the coins is `expectation`.
 
     Example:
         >>> objective = Stochastic(p=0.5, subnets="one")
@@ -319,8 +319,8 @@ class Stochastic:
 class Joint:
     """(1 - beta) * (the mean of member losses) + beta * (the loss of the mean prediction).
 
-    The mean prediction is the arithmetic one, computed in log space. From beta > 0 on, members
-    see each other: one that is right takes gradient from the others.
+    The mean prediction is the arithmetic one, computed in log space. If beta > 0, members depend on
+    each other: a member that is right reduces the gradients of the others.
 
     Example:
         >>> logits = {"member_0": torch.tensor([[2.0, 0.0]]), "member_1": torch.zeros(1, 2)}

@@ -2,7 +2,7 @@
 
 With p_m the members' distributions of one sample, the arithmetic mean is mean_m p_m, the geometric
 mean softmax(mean_m log p_m), which is softmax of the mean of logits, and the vote the share of
-members whose most probable class it is. They are three classifiers, and not one.
+members whose most probable class it is. They are three different classifiers.
 """
 
 import math

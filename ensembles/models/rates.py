@@ -1,6 +1,6 @@
 """What an objective does to learning rate, weight decay and all that is tuned with them.
 
-Objectives that differ by a factor c only have gradients that differ by c. A step of SGD is
+Objectives that differ only by a factor c have gradients that differ by c. A step of SGD is
 lr (g + wd w) and what momentum makes of it, so that lr / c and c wd take the same steps with c g
 as lr and wd with g; decoupled decay, lr wd w, is the same then too. A step of Adam is
 lr m / (sqrt(v) + eps), where m and sqrt(v) grow with c: c eps takes the same steps, and lr stays.

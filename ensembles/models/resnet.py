@@ -71,7 +71,7 @@ class ResNetOptions(TypedDict, total=False):
 
 
 EnterStem: TypeAlias = Callable[..., Tensor]
-"""How all in front of the first layer is computed: ``enter(x, conv, norm, activation, pool)``."""
+"""Computes everything before the first layer: ``enter(x, conv, norm, activation, pool)``."""
 
 
 def _called(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ class ResNet(nn.Module):
         Args:
             x: (N, image_channels, H, W).
             convolve: May compute convs behind the stem in another way.
-            enter: May compute the stem and all up to the first layer in another way.
+            enter: May compute everything before the first layer in another way.
         """
         x = enter(x, self.conv1, self.bn1, self.activation, self.maxpool)
         for layer in self.layers:

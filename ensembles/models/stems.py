@@ -11,9 +11,9 @@ So z and its max-pool are computed once, its min-pool only where a member has a 
 what is done for each member is done to pooled activations, which are a quarter. In eval mode every
 norm has statistics of its own, and the product itself is what is pooled.
 
-Where the greatest of a window is there twice, the gradient may go to the other place. A weight of 0
-makes a whole window equal: its own gradient is taken at the greatest of z, and not at the first.
-In half precision z is rounded, and so is what is scaled.
+If the greatest value of a window occurs twice, the gradient may go to the other place. A weight of
+0 makes a whole window equal: its own gradient is taken at the greatest of z, rather than at the
+first. In half precision z is rounded, and so is the scaled z.
 """
 
 from collections.abc import Sequence
@@ -139,9 +139,9 @@ def pooled_stem(product: Tensor, readers: Sequence[Reader]) -> PooledStem:
 def reads_pooled(reader: Reader, as_: Reader) -> bool:
     """Whether a reader may share what is pooled for another one.
 
-    Not where a module is listened to: its hook is promised what it is given without this. A hook on
-    all modules is told of those that are called, which the pool is not, nor in train mode the norm.
-    What a hook on the reader itself changes in them comes too late.
+    A reader with hooks may not: its hooks must get the same inputs as without sharing. A hook on
+    all modules only hears of modules that are called, but the pool is not called, and in train mode
+    the norm is not called either. A hook on the reader itself changes them too late.
 
     Args:
         reader: The parent, or a subnet.

@@ -1,8 +1,8 @@
 """A wide ResNet together with the k*k ResNets of ordinary width that share its convs.
 
-Shared with the parent is every conv weight, the stem included; own are BatchNorms, activations,
-biases and the classifier. How the shared weights are computed with is the construction; see
-`ensembles.models.constructions`.
+Every conv weight is shared with the parent, also that of the stem. Each member has its own
+BatchNorms, activations, biases and classifier. How the shared weights are computed with is the
+construction; see `ensembles.models.constructions`.
 """
 
 import copy

@@ -1,1 +1,1 @@
-"""Where a subject comes from: a factory, a live object, a name."""
+"""Where a subject comes from: a factory, an object, or the path of either."""

@@ -1,4 +1,4 @@
-"""A subject from what a user gave: a model, a function that returns one, or its dotted path."""
+"""Makes a subject of a model, of a function that returns one, or of the path of either."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _NOTHING = object()
 
 
 def as_subject(thing: Any, *, name: str = "") -> Subject:
-    """A `Subject` from what a user gave, with default claims and batch where it has none.
+    """Makes a `Subject` of what a user gave; it gets default claims and a batch if it has none.
 
     Raises:
-        ValueError: If it is nothing that can be looked at.
+        ValueError: If no subject can be made of it.
 
     Example:
         >>> as_subject(nn.Linear(2, 2), name="head").claims
@@ -59,7 +59,9 @@ def as_subject(thing: Any, *, name: str = "") -> Subject:
     try:
         named_modules_of(result)
     except ValueError as error:
-        raise ValueError(f"the factory {name!r} returned no model: {error} {returns}") from error
+        raise ValueError(
+            f"the factory {name!r} did not return a model: {error} {returns}"
+        ) from error
     return as_subject(_claiming_defaults(thing, result, name))
 
 
@@ -79,10 +81,10 @@ def resolve(path: str) -> Subject:
         raise ValueError(f"{path!r} names no factory: write package.module:factory.")
     try:
         found: Any = import_module(module_name)
-        for part in attribute.split("."):  # a package may import it only now
+        for part in attribute.split("."):  # a package may import the name only when it is asked
             found = getattr(found, part, _NOTHING)
     except (Exception, *STOPS) as error:
-        script = ' Keep what a script does below `if __name__ == "__main__":`.'
+        script = ' Put the work of a script below `if __name__ == "__main__":`.'
         raise ValueError(
             f"cannot import {module_name!r} for the subject {path!r}: {said(error)}."
             f"{script if isinstance(error, SystemExit) else ''}"
@@ -94,7 +96,7 @@ def resolve(path: str) -> Subject:
 
 def _claiming_defaults(make: Callable[[], Model], model: Model, name: str) -> Subject:
     name = name or type(model).__name__
-    if not is_one_module(model):  # a list of one has lost members: an error, not a network
+    if not is_one_module(model):  # a list of one has lost members, which the checks shall report
         return Subject(make=make, name=name, claims=default_claims("ensemble"))
     kept = getattr(model, "members", None)
     if isinstance(kept, (torch.nn.ModuleList, torch.nn.ModuleDict)) and len(kept) > 1:
@@ -109,7 +111,7 @@ def _claiming_defaults(make: Callable[[], Model], model: Model, name: str) -> Su
 
 
 def _of_members(count: int, output: Any) -> Mapping[str, Any] | Sequence[Any]:
-    """One output for each member, where there are as many; else what all of them make together."""
+    """One output for each member if there are as many; otherwise one output of the whole model."""
     several = isinstance(output, (Mapping, Sequence)) and len(output) == count
     return output if several else whole(output)
 

@@ -1,4 +1,4 @@
-"""A batch for a model that came without one: a bare module or list from the command line."""
+"""Makes a batch for a model that came without one: a module or list from the command line."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ SIDES = (32, 64, 224, 299)
 """Image sides that published classifiers take: CIFAR, Tiny ImageNet, ImageNet, Inception."""
 
 MISMATCHES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
-"""What a model raises for a batch that it does not take; all else is an error of its own."""
+"""What a model raises for a batch that it does not accept; other errors are its own."""
 
 
 def inferred_batch(model: Model) -> Any:
-    """A random batch that the model accepts, from its first layer with weights.
+    """A random batch that the model accepts. Its shape comes from the first layer with weights.
 
-    A module that states its input in `example_input_array` (as Lightning modules do) is believed.
-    Otherwise the first convolution, linear or embedding layer gives the shape, and images are
-    tried at the sides `SIDES`.
+    If a module gives its input in `example_input_array` (as Lightning modules do), that is taken.
+    Otherwise the first convolution, linear or embedding layer gives the shape, and images are tried
+    at the sides `SIDES`.
 
     Args:
         model: One module, or the members as a list or dict of modules.
@@ -38,8 +38,8 @@ def inferred_batch(model: Model) -> Any:
         A tensor of `ROWS` samples, or what `example_input_array` holds.
 
     Raises:
-        ValueError: If no such batch can be called; it says what was tried. An error of the
-            model's own, such as a KeyError, is told at once.
+        ValueError: If the model accepts no such batch; it says what was tried. An error of the
+            model itself, such as a KeyError, is raised at once.
 
     Example:
         >>> inferred_batch(nn.Sequential(nn.Linear(12, 3), nn.ReLU())).shape
@@ -60,7 +60,7 @@ def inferred_batch(model: Model) -> Any:
         except ValueError as error:
             if error.__cause__ is not None and not isinstance(error.__cause__, MISMATCHES):
                 raise ValueError(
-                    f"{error} No batch was given, and this one was inferred from the first layer: "
+                    f"{error} No batch was given, so this one was inferred from the first layer: "
                     "if the model takes another, return a Subject(make=..., batch=...)."
                 ) from error.__cause__
             errors.append(str(error))
@@ -69,15 +69,16 @@ def inferred_batch(model: Model) -> Any:
     tried = f" Tried: {errors[-1]}" if errors else ""
     raise ValueError(
         f"no batch was given, and none could be inferred for {type(first).__name__}. Return a "
-        "Subject(make=..., batch=...) whose batch returns what the model is called with: a tensor, "
-        f"a tuple of positional arguments, or a dict of keyword arguments.{tried}"
+        "Subject(make=..., batch=...). Its batch is a function that returns what the model is "
+        "called with: a tensor, a tuple of positional arguments, or a dict of keyword arguments."
+        f"{tried}"
     )
 
 
 def _candidates(module: nn.Module) -> list[Tensor]:
     for name, parameter in module.named_parameters():
         checked_initialised(parameter, f"parameter {name}")
-    # Also what a Python list hides from the model: so that a check can tell of it.
+    # Also layers that a Python list hides from the model, so that a check can report them.
     layers = [each for one in (module, *hidden_modules([module])) for each in one.modules()]
     parameters = (p for layer in layers for p in layer.parameters(recurse=False))
     like = next(parameters, torch.zeros(()))

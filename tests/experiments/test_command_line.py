@@ -193,7 +193,7 @@ def test_a_wrong_option_is_told_in_one_line_with_the_way_to_the_help(line, told,
     shown = only_line(capsys.readouterr())
     assert shown.startswith(f"ensembles {line.split()[0]}: error: ")
     assert told in shown
-    assert shown.endswith(f"(ensembles {line.split()[0]} --help tells more)")
+    assert shown.endswith(f"(ensembles {line.split()[0]} --help shows all options)")
 
 
 def lines_of_the_readme():
@@ -214,7 +214,7 @@ def test_the_help_calls_no_value_by_its_python_name(command, capsys):
 def test_null_is_asked_for_where_none_is_given(option, tmp_path, capsys):
     """As text, None is the backend or the folder of that name."""
     train = f"train {tmp_path}/run --data digits"
-    told = f"ensembles train: error: --{option} None is written --{option} null (ensembles train "
+    told = f"ensembles train: error: write --{option} null in place of --{option} None ("
     for line in (f"--{option} None", f"--{option}=None"):
         assert ensembles(f"{train} {line}") == 2
         assert only_line(capsys.readouterr()).startswith(told)
@@ -226,7 +226,7 @@ def test_null_is_asked_for_where_none_is_given(option, tmp_path, capsys):
     inner[last] = "None"
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
     assert ensembles(f"{train} --config {tmp_path}/a.yaml") == 2
-    assert f"a.yaml: {option}: None is written null (" in only_line(capsys.readouterr())
+    assert f"a.yaml: {option}: write null in place of None (" in only_line(capsys.readouterr())
     assert not (tmp_path / "run").exists()
 
 
@@ -272,7 +272,7 @@ def test_train_writes_a_run_that_says_how_it_was_trained(runs):
 def test_train_goes_on_with_its_own_run_and_leaves_others_alone(runs, capsys):
     before = (runs / "one" / "epochs.csv").read_bytes()
     assert ensembles(f"train {runs}/one {QUICK} --training.validation 100") == 0
-    told = "this run was finished already, nothing was trained: 2 steps, accuracies of the last"
+    told = "this run was already finished, so nothing was trained: 2 steps, accuracies of the last"
     assert capsys.readouterr().out.startswith(told)
     assert ensembles(f"train {runs}/one {QUICK} --training.validation 100 --seed 1") == 2
     told = capsys.readouterr().err
@@ -343,10 +343,10 @@ def test_a_config_file_sets_the_options_of_the_command_line(tmp_path, runs, caps
         ),
         (b"trainning: {epochs: 3}", ": there is no option trainning; did you mean training? ("),
         (b"xylophone: 1", ": there is no option xylophone ("),
-        (b"data: [digits", " is no YAML: while parsing a flow sequence"),
-        (bytes(range(128, 256)), " is no YAML: 'utf-8' codec can't decode byte 0x80"),
-        (b"", " holds no options: expected a value for each name, such as seed: 1 ("),
-        (b"- digits", " holds no options: expected"),
+        (b"data: [digits", " is not YAML: while parsing a flow sequence"),
+        (bytes(range(128, 256)), " is not YAML: 'utf-8' codec can't decode byte 0x80"),
+        (b"", " holds no options: write a value for each name, such as seed: 1 ("),
+        (b"- digits", " holds no options: write a value"),
     ],
 )
 @pytest.mark.parametrize("joint", ["=", " "])
@@ -440,7 +440,7 @@ def test_members_that_are_one_network_are_told(runs, tmp_path, capsys):
     told = [line for line in capsys.readouterr().err.splitlines() if "one network" in line]
     assert told == [
         "one and copy give the same probabilities for every image: they are one network, and one "
-        "network is no ensemble. Train them with seeds of their own."
+        "network is no ensemble. Train them with different seeds."
     ]
     assert ensembles(f"{evaluate} {runs}/one,{runs}/two") == 0
     assert "one network" not in capsys.readouterr().err
@@ -465,15 +465,15 @@ def test_evaluate_overwrites_nothing_and_looks_before_it_computes(runs, tmp_path
         ("--model cifar,one", "cifar, one classify different things: they are no ensemble"),
         ("--model one --data moons", "there is no set of images 'moons'"),
         ("--model one --shifted moons", "there is no set of images 'moons'"),
-        ("--model one --shifted rotation", "shifted=rotation: with its level, from 1 to 5, such"),
-        ("--model one --shifted rotation:x", "shifted=rotation:x: levels are the whole numbers"),
+        ("--model one --shifted rotation", "shifted=rotation needs a level from 1 to 5, such"),
+        ("--model one --shifted rotation:x", "shifted=rotation:x: a level is a whole number"),
         ("--model one --shifted rotation:6", "level=6: levels are the whole numbers from 1"),
         ("--model one --shifted fog:3", "there is no corruption 'fog'"),
-        ("--model one --shifted digits", "digits is there 2 times: evaluate it once"),
-        ("--model one --shifted blur:1,blur:1", "digits_blur_1 is there 2 times: evaluate it once"),
+        ("--model one --shifted digits", "digits is given 2 times: give it once"),
+        ("--model one --shifted blur:1,blur:1", "digits_blur_1 is given 2 times: give it once"),
         ("--model one,one", "one is there 2 times: one network is no ensemble"),
         ("--model ''", "name at least one model"),
-        ("--model one --device warp", "device 'warp' is not there"),
+        ("--model one --device warp", "device 'warp' is not available"),
         ("--model one --batch_size 0", "batch_size must be at least 1, got 0"),
         ("--model . ", "has no checkpoint: it is no folder of `ensembles train`"),
         ("--model one/options.json", "is no whole checkpoint: File is not a zip file"),
@@ -497,7 +497,7 @@ def test_a_set_of_other_classes_is_no_shifted_set(monkeypatch):
     monkeypatch.setattr(
         "ensembles.experiments.data.sources.load_images", lambda name, *_, **__: sets[name]
     )
-    told = r"cifar10_jpeg has other classes \(a, b, .*\) than digits \(0, 1, .*\): it is no shifted"
+    told = r"cifar10_jpeg has other classes \(a, b, .*\) than digits \(0, 1, .*\): it is not a"
     with pytest.raises(ValueError, match=told):
         _sets("digits", ["cifar10_jpeg"], "test", root=None, download=False, seed=0, paired=False)
 
@@ -598,13 +598,13 @@ def test_plot_leaves_out_results_without_a_shifted_set_and_says_so(runs, tmp_pat
     assert ensembles(plot) == 2
     *left_out, error = capsys.readouterr().err.splitlines()
     (path,) = (tmp_path / "results").iterdir()
-    assert left_out[-1] == f"{path.stem}: left out, it is on digits only"
+    assert left_out[-1] == f"{path.stem}: left out, because it is on digits only"
     assert error.startswith("ensembles plot: error: no result has a shifted set: `ensembles eval")
     assert ensembles(f"{evaluate} --shifted blur:1") == 0
     capsys.readouterr()
     assert ensembles(plot) == 0
     shown = capsys.readouterr()
-    assert shown.err == f"{path.stem}: left out, it is on digits only\n"
+    assert shown.err == f"{path.stem}: left out, because it is on digits only\n"
     assert shown.out == f"{tmp_path}/a.png\n"
 
 
@@ -617,8 +617,11 @@ def test_plot_leaves_out_results_without_a_shifted_set_and_says_so(runs, tmp_pat
         ("robustness empty --title x", "are options of `ensembles plot curves`"),
         ("curves empty", "empty holds no runs"),
         ("curves nowhere", "nowhere"),
-        ("curves =empty", "'=empty' is no NAME=RUN,RUN: give a name, and folders of runs"),
-        ("curves mean=", "'mean=' is no NAME=RUN,RUN"),
+        (
+            "curves =empty",
+            "'=empty' is not of the form NAME=RUN,RUN: give a name and folders of runs",
+        ),
+        ("curves mean=", "'mean=' is not of the form NAME=RUN,RUN"),
     ],
 )
 def test_plot_says_what_is_wrong(line, told, tmp_path, capsys, monkeypatch):
@@ -644,7 +647,7 @@ def test_check_passes_members_that_are_apart(zoo, capsys):
 def test_check_tells_what_is_broken_and_how_to_replay_it(zoo, capsys):
     assert ensembles(f"check {zoo}:repeated --seed 5") == 1
     shown = capsys.readouterr().out
-    assert "\nsharing: members 0, 1, 2 are claimed independent, and share parameters\n" in shown
+    assert "\nsharing: members 0, 1, 2 are claimed independent, but share parameters\n" in shown
     assert shown.endswith(f"\nreplay: ensembles check {zoo}:repeated --seed 5\n")
 
 
@@ -664,7 +667,7 @@ def test_check_tells_when_it_could_not_look(zoo, capsys):
         ("zoo_of_commands:unlucky", "the factory 'unlucky' raised RuntimeError: no weights here"),
         ("zoo_of_commands:silent", "silent claims nothing: give Subject(claims={check: claim})"),
         ("zoo_of_commands:apart --require cost", "apart does not claim cost: add it to Subject("),
-        ("zoo_of_commands:apart --require x", "require names 'x', and there is no such check"),
+        ("zoo_of_commands:apart --require x", "require names 'x', but there is no such check"),
     ],
 )
 def test_check_says_what_is_wrong_with_the_subject(arguments, told, zoo, capsys):

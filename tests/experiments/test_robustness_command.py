@@ -89,7 +89,7 @@ def test_the_figures_of_the_30_published_models_are_shown(capsys):
             f"refit: logit(out) = {slope} logit(in) - {intercept} through 30 single models, "
             f"R2 = {r_squared}\n" in part
         )
-        assert "; they hold the published line)" in part
+        assert "; the published line is within them)" in part
         assert "4,060 triples: the middle model is 0." in part
         assert (
             "published baseline (arXiv 2106.15831): logit(out) = 0.8318 logit(in) - 0.4736" in part
@@ -214,7 +214,7 @@ def test_effective_robustness_is_shown_where_a_line_is_published(tmp_path, capsy
 
 def test_no_baseline_is_claimed_for_other_images(tmp_path, capsys):
     shown = shown_by(results_of(tmp_path, "cifar10_jpeg", "cifar10_1_v6"), capsys)
-    assert "no line is published for these sets, and so no effective robustness" in shown
+    assert "no line is published for these sets, so there is no effective robustness" in shown
     assert "baseline" not in shown
 
 
@@ -231,8 +231,11 @@ def test_a_model_alone_is_not_compared(digits, capsys):
 @pytest.mark.parametrize(
     ("places", "told"),
     [
-        ("pair.npz results", "give results or predictions (.npz): they are compared apart"),
-        ("pair.npz pair.npz", "pair.npz is there 2 times: name it once"),
+        (
+            "pair.npz results",
+            "give either results or predictions (.npz): they are compared in",
+        ),
+        ("pair.npz pair.npz", "pair.npz is given 2 times: give it once"),
         (
             "none.npz",
             "there are no predictions none.npz: `ensembles evaluate --predictions` writes",

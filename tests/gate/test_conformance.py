@@ -503,7 +503,7 @@ def test_no_subjects_are_refused():
 
 
 def test_subjects_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="2 subjects are named 'pair': reports could not tell"):
+    with pytest.raises(ValueError, match="2 subjects are named 'pair', so reports could not tell"):
         parametrize_with_checks([Subject(make=pair), pair])
 
 
@@ -560,7 +560,9 @@ def test_results_are_found_by_name_and_by_place():
     results = check_ensemble([LEFT, LEFT])
     assert results["sharing"] is results[0]
     assert results[:1] == (results["sharing"],)
-    with pytest.raises(KeyError, match=r"'shraing' is no check\. Checks are: sharing, ownership"):
+    with pytest.raises(
+        KeyError, match=r"there is no check 'shraing'\. Checks are: sharing, ownership"
+    ):
         results["shraing"]
 
 
@@ -639,10 +641,10 @@ def test_a_module_that_fails_when_imported_is_refused_with_the_reason(tmp_path, 
 
 LEAVES_AT_IMPORT = {
     "import sys\nsys.exit(0)\n": (
-        'SystemExit: 0 (*script.py:2). Keep what a script does below `if __name__ == "__main__":`.'
+        'SystemExit: 0 (*script.py:2). Put the work of a script below `if __name__ == "__main__":`.'
     ),
     "import argparse\nargparse.ArgumentParser().parse_args(['--width'])\n": (
-        'SystemExit: 2 (*script.py:2). Keep what a script does below `if __name__ == "__main__":`.'
+        'SystemExit: 2 (*script.py:2). Put the work of a script below `if __name__ == "__main__":`.'
     ),
     "import pytest\npytest.skip('no GPU', allow_module_level=True)\n": (
         "Skipped: no GPU (*script.py:2)."
@@ -651,7 +653,7 @@ LEAVES_AT_IMPORT = {
         "Skipped: could not import 'nowhere': No module named 'nowhere' (*script.py:3)."
     ),
     "def __getattr__(name):\n    raise SystemExit(3)\n": (
-        'SystemExit: 3 (*script.py:2). Keep what a script does below `if __name__ == "__main__":`.'
+        'SystemExit: 3 (*script.py:2). Put the work of a script below `if __name__ == "__main__":`.'
     ),
 }
 
@@ -726,17 +728,18 @@ class WithNaN(Layered):
 
 
 BAD = {
-    Restless: "calling the model changes its own parameter 1.layer.weight, so that what is "
-    "measured depends on how often it was called.",
-    Speaking: "the output of member 1 is an object of type str, and holds no floating tensor.",
+    Restless: "calling the model changes its own parameter 1.layer.weight, so a measurement "
+    "depends on how often the model was called.",
+    Speaking: "the output of member 1 is an object of type str, and holds no floating-point "
+    "tensor.",
     Failing: "calling member 1 (Failing) on the batch (3, 4) torch.float32 on cpu raised "
     "KeyError: 'mask' (tests/gate/test_conformance.py:",
-    HalfOnMeta: "parameter 1.head.weight is on the meta device, and this check computes with "
+    HalfOnMeta: "parameter 1.head.weight is on the meta device, but this check computes with "
     "numbers.",
-    WithTable: "parameter 1.table has dtype torch.int64, and this check needs real floating "
-    "parameters.",
-    WithComplex: "parameter 1.phase has dtype torch.complex64, and this check needs real floating "
-    "parameters.",
+    WithTable: "parameter 1.table has dtype torch.int64, but this check needs real "
+    "floating-point parameters.",
+    WithComplex: "parameter 1.phase has dtype torch.complex64, but this check needs real "
+    "floating-point parameters.",
     WithNaN: "parameter 1.layer.weight holds NaN or infinity in 2 of 8 elements.",
     nn.LazyLinear: "parameter 1.weight is lazy and has no shape yet.",
 }

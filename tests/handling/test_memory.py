@@ -208,7 +208,7 @@ def test_what_hides_its_memory_is_told_in_words():
     found = verdicts(lambda: [linear(Opaque), linear(Opaque)])
     for status, message in found.values():
         assert status == "error"
-        assert "weight is of type Opaque, whose memory PyTorch does not show." in message
+        assert "weight is of type Opaque, and PyTorch does not show its memory." in message
 
 
 def test_fake_tensors_are_shared_or_not_and_have_no_numbers():
@@ -295,7 +295,7 @@ def test_numbers_and_bits_of_a_shell_are_those_inside():
     ids=["opaque", "mkldnn", "zero"],
 )
 def test_hidden_memory_is_refused(hidden):
-    with pytest.raises(ValueError, match=r"weight is of type .*, whose memory PyTorch does"):
+    with pytest.raises(ValueError, match=r"weight is of type .*, and PyTorch does not"):
         inner_tensors(hidden, "weight")
 
 

@@ -305,7 +305,7 @@ def test_a_graph_whose_activations_were_overwritten_is_refused():
         output = model[3](hidden)
         hidden.detach().zero_()
     with pytest.raises(
-        ValueError, match=r"shape \(5, 4\) that the backward pass needs was written"
+        ValueError, match=r"shape \(5, 4\) that the backward pass needs was overwritten"
     ):
         output.sum().backward()
 
@@ -362,7 +362,7 @@ def moved_elsewhere(layer: nn.Linear) -> None:
 )
 def test_a_call_that_changes_a_parameter_is_refused(change):
     model = nn.Sequential(nn.ReLU(), nn.Linear(3, 2))
-    told = "calling the model changes its own parameter member.1.weight, so that what is measured"
+    told = "calling the model changes its own parameter member.1.weight, so a measurement"
     with pytest.raises(ValueError, match=re.escape(told)), parameters_kept({"member": model}):
         change(model[1])
 

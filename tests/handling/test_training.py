@@ -155,7 +155,7 @@ def test_plain_sgd_steps_each_trainable_parameter_once():
     second.bias.requires_grad_(False)
     held = plain_sgd([first, second]).param_groups[0]["params"]
     assert [id(p) for p in held] == [id(first.weight), id(first.bias)]
-    with pytest.raises(ValueError, match="no trainable parameters, so that no step"):
+    with pytest.raises(ValueError, match="no trainable parameters, so no training step"):
         plain_sgd(first.requires_grad_(False))
 
 
@@ -307,9 +307,9 @@ def test_an_optimizer_of_a_model_that_registers_nothing_is_refused_with_the_caus
     told = (
         r"^optimizer=sgd raised ValueError: optimizer got an empty parameter list "
         r"\(tests/handling/test_training.py:\d+\)\. It takes the model and returns its optimizer, "
-        r"or a list of them\. The model registers no trainable parameters, so that no step can be "
-        r"taken\. Usual cause: members in a Python list instead of nn\.ModuleList, or all is "
-        r"frozen\.$"
+        r"or a list of them\. The model registers no trainable parameters, so no training step is "
+        r"possible\. Usual cause: members in a Python list instead of nn\.ModuleList, or all "
+        r"parameters are frozen\.$"
     )
     with pytest.raises(ValueError, match=told):
         optimizers_of(sgd, nn.ReLU())

@@ -87,8 +87,8 @@ def test_trying_leaves_the_model_as_it_was():
 def test_a_model_of_no_known_layer_is_refused():
     told = (
         "no batch was given, and none could be inferred for ReLU. Return a Subject(make=..., "
-        "batch=...) whose batch returns what the model is called with: a tensor, a tuple of "
-        "positional arguments, or a dict of keyword arguments."
+        "batch=...). Its batch is a function that returns what the model is called with: a tensor, "
+        "a tuple of positional arguments, or a dict of keyword arguments."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
         inferred_batch(nn.ReLU())
@@ -122,7 +122,7 @@ def test_an_error_of_the_models_own_is_told_at_once():
     line = Misspelt.forward.__code__.co_firstlineno + 1
     told = (
         "calling the model (Misspelt) on the batch (4, 12) torch.float32 on cpu raised KeyError: "
-        f"'logits' (tests/sources/test_inferred_batch.py:{line}). No batch was given, and this one "
+        f"'logits' (tests/sources/test_inferred_batch.py:{line}). No batch was given, so this one "
         "was inferred from the first layer: if the model takes another, return a "
         "Subject(make=..., batch=...)."
     )

@@ -113,7 +113,7 @@ def judge(trajectories: MemberTrajectories, claim: TrajectoryClaim) -> Findings:
     }
     follow = "to follow the single model" if claim.identical else "to train as they do alone"
     at_rates = " at the rates of a mean loss" if claim.loss == "mean" else ""
-    items = ()
+    items: tuple[Finding, ...] = ()
     if found:
         first = min((each[0] for each in found.values()), key=_rank)
         kind, meaning, cause, remedy = _explained(trajectories, first)

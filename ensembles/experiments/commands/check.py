@@ -1,4 +1,4 @@
-"""`ensembles check`: the suite for those who do not know pytest."""
+"""`ensembles check`: the suite for users who do not know pytest."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ COULD_NOT_LOOK = 3
 def run(subject: str, *, seed: int = DEFAULT_SEED, require: str = "") -> int:
     """Checks that a model is what it claims to be.
 
-    The factory returns a module, a list or dict of modules, or an `ensembles.Subject`, which says
-    what is claimed. A list or dict of modules claims by default that its members are independent
-    and that training reaches every parameter. Modules are found from the current folder.
+    The subject is the name of a function without arguments. The function returns a module, a list
+    or dict of modules, or an `ensembles.Subject`, which says what is claimed. If it returns a list
+    or dict of modules, the claims are these: the members are independent, and training reaches
+    every parameter. The current folder is searched for the package.
 
-    The exit status is 0 where every claim holds, 1 where one is broken, 3 where none is broken and
-    a check could not look, and 2 where the subject cannot be made or claims nothing.
+    The exit status is 0 if every claim holds, and 1 if a claim is broken. It is 3 if no claim is
+    broken but a check could not look. It is 2 if the subject cannot be made or claims nothing.
 
     Args:
-        subject: What to check, as package.module:factory.
-        seed: Set before the model is made, for every check.
-        require: Checks that must be claimed, separated by commas; one that is not is an error.
+        subject: The function that makes what to check, written as package.module:function.
+        seed: The seed that is set before the model is made.
+        require: Checks that must be claimed, separated by commas. If the subject does not claim one
+            of them, this is an error.
 
     Returns:
         The exit status.
@@ -50,8 +52,8 @@ def run(subject: str, *, seed: int = DEFAULT_SEED, require: str = "") -> int:
     for name in required:
         if name not in PROMISES:
             raise ValueError(
-                f"require names {name!r}, but there is no such check. "
-                f"There are {', '.join(PROMISES)}"
+                f"--require names {name!r}, but there is no such check. "
+                f"Checks are: {', '.join(PROMISES)}"
             )
     found = resolve(subject)
     missing = [name for name in required if found.claims.get(name) is None]

@@ -17,14 +17,15 @@ EXAMPLE = "ensembles convert runs/single/checkpoints/step_00000070.ckpt single.p
 def run(checkpoint: Path, out: Path, *, member: str | None = None) -> int:
     """Converts a training checkpoint to a plain state dict.
 
-    `torch.load(out, weights_only=True)` reads it, without Lightning and without this package.
+    `torch.load(out, weights_only=True)` reads the new file. It needs neither Lightning nor this
+    package.
 
     Args:
-        checkpoint: A checkpoint of `ensembles train`, or the folder of a run, of which the last
-            one is taken.
-        out: The new file. An existing one is never overwritten.
-        member: Only this member, as the state dict of a plain ResNet; a subnet is cut out of its
-            parent. All members where none is named.
+        checkpoint: A checkpoint of `ensembles train`, or the folder of a run. Of a run, the last
+            checkpoint is taken.
+        out: The new file. An existing file is never overwritten.
+        member: The one member to write, as the state dict of a plain ResNet. A subnet is cut out of
+            its parent. If not given, all members are written.
 
     Returns:
         The exit status.

@@ -47,30 +47,33 @@ def run(
 ) -> int:
     """Evaluates a model on a set of images and on shifted sets, and writes a result.
 
-    The result is a JSON file: correct of n with exact 95 % intervals and negative log-likelihoods
-    in nats, for every member and every reduction of the members (arithmetic, geometric, vote), with
-    the digests of weights and images, the command, and the releases of packages.
+    The result is a JSON file. It has the number of correct predictions with an exact 95 % interval,
+    and the negative log-likelihood in nats. Both are given for every member, and for every
+    reduction of the members (arithmetic, geometric, vote). The file also has digests of weights and
+    images, the command, and the versions of packages.
 
     Args:
         model: A pretrained network (resnet20, resnet32, resnet44, resnet56), the folder of a run of
-            `ensembles train`, or a checkpoint. Several, separated by commas, are one ensemble.
-        data: The set in distribution: digits, cifar10, cifar10_lossless, cifar10_jpeg.
-        shifted: Shifted sets, separated by commas: cifar10_1_v4, cifar10_1_v6, cifar10_jpeg, ...;
-            or corruption:level of the set in distribution, such as rotation:3; corruptions are
-            noise, blur, jpeg, brightness, contrast and rotation, levels 1 (weak) to 5.
-        split: test or train.
-        same_images: Of shifted sets by name, takes only the images that are in the set in
-            distribution too, by their index in the original set.
-        allow_missing_classes: Accepts sets that have no image of some class.
-        root: Folder of images, and of pretrained weights in its folder `pretrained`; by default
-            that of the variable ENSEMBLES_DATA, else ~/.cache/ensembles.
-        download: Fetches image sets that are missing (cifar10, cifar10_1_v4, cifar10_1_v6).
-        batch_size: Images that are computed together.
-        device: cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.
-        seed: Of corruptions that draw.
+            `ensembles train`, or a checkpoint. Several, separated by commas, form one ensemble.
+        data: The set in distribution: digits, cifar10, cifar10_lossless or cifar10_jpeg.
+        shifted: Shifted sets, separated by commas. A shifted set is another set of images, such as
+            cifar10_1_v4, cifar10_1_v6 or cifar10_jpeg. Or it is a corruption of the set in
+            distribution, with its level, such as rotation:3. Corruptions are noise, blur, jpeg,
+            brightness, contrast and rotation; levels go from 1 (weak) to 5.
+        split: Which images of each set: test or train.
+        same_images: From shifted sets that are named, takes only the images that are also in the
+            set in distribution. Images are matched by their index in the original set.
+        allow_missing_classes: Accepts sets in which a class has no image.
+        root: Folder of images. Pretrained weights are in its subfolder `pretrained`. If not given,
+            it is the environment variable ENSEMBLES_DATA, or ~/.cache/ensembles if that is not set
+            either.
+        download: Downloads image sets that are missing (cifar10, cifar10_1_v4, cifar10_1_v6).
+        batch_size: How many images are computed together.
+        device: cpu, cuda, cuda:1, ... With auto, a GPU is used if there is one.
+        seed: Seed of corruptions that are random.
         out: Folder of results, or the name of a new .json file. Nothing is overwritten.
-        predictions: A new .npz file for the predicted classes of every member and reduction, which
-            `ensembles robustness` compares.
+        predictions: A new .npz file for the predicted classes of every member and reduction.
+            `ensembles robustness` compares such files.
         command: The command line, for the result.
 
     Returns:
@@ -133,14 +136,16 @@ def run(
 
 
 def _device(name: str) -> torch.device:
-    """The device, if it is there: before data and weights are loaded."""
+    """The device, if it is available; asked before data and weights are loaded."""
     import torch
 
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"device {name!r} is not available: {str(error).splitlines()[0]}"
+        ) from error
     return device
 
 
@@ -167,7 +172,7 @@ def _sets(
         if colon:
             sets.append(corrupt(inside, corruption, _level(name, level), seed=seed))
         elif name in LEVELS:
-            raise ValueError(f"shifted={name}: with its level, from 1 to 5, such as {name}:3")
+            raise ValueError(f"shifted={name} needs a level from 1 to 5, such as {name}:3")
         elif name not in SETS:
             raise ValueError(
                 f"there is no set of images {name!r}. There are {', '.join(SETS)}, and "
@@ -178,19 +183,19 @@ def _sets(
             if found.classes != inside.classes:
                 raise ValueError(
                     f"{name} has other classes ({', '.join(found.classes)}) than {data} "
-                    f"({', '.join(inside.classes)}): it is no shifted set of it"
+                    f"({', '.join(inside.classes)}): it is not a shifted set of {data}"
                 )
             sets.append(_same(inside, found) if paired else found)
     names = [images.name for images in sets]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{name} is there {names.count(name)} times: evaluate it once")
+            raise ValueError(f"{name} is given {names.count(name)} times: give it once")
     return sets
 
 
 def _level(name: str, level: str) -> int:
     if not level.isdecimal():
-        raise ValueError(f"shifted={name}: levels are the whole numbers from 1, weak, to 5")
+        raise ValueError(f"shifted={name}: a level is a whole number from 1 (weak) to 5")
     return int(level)
 
 
@@ -201,27 +206,27 @@ def _same(inside: ImageSet, outside: ImageSet) -> ImageSet:
     if missing:
         raise ValueError(
             f"{outside.name} lacks {len(missing)} of the {len(inside)} images of {inside.name}, "
-            f"the first is image {missing[0]}: they cannot be compared one by one"
+            f"the first is image {missing[0]}: the sets cannot be compared image by image"
         )
     found = outside.select([rows[index] for index in inside.indices.tolist()])
     different = (found.labels != inside.labels).nonzero()
     if len(different):
         raise ValueError(
             f"image {int(inside.indices[different[0]])} has another label in {outside.name} than "
-            f"in {inside.name}: indices of the two do not mean the same images"
+            f"in {inside.name}: the same index means different images in the two sets"
         )
     return found
 
 
 def _copies(evaluation: Evaluation) -> Iterator[str]:
-    """Says which members are one network: copies of a run, or members of one number and seed."""
+    """Says which members are one network: copies of a run, or members with one number and seed."""
     for one, other in combinations(evaluation.reduced, 2):
         if evaluation.members[one].log_probabilities.equal(
             evaluation.members[other].log_probabilities
         ):
             yield (
                 f"{one} and {other} give the same probabilities for every image: they are one "
-                "network, and one network is no ensemble. Train them with seeds of their own."
+                "network, and one network is no ensemble. Train them with different seeds."
             )
 
 

@@ -1,7 +1,7 @@
-"""From the signature and docstring of a command to its options and `--help`.
+"""Makes the options and `--help` of a command from its signature and docstring.
 
-Defaults and meanings are written once, at the function; config files and the command line set the
-same options.
+Defaults and meanings are written only once, at the function. Config files and the command line set
+the same options.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ NOTHING = "null"
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """jsonargparse's, which keeps the lines of examples, and names no value by its Python name."""
+    """Shows the lines of examples as they are, and values and types without Python's notation."""
 
     def _expand_help(self, action: argparse.Action) -> str:
-        return re.sub(r"\bNone\b", NOTHING, super()._expand_help(action))
+        shown = re.sub(r"\bNone\b", NOTHING, super()._expand_help(action))
+        shown = re.sub(r"(, )?type: (Optional\[)?Literal\[[^\]]*\]+", "", shown)
+        shown = re.sub(r"<class '(\w+)'>", r"\1", shown)
+        return shown.replace("(, default:", "(default:")
 
 
 def parser_of(
@@ -45,12 +48,12 @@ def parser_of(
 
     Args:
         command: Its name.
-        run: Its function, with a docstring in Google's style. Positional parameters are positional
-            arguments, of which one that is a list takes all that are given.
+        run: Its function, with a docstring in Google's style. Positional parameters become
+            positional arguments. One that is a list takes all that are given.
         example: A command line, shown at the end of the help.
-        classes: Keyword parameters of ``run`` whose options are those of a class, which is
-            given with the names that are left out.
-        hidden: Parameters of ``run`` that are no options.
+        classes: Keyword parameters of ``run`` whose options are the fields of a class. Each has the
+            class and the names that are left out.
+        hidden: Parameters of ``run`` that are not options.
 
     Returns:
         The parser, which raises `argparse.ArgumentError` in place of exiting.
@@ -69,8 +72,8 @@ def parser_of(
     parser.add_argument(
         "--config",
         action="config",
-        help="YAML file that sets options by the names that they have here. Of an option that is "
-        "given several times, in files or on the command line, the last counts.",
+        help="YAML file that sets options by the names below. If an option is given several times, "
+        "in files or on the command line, the last one counts.",
     )
     ours: set[str] = {*(classes or {}), *hidden}
     flags: list[str] = []
@@ -116,25 +119,25 @@ def values_of(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any
 
 
 def _require_null(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    """Refuses None for an option that may be nothing: as text it would be another value.
+    """Refuses None for an option that may be null, because it would be read as text.
 
     Raises:
-        argparse.ArgumentError: Naming the option, and what to write.
+        argparse.ArgumentError: It names the option, and what to write.
     """
     options = parser._option_string_actions
     for argument, following in pairwise([*arguments, ""]):
         name, equals, value = argument.partition("=")
         if _is_none(value if equals else following, options.get(name)):
-            raise argparse.ArgumentError(None, f"{name} None is written {name} {NOTHING}")
+            raise argparse.ArgumentError(None, f"write {name} {NOTHING} in place of {name} None")
 
 
 def _is_none(value: object, action: argparse.Action | None) -> bool:
-    """Whether a value is the text None, and that of an option that may be nothing."""
+    """Whether a value is the text None, for an option that may be null."""
     return value == "None" and NoneType in get_args(getattr(action, "_typehint", None))
 
 
 def _meant(parser: ArgumentParser, arguments: Sequence[str]) -> str:
-    """The options that are nearest to the first that there is not."""
+    """The options that are nearest to the first unknown one."""
     options = parser._option_string_actions
     for argument in arguments:
         name, _, _ = argument.partition("=")
@@ -158,18 +161,18 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _require_known(parser: ArgumentParser, path: Path) -> None:
-    """Refuses a config file with the file's name, which the parser does not tell.
+    """Refuses a wrong config file, and names the file, which the parser does not do.
 
     Raises:
-        argparse.ArgumentError: If it is no YAML, names what is no option, or has the text None.
+        argparse.ArgumentError: If it is not YAML, has an unknown option, or has the text None.
     """
     try:
         given = yaml.safe_load(path.read_bytes().decode("utf-8"))
     except (ValueError, yaml.YAMLError) as error:
-        raise argparse.ArgumentError(None, f"{path} is no YAML: {error}") from error
+        raise argparse.ArgumentError(None, f"{path} is not YAML: {error}") from error
     if not isinstance(given, dict):
         raise argparse.ArgumentError(
-            None, f"{path} holds no options: expected a value for each name, such as seed: 1"
+            None, f"{path} holds no options: write a value for each name, such as seed: 1"
         )
     actions = {action.dest: action for action in parser._actions}
     for name, value in _options(given, actions):
@@ -178,13 +181,13 @@ def _require_known(parser: ArgumentParser, path: Path) -> None:
                 None, f"{path}: there is no option {name}{_nearest(name, actions)}"
             )
         if _is_none(value, actions[name]):
-            raise argparse.ArgumentError(None, f"{path}: {name}: None is written {NOTHING}")
+            raise argparse.ArgumentError(None, f"{path}: {name}: write {NOTHING} in place of None")
 
 
 def _options(
     given: Mapping[Any, Any], names: Collection[str], within: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """The options of a config file with their values: those of a class are nested."""
+    """The options of a config file with their values; options of a class are nested."""
     for key, value in given.items():
         name = f"{within}{key}"
         if isinstance(value, dict) and any(known.startswith(f"{name}.") for known in names):

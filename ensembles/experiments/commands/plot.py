@@ -37,24 +37,26 @@ def run(
 ) -> int:
     """Draws results, or the training curves of runs.
 
-    robustness: accuracy (%) on the shifted set against accuracy in distribution, on logit axes,
-    with 95 % Clopper-Pearson bars, y = x, and each ensemble joined to its members; from CIFAR-10
-    to CIFAR-10.1 with the line of effective robustness 0 and 30 published models. One picture for
-    each shifted set.
+    `robustness` draws one picture for each shifted set. It shows the accuracy (%) on the shifted
+    set against the accuracy in distribution, on logit axes, with 95 % Clopper-Pearson bars and the
+    line y = x. Each ensemble is joined to its members. From CIFAR-10 to CIFAR-10.1, the picture
+    also has the line of effective robustness 0 and 30 published models.
 
-    curves: training and validation accuracy (%) of several runs by epoch.
+    `curves` draws the training and validation accuracy (%) of several runs by epoch.
 
     Args:
-        kind: robustness or curves.
-        places: robustness: result files of `ensembles evaluate`, or folders of them. curves:
-            folders of runs, or a folder that holds such; NAME=RUN,RUN draws the mean and range of
-            several runs under one name.
-        out: Folder of pictures, or the name of a new file, which ends in .png, .pdf or .svg.
-            Nothing is overwritten.
-        reduction: robustness: which prediction of an ensemble is drawn.
-        training: curves: the column of the training accuracy; that of the ensemble by default.
-        validation: curves: the column of the validation accuracy, likewise.
-        title: curves: above the picture.
+        kind: What is drawn: robustness or curves.
+        places: For robustness: result files of `ensembles evaluate`, or folders of them. For
+            curves: folders of runs, or a folder that holds several runs. NAME=RUN,RUN draws the
+            mean and range of several runs under one name.
+        out: Folder of pictures, or the name of a new file that ends in .png, .pdf or .svg. Nothing
+            is overwritten.
+        reduction: For robustness: which prediction of an ensemble is drawn.
+        training: For curves: the column of the training accuracy. If not given, it is that of the
+            ensemble.
+        validation: For curves: the column of the validation accuracy. If not given, it is that of
+            the ensemble.
+        title: For curves: the title above the picture.
 
     Returns:
         The exit status.
@@ -72,7 +74,7 @@ def run(
     if out.suffix and len(figures) > 1:
         raise ValueError(
             f"there are {len(figures)} pictures, one for each shifted set ({', '.join(figures)}): "
-            "name a folder, --out plots"
+            "give a folder, such as --out plots"
         )
     paths = [out if out.suffix else out / f"{name}.png" for name in figures]
     for path in paths:  # all or none
@@ -93,7 +95,7 @@ def _robustness(places: Sequence[str], reduction: str) -> dict[str, Figure]:
 
 
 def shifted_results(places: Sequence[str]) -> list[Result]:
-    """The results that have a shifted set; says which have none.
+    """The results that have a shifted set; prints which have none.
 
     Raises:
         ValueError: If there are none, or one is malformed.
@@ -107,7 +109,7 @@ def shifted_results(places: Sequence[str]) -> list[Result]:
             results.append(result)
         else:
             inside = result.evaluations[0].data.name
-            print(f"{result.identifier}: left out, it is on {inside} only", file=sys.stderr)
+            print(f"{result.identifier}: left out, because it is on {inside} only", file=sys.stderr)
     if not results:
         raise ValueError("no result has a shifted set: `ensembles evaluate --shifted ...` adds one")
     return results
@@ -127,7 +129,9 @@ def _curves(
     for place in places:
         name, equals, several = place.partition("=")
         if equals and not (name and several):
-            raise ValueError(f"{place!r} is no NAME=RUN,RUN: give a name, and folders of runs")
+            raise ValueError(
+                f"{place!r} is not of the form NAME=RUN,RUN: give a name and folders of runs"
+            )
         if equals:
             found = {
                 name: [
@@ -147,8 +151,8 @@ def _curves(
         for run, curves in found.items():
             if run in runs:
                 raise ValueError(
-                    f"two runs are called {run!r}: name them, such as first={place}, or draw them "
-                    f"as one, {run}=RUN,RUN"
+                    f"two runs are called {run!r}: give them names, such as first={place}, or "
+                    f"draw them as one with {run}=RUN,RUN"
                 )
             runs[run] = curves
     return plot_training_curves(runs, title=title)

@@ -1,4 +1,4 @@
-"""`ensembles robustness`: what models get right under shift, and which get it right together."""
+"""`ensembles robustness`: how accurate models are under shift, and which images they share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MATRICES = {
 }
 
 WIDTH = 100
-"""Characters in a line, as far as a table can be divided."""
+"""Characters in a line; a table that is wider is divided where that is possible."""
 
 
 class _Model(NamedTuple):
@@ -47,30 +47,35 @@ def run(
     reduction: Literal["arithmetic", "geometric", "vote"] = "arithmetic",
     json: bool = False,
 ) -> int:
-    """Compares models under distribution shift: accuracies, lines, and dominance.
+    """Compares how accurate models are under distribution shift.
 
-    For every shifted set: accuracies (%) with 95 % Clopper-Pearson intervals; from CIFAR-10 to
-    CIFAR-10.1 the published baseline (%) and effective robustness, the accuracy beyond it (points);
-    and the line logit(out) = slope logit(in) + intercept through three single models or more, with
-    95 % intervals. Single models are those that are no ensemble of others.
+    For every shifted set, the report has accuracies (%) with 95 % Clopper-Pearson intervals. From
+    CIFAR-10 to CIFAR-10.1 it also has the published baseline (%) and the effective robustness,
+    which is the accuracy beyond the baseline (points). With three single models or more, a line is
+    fitted through them: logit(out) = slope logit(in) + intercept, with 95 % intervals. A single
+    model is one that is not an ensemble of others.
 
-    From predictions also, for every set and two models each, shares of the images (%): dominance,
-    similarity and disagreement; their means over all pairs of single models; and how far the
-    middle of three single models is from the chord of the others (points), with the bound on it.
+    If files of predictions are given, the report compares every two models on every set. It shows
+    dominance, similarity and disagreement, as shares of the images (%), and their means over all
+    pairs of single models. For every three single models, it measures how far the middle model is
+    from the chord of the other two (points), and shows the bound on this distance.
 
     Args:
-        places: Result files of `ensembles evaluate`, or folders of them; or files of
-            `ensembles evaluate --predictions`, which end in .npz, on the same images.
-        reduction: Which prediction of an ensemble is compared, of results; of predictions all are.
-        json: Prints JSON: accuracies and shares are fractions, effective robustness is in points,
-            and matrices are in the order of the models.
+        places: Result files of `ensembles evaluate`, or folders of them. Or files of
+            `ensembles evaluate --predictions`, which end in .npz and are on the same images.
+        reduction: Which prediction of an ensemble is compared. This is for result files only: from
+            files of predictions, all are compared.
+        json: Prints JSON. Accuracies and shares are then fractions, effective robustness is in
+            points, and matrices are in the order of the models.
 
     Returns:
         The exit status.
     """
     kinds = {Path(place).suffix == ".npz" for place in places}
     if len(kinds) > 1:
-        raise ValueError("give results or predictions (.npz): they are compared apart")
+        raise ValueError(
+            "give either results or predictions (.npz): they are compared in different ways"
+        )
     report = _of_predictions(places) if kinds == {True} else _of_results(places, reduction)
     if json:
         print(json_format.dumps(report, indent=1))
@@ -116,7 +121,7 @@ def _of_predictions(places: Sequence[str]) -> dict[str, Any]:
 
     for place in places:
         if places.count(place) > 1:
-            raise ValueError(f"{place} is there {places.count(place)} times: name it once")
+            raise ValueError(f"{place} is given {places.count(place)} times: give it once")
     stems = [Path(place).stem for place in places]
     names = stems if len(set(stems)) == len(stems) else places
     sets = joined_predictions(
@@ -149,7 +154,7 @@ def _of_predictions(places: Sequence[str]) -> dict[str, Any]:
 def _compared(
     inside: str, shifted: str, models: Sequence[_Model], line: Line | None
 ) -> dict[str, Any]:
-    """Accuracies, the published line, and the line through the models that are no ensembles."""
+    """Accuracies, the published line, and the line through the single models."""
     from ensembles.experiments.robustness.line import fit_line
 
     report: dict[str, Any] = {
@@ -188,7 +193,7 @@ def _counted(counts: Counts) -> dict[str, Any]:
 
 
 def _pairs(predictions: Predictions) -> dict[str, Any]:
-    """The matrices of all models, and means over the pairs that are no ensembles."""
+    """The matrices of all models, and means over the pairs of single models."""
     import numpy as np
 
     from ensembles.experiments.robustness.dominance import (
@@ -225,7 +230,7 @@ def _pairs(predictions: Predictions) -> dict[str, Any]:
 
 
 def _triples(inside: Predictions, shifted: Predictions) -> dict[str, Any]:
-    """How far the middle of three models is from the chord, over all that are no ensembles."""
+    """How far the middle of three models is from the chord, over all single models."""
     import numpy as np
 
     from ensembles.experiments.robustness.dominance import triple_bounds
@@ -250,7 +255,7 @@ def _triples(inside: Predictions, shifted: Predictions) -> dict[str, Any]:
 
 
 def _shift(shift: Mapping[str, Any]) -> str:
-    """The accuracies of the models, best in distribution first, and what is known of the line."""
+    """The accuracies of the models, best in distribution first, and the lines."""
     inside, shifted, line = shift["in_distribution"], shift["shifted"], shift["published_line"]
     models = sorted(
         shift["models"].items(), key=lambda model: -model[1]["in_distribution"]["accuracy"]
@@ -268,16 +273,16 @@ def _shift(shift: Mapping[str, Any]) -> str:
     if line:
         told.append(f"  published baseline (arXiv 2106.15831): logit(out) = {_equation(line)}")
     else:
-        told.append("  no line is published for these sets, and so no effective robustness")
+        told.append("  no line is published for these sets, so there is no effective robustness")
     told.append(_refitted(shift))
     triples = shift.get("triples")
     if triples and triples["count"]:
         told += [
             f"  {triples['count']:,} triple{'s' * (triples['count'] > 1)}: the middle model is "
-            f"{100 * triples['mean_deviation']:.2f} points from the chord in the mean, and "
+            f"{100 * triples['mean_deviation']:.2f} points from the chord on average, and "
             f"{100 * triples['largest_deviation']:.2f} at most",
             f"    ({', '.join(triples['farthest'])}); the bound is "
-            f"{100 * triples['mean_bound']:.2f} in the mean",
+            f"{100 * triples['mean_bound']:.2f} on average",
         ]
     elif triples:
         told.append(f"  no triples: {triples['none']}")
@@ -307,8 +312,8 @@ def _refitted(shift: Mapping[str, Any]) -> str:
     )
     held = {
         None: "",
-        True: "; they hold the published line",
-        False: "; the published one is outside",
+        True: "; the published line is within them",
+        False: "; the published line is outside of them",
     }
     return (
         f"  refit: logit(out) = {_equation(refit)} through {refit['n_models']} single "
@@ -318,7 +323,7 @@ def _refitted(shift: Mapping[str, Any]) -> str:
 
 
 def _matrix(name: str, matrix: Sequence[Sequence[float]], models: Sequence[str], place: str) -> str:
-    """One matrix in percent, its columns by the numbers of the models, in parts that fit a line."""
+    """One matrix in percent, in parts that fit a line; a column has the number of its model."""
     digits = len(str(len(models)))
     labels = [f"{number:>{digits}} {model}" for number, model in enumerate(models, start=1)]
     cell = 6
@@ -350,7 +355,7 @@ def _means(report: Mapping[str, Any]) -> str:
         return "no means over pairs: there are fewer than 2 single models"
     head = (
         f"means over {pairs:,} pair{'s' * (pairs > 1)} of single models, % of the images; "
-        "dominance is that of the weaker one"
+        "dominance is that of the weaker model"
     )
     return "\n".join([head, *(f"  {line}" for line in aligned(rows))])
 

@@ -1,4 +1,4 @@
-"""`ensembles train`: any network with any objective, in a folder from which a run goes on."""
+"""`ensembles train`: any network with any objective, in a folder that can be continued."""
 
 from __future__ import annotations
 
@@ -40,31 +40,31 @@ def run(
     training: TrainingOptions,
     execution: Execution,
 ) -> int:
-    """Trains a network, or goes on with a run that was stopped.
+    """Trains a network, or continues a run that was stopped.
 
-    Validation images are taken from the training set; the test set is never seen. A run that was
-    killed at any moment goes on when the same command is given again, and ends with the bits of
-    one that was never killed. The folder then has options.json, epochs.csv (accuracies are
-    fractions, losses nats), steps.csv, checkpoints, and TensorBoard's files.
+    Validation images are taken from the training set; the test set is never used. If a run was
+    killed at any moment, give the same command again: the run continues, and it ends with the same
+    bits as a run that was never killed. The folder then has options.json, epochs.csv (accuracies
+    are fractions, losses are in nats), steps.csv, checkpoints, and TensorBoard's files.
 
     Args:
-        folder: Where the run is kept. It holds one run: another one needs another folder.
+        folder: Where the run is kept. A folder holds one run: another run needs another folder.
         data: The training set: digits, cifar10, cifar10_lossless or cifar10_jpeg.
-        objective: How member losses become one loss: their sum or mean; interpolated, lam * parent
-            + (1 - lam) * mean of the subnets; stochastic, the parent with probability p and
-            otherwise subnets; mean_field, the mean over the groups of one network; joint, with
-            weight beta on the loss of the mean prediction.
-        lam: For the objective interpolated only: the weight of the parent, 0 to 1.
-        p: For the objective stochastic only: the probability of the parent, 0 to 1.
-        beta: For the objective joint only: the weight of the mean prediction's loss, 0 to 1.
-        subnets: For the objective stochastic only: whether all subnets are trained in a step, or
-            one that is drawn; all by default.
-        seed: Of initial weights, batches, augmentations, coins and dropout.
-        deterministic: Refuses operations whose result is not the same each time; on a GPU a run
-            goes on bit by bit only with it.
-        root: Folder of images; by default that of the variable ENSEMBLES_DATA, else
-            ~/.cache/ensembles.
-        download: Fetches the set where it is missing (cifar10).
+        objective: How member losses become one loss. "sum" and "mean" add or average them.
+            "interpolated" is lam * parent + (1 - lam) * mean of the subnets. "stochastic" trains
+            the parent with probability p, and otherwise subnets. "mean_field" is the mean over the
+            groups of one network. "joint" puts the weight beta on the loss of the mean prediction.
+        lam: For the objective "interpolated" only: the weight of the parent, 0 to 1.
+        p: For the objective "stochastic" only: the probability of the parent, 0 to 1.
+        beta: For the objective "joint" only: the weight of the mean prediction's loss, 0 to 1.
+        subnets: For the objective "stochastic" only: "all" trains all subnets in a step, "one"
+            trains one that is drawn. If not given, it is "all".
+        seed: Seed of initial weights, batches, augmentations, coins and dropout.
+        deterministic: Refuses operations that can give another result each time. On a GPU, only
+            such a run continues bit by bit.
+        root: Folder of images. If not given, it is the environment variable ENSEMBLES_DATA, or
+            ~/.cache/ensembles if that is not set either.
+        download: Downloads the set if it is missing (cifar10 only).
         network: What is built.
         training: What is computed.
         execution: How it is computed; changes no result.
@@ -80,7 +80,7 @@ def run(
         training = replace(training, validation=int(kept))
     options = replace(training, objective=chosen, seed=seed, deterministic=deterministic)
     images = load_images(data, "train", root=root, download=download)
-    # Lightning: after what may be refused.
+    # Imported late, because it imports Lightning: what can be refused is refused before.
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     from ensembles.experiments.training.checkpoints import last_checkpoint
@@ -96,15 +96,17 @@ def run(
         for name, value in last.items()
         if name.endswith("/accuracy")
     ]
-    already = "this run was finished already, nothing was trained: " * (done.checkpoint == before)
+    already = "this run was already finished, so nothing was trained: " * (
+        done.checkpoint == before
+    )
     print(f"{already}{done.steps:,} steps, accuracies of the last epoch:")
     print("\n".join(f"  {line}" for line in aligned(rows)))
-    print(f"{folder}: evaluate it by `ensembles evaluate --model {folder} --data ...`")
+    print(f"{folder}: evaluate it with `ensembles evaluate --model {folder} --data ...`")
     return 0
 
 
 def _objective(name: str, given: dict[str, Any]) -> Objective:
-    """The objective with what was given for it."""
+    """The objective with the options that were given for it."""
     kind = OBJECTIVES[name]
     own = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     values = {key: value for key, value in given.items() if value is not None}

@@ -59,25 +59,30 @@ class Network(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
-    """What network is built: plain values, which are stored in results and checkpoints.
+    """Which network is built.
+
+    These plain values are stored in results and checkpoints.
 
     Args:
-        kind: "single": one ResNet. "ensemble": independent ResNets. "streams": one ResNet that
-            is run several times, which is no ensemble. "subnets": a wide ResNet with its
-            width*width subnets. "mean_field": one wide ResNet whose features are in groups, each
-            with its slice of the head.
+        kind: "single" is one ResNet. "ensemble" has independent ResNets. "streams" is one ResNet
+            that is run several times, which is not an ensemble. "subnets" is a wide ResNet with its
+            width*width subnets. "mean_field" is one wide ResNet whose features are in groups; each
+            group has its slice of the head.
         depth: 18, 34 or 50.
-        width: The number by which all channels are multiplied; of "subnets", the parent's.
-        members: Members of "ensemble", streams of "streams", groups of "mean_field".
-        first_member: The number of the first member. Seeds and batches are functions of the
-            member's number: `NetworkOptions(kind="single", first_member=2)` is member 2 of an
-            ensemble, alone.
+        width: The number by which all channels are multiplied; for "subnets", those of the parent.
+        members: How many members "ensemble" has, how many streams "streams" has, or how many groups
+            "mean_field" has.
+        first_member: The number of the first member. Seeds and batches depend on a member's number.
+            So the kind "single" with first_member 2 trains member 2 of an ensemble alone.
         base_channels: Channels behind the stem at width 1; 64 in the paper.
-        stem: "cifar", "cifar_maxpool" or "imagenet", see `ensembles.models.ResNet`.
-        classes: Number of logits.
+        stem: "imagenet" is a 7x7 conv of stride 2 and a max-pool, "cifar" is a 3x3 conv, and
+            "cifar_maxpool" is a 3x3 conv and a max-pool.
+        classes: Number of classes.
         image_channels: Channels of the images.
         dropout: Probability of dropout behind every activation; 0 for none.
-        construction: How "subnets" are computed, see `ensembles.models.constructions`.
+        construction: How "subnets" are computed. "sum_of_subnets" computes no zeros.
+            "zero_padded" computes every subnet at the parent's width with masked weights; it is the
+            slow reference.
 
     Raises:
         ValueError: If a value is out of range, or has no meaning for this kind.

@@ -20,40 +20,43 @@ Precision: TypeAlias = Literal["32-true", "64-true", "bf16-mixed"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """What a run computes, beside its network and its images.
+    """How a run is trained.
 
     The defaults are the common practice on CIFAR-10: SGD with Nesterov momentum from a rate of 0.1,
     batches of 128 images, 200 epochs, weight decay on all parameters.
 
     Args:
-        seed: Of initial weights, batches, augmentations, coins and dropout.
-        epochs: Length of the run.
-        batch_size: Images of an optimizer step, over all devices.
+        seed: Seed of initial weights, batches, augmentations, coins and dropout.
+        epochs: How many epochs the run has.
+        batch_size: How many images one optimizer step has, on all devices together.
         objective: How member losses become one loss. See
             `ensembles.models.rates.equivalent_hyperparameters` for what it does to the rates.
         optimizer: "sgd", "adam" or "adamw".
         lr: The base rate, which the schedule multiplies.
-        momentum: Of "sgd".
-        nesterov: Of "sgd": whether its momentum is Nesterov's.
-        weight_decay: As an L2 penalty ("sgd", "adam") or decoupled ("adamw").
-        eps: Of "adam" and "adamw".
-        clip_norm: The gradient's global norm is cut down to this; None for no clipping.
-        schedule: The rates of all steps, as shares of ``lr``.
-        order: "shared": one order of the images for all members; "own": each member's own.
-        augment: "shared": an image looks the same to all members in an epoch; "own": each member
-            sees it differently; None: images as they are.
-        drop_last: Leaves out the images that do not fill a batch, other ones in every epoch; a
-            BatchNorm learns little good of a last batch of a few. Validation and evaluation leave
-            out none.
-        validation: Images that are kept from training, to validate on after every epoch: a share
-            of the set, or a whole number of images, or 0 for none.
-        split_seed: Which images these are. It is no part of ``seed``, so that members that are
-            trained alone from other seeds are validated on the same images.
+        momentum: The momentum of "sgd".
+        nesterov: Whether "sgd" uses Nesterov momentum.
+        weight_decay: The weight decay: an L2 penalty for "sgd" and "adam", decoupled for "adamw".
+        eps: The eps of "adam" and "adamw".
+        clip_norm: The greatest global norm of the gradient; a larger one is scaled down to it. None
+            means no clipping.
+        schedule: The rates of all steps, as shares of the base rate.
+        order: The order of the images: "shared" is one order for all members, and with "own" each
+            member has its own order.
+        augment: How images are augmented. "shared": in an epoch, an image looks the same to all
+            members. "own": each member sees it differently. None: images are not changed.
+        drop_last: Leaves out the images that do not fill a batch; in every epoch these are other
+            images. BatchNorm works badly on a last batch of a few images. Validation and evaluation
+            leave out no image.
+        validation: How many images are kept from training, to validate on after every epoch: a
+            share of the set, a whole number of images, or 0 for none.
+        split_seed: Seed that chooses the validation images. It is not the seed of the run, so that
+            runs with different seeds are validated on the same images.
         precision: "32-true", "64-true", or "bf16-mixed" (bfloat16 autocast).
-        channels_last: Whether images and weights are laid out with the channels last.
-        compile: The backend of `torch.compile`, such as "inductor"; None for no compilation.
-        deterministic: Whether operations whose result is not the same each time are refused. On a
-            CPU nothing that is used here is such; on a GPU a run goes on bit by bit only with it.
+        channels_last: Stores images and weights with the channels last.
+        compile: The backend of torch.compile, such as "inductor"; None means no compilation.
+        deterministic: Whether operations that can give another result each time are refused. On a
+            CPU, no operation that is used here does that. On a GPU, only a deterministic run
+            continues bit by bit.
 
     Source:
         Zagoruyko and Komodakis 2016, "Wide Residual Networks" (arXiv 1605.07146), section 3: rate,
@@ -122,7 +125,7 @@ class TrainingOptions:
                 "the joint objective compares the members' predictions of the same images: it "
                 'needs order="shared"'
             )
-        # A warm-up that is longer than the run is found now, and not after the data was loaded.
+        # A warm-up that is longer than the run is refused now, before the data is loaded.
         self.schedule.share(0, epochs=self.epochs, steps_per_epoch=1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,17 +165,20 @@ class TrainingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a run is executed. Nothing here changes what it computes, but for the devices.
+    """How a run is executed.
+
+    Nothing here changes what the run computes, except the number of devices.
 
     Args:
         accelerator: "auto", "cpu", "gpu" or "mps", as Lightning names them.
-        devices: Devices of each host; each batch is divided between all of them, and BatchNorm
-            sees its part. A run goes on with as many as it began with.
-        nodes: Hosts.
-        checkpoint_every: Optimizer steps between checkpoints; one more is at every epoch's end.
+        devices: How many devices each host has. Each batch is divided between all of them, and
+            BatchNorm sees only its part. A run must continue with as many as it began with.
+        nodes: How many hosts there are.
+        checkpoint_every: How many optimizer steps are between two checkpoints. The end of every
+            epoch has a checkpoint too.
         keep: How many checkpoints stay in the folder.
-        progress: Whether a progress bar is shown.
-        tensorboard: Whether epochs are logged to TensorBoard too, and not to CSV only.
+        progress: Shows a progress bar.
+        tensorboard: Logs epochs to TensorBoard too. They are always logged to a CSV file.
 
     Raises:
         ValueError: If a number is out of range.

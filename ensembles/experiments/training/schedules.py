@@ -38,11 +38,11 @@ class Schedule:
 
     Args:
         name: "constant", "cosine" (Loshchilov and Hutter 2017, arXiv 1608.03983) or "step".
-        warmup_epochs: Length of the linear warm-up, in epochs; any fraction.
-        warmup_start: Share of the base rate from which warm-up rises, 0 to 1.
-        floor: Share of the base rate to which cosine falls (eta_min), 0 to 1.
-        milestones: Where "step" falls, as shares of the run, rising.
-        decay: By what "step" multiplies the rate at every milestone.
+        warmup_epochs: Length of the linear warm-up in epochs, which may be a fraction.
+        warmup_start: Where the warm-up starts, as a share of the base rate, 0 to 1.
+        floor: Where "cosine" ends (eta_min), as a share of the base rate, 0 to 1.
+        milestones: When "step" lowers the rate, as increasing shares of the run.
+        decay: The factor by which "step" multiplies the rate at every milestone.
 
     Source:
         Milestones and decay: Zagoruyko and Komodakis 2016, arXiv 1605.07146, section 3.

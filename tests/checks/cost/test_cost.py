@@ -556,7 +556,7 @@ def test_an_output_without_a_tensor_is_an_error():
         def forward(self, x: torch.Tensor) -> int:
             return len(x)
 
-    with pytest.raises(ValueError, match="holds no floating tensor"):
+    with pytest.raises(ValueError, match="holds no floating-point tensor"):
         cost_of(Length(2, 2), 1, 2)
 
 
