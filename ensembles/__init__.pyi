@@ -26,7 +26,7 @@ from ensembles.checks.data.judgement import assert_members_paired as assert_memb
 from ensembles.checks.data.judgement import assert_members_shuffled as assert_members_shuffled
 from ensembles.checks.data.measurement import measure_member_data as measure_member_data
 from ensembles.checks.determinism.judgement import assert_deterministic as assert_deterministic
-from ensembles.checks.determinism.loaders import (
+from ensembles.checks.determinism.judgement import (
     assert_loader_deterministic as assert_loader_deterministic,
 )
 from ensembles.checks.determinism.loaders import (
@@ -71,10 +71,12 @@ from ensembles.checks.sharing.measurement import (
 from ensembles.checks.trajectory.judgement import (
     assert_members_trained_alone as assert_members_trained_alone,
 )
+from ensembles.checks.trajectory.judgement import (
+    assert_trajectories_equal as assert_trajectories_equal,
+)
 from ensembles.checks.trajectory.measurement import (
     measure_member_trajectories as measure_member_trajectories,
 )
-from ensembles.checks.trajectory.runs import assert_trajectories_equal as assert_trajectories_equal
 from ensembles.checks.trajectory.runs import (
     measure_training_trajectory as measure_training_trajectory,
 )

@@ -14,11 +14,11 @@ from ensembles.tolerance import KINDS, tolerance_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "thresholds.md"
-FOLDERS = ("checks", "probes")
+FOLDERS = ("checks", "instruments", "handling")
 """Of the package: what is looked through for constants."""
 
 FILES = {
-    path.stem: path
+    ".".join(path.with_suffix("").parts[-2:]): path
     for folder in FOLDERS
     for path in sorted((ROOT / "ensembles" / folder).rglob("*.py"))
     if path.stem != "__init__"
@@ -27,9 +27,9 @@ ROW = re.compile(r"\| `(?P<name>[\w.]+)` \| (?P<value>[^|]+) \| (?P<why>[^|]+) \
 
 
 def constants() -> dict[str, object]:
-    """`module.NAME` to value of every constant that is a number, or a tuple of numbers."""
+    """`folder.module.NAME` to value of every constant that is a number, or a tuple of numbers."""
     found = {}
-    for stem, path in FILES.items():
+    for stem, path in {**FILES, "tolerance": ROOT / "ensembles" / "tolerance.py"}.items():
         module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
         for place in assigned(ast.parse(path.read_text()).body):
             value = attrgetter(place)(module)
@@ -74,9 +74,12 @@ def test_modules_are_told_apart_by_their_names():
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("| `rows.LOOKED_AT` | 8 |", "| `rows.LOOKED_AT` | 9 |"),
-        ("| `rows.LOOKED_AT` | 8 |", "| `rows.LOOKED` | 8 |"),
-        ("| `influence.GAINS` | (1.0, 1e-2, 1e2) |", "| `influence.GAINS` | (1.0, 1e-2) |"),
+        ("| `batch.rows.REPLACED` | 8 |", "| `batch.rows.REPLACED` | 9 |"),
+        ("| `batch.rows.REPLACED` | 8 |", "| `batch.rows.LOOKED` | 8 |"),
+        (
+            "| `instruments.influence.GAINS` | (1.0, 1e-2, 1e2) |",
+            "| `instruments.influence.GAINS` | (1.0, 1e-2) |",
+        ),
     ],
     ids=["value", "name", "tuple"],
 )

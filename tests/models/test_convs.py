@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ensembles.probes.overruns import OverrunLog
+from ensembles.checks.round_trips.overruns import OverrunLog
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
