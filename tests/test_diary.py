@@ -14,15 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from ensembles.checks.trajectory.measurement import (
+from ensembles.checks.trajectory.judgement import (
     assert_members_trained_alone,
-    measure_member_trajectories,
-)
-from ensembles.checks.trajectory.runs import (
-    TrainingTrajectory,
     assert_trajectories_equal,
-    measure_training_trajectory,
 )
+from ensembles.checks.trajectory.measurement import measure_member_trajectories
+from ensembles.checks.trajectory.runs import TrainingTrajectory, measure_training_trajectory
 from ensembles.models import Ensemble, NStreams, resnet18, subnet_resnet18
 
 STEPS = 3

@@ -23,7 +23,8 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.models.regnet import BlockParams, RegNet
 
 from ensembles import Subject, check_ensemble
-from ensembles.instruments.recording import Recipe, Run, recorded
+from ensembles.case import Case
+from ensembles.instruments.recording import RunOptions, recorded
 from ensembles.registry import PROMISES, default_claims
 from ensembles.subject import whole
 
@@ -163,8 +164,8 @@ first layers are 1e3 to 1e16 times as large as weights."""
 @pytest.mark.parametrize("optimizer", [None, sgd], ids=["default", "sgd"])
 @pytest.mark.parametrize("name", EXPLOSIVE)
 def test_default_steps_do_not_run_away_and_move_every_parameter(name, optimizer):
-    recipe = Recipe(digits(SIDES.get(name, 32)), optimizer=optimizer)
-    entries = recorded(built(name, "alone"), recipe, Run(seed=1729, steps=3))
+    case = Case.of(built(name, "alone"), digits(SIDES.get(name, 32)), optimizer=optimizer)
+    entries = recorded(case, RunOptions(seed=1729, steps=3))
     losses = [entry.norm for entry in entries if entry.kind == "loss"]
     assert max(losses) < 10 * losses[0]
     norms = {entry.name: entry.norm for entry in entries if entry.key[:2] == (0, "parameter")}

@@ -168,7 +168,7 @@ def of_probabilities(outputs, labels=LABELS):
 @of_every_size
 def test_a_cross_entropy_of_logits_holds(dtype, size):
     members = several(dtype, size)
-    assert_loss_scaled(measure_loss_scale(members, batch(dtype), of_logits), "sum")
+    assert_loss_scaled(measure_loss_scale(members, batch(dtype), loss=of_logits), "sum")
 
 
 @in_every_dtype
@@ -178,10 +178,10 @@ def test_a_softmax_of_a_softmax_is_found(dtype, classes, size):
     labels = torch.arange(8) % classes
     scale = partial(measure_loss_scale, members, batch(dtype))
     twice = partial(of_logits, labels=labels)
-    with pytest.raises(AssertionError, match="which are probabilities, and takes them for logits"):
-        assert_loss_scaled(scale(twice, member_loss=lambda y: cross_entropy(y, labels)), "sum")
+    with pytest.raises(AssertionError, match="but takes their probabilities for logits"):
+        assert_loss_scaled(scale(loss=twice, member_loss=lambda y: cross_entropy(y, labels)), "sum")
     once = partial(of_probabilities, labels=labels)
-    assert_loss_scaled(scale(once, member_loss=lambda y: nll_loss(y.log(), labels)), "sum")
+    assert_loss_scaled(scale(loss=once, member_loss=lambda y: nll_loss(y.log(), labels)), "sum")
 
 
 @in_every_dtype
@@ -193,7 +193,7 @@ def test_a_brier_score_of_two_probabilities_is_no_softmax(dtype):
 
     members = several(dtype, 1.0, nn.Softmax(1), network=lambda: nn.Linear(12, 2))
     scale = measure_loss_scale(
-        members, batch(dtype), lambda ys: sum(map(own, ys.values())), member_loss=own
+        members, batch(dtype), loss=lambda ys: sum(map(own, ys.values())), member_loss=own
     )
     assert_loss_scaled(scale, "sum")
 
@@ -210,9 +210,9 @@ def test_how_a_loss_takes_probabilities_hides_no_second_softmax(dtype, way):
 
     members = several(dtype, 1.0, nn.Softmax(1))
     scale = measure_loss_scale(
-        members, batch(dtype), lambda ys: sum(map(own, ys.values())), member_loss=own
+        members, batch(dtype), loss=lambda ys: sum(map(own, ys.values())), member_loss=own
     )
-    with pytest.raises(AssertionError, match="which are probabilities, and takes them for logits"):
+    with pytest.raises(AssertionError, match="but takes their probabilities for logits"):
         assert_loss_scaled(scale, "sum")
 
 
@@ -226,9 +226,9 @@ def test_a_mean_is_told_from_a_sum(dtype, size, count):
     def mean(outputs):
         return of_logits(outputs) / len(outputs)
 
-    scale = measure_loss_scale(several(dtype, size, count=count), batch(dtype), mean)
+    scale = measure_loss_scale(several(dtype, size, count=count), batch(dtype), loss=mean)
     assert_loss_scaled(scale, "mean")
-    with pytest.raises(AssertionError, match="and train on their mean"):
+    with pytest.raises(AssertionError, match="but train on their mean"):
         assert_loss_scaled(scale, "sum")
 
 
@@ -238,9 +238,9 @@ def test_a_loss_of_the_mean_prediction_couples_members(dtype, size):
     def loss(outputs):
         return cross_entropy(torch.stack([*outputs.values()]).mean(0), LABELS)
 
-    scale = measure_loss_scale(several(dtype, size), batch(dtype), loss)
+    scale = measure_loss_scale(several(dtype, size), batch(dtype), loss=loss)
     assert_loss_scaled(scale, "joint")
-    with pytest.raises(AssertionError, match="and the loss couples them"):
+    with pytest.raises(AssertionError, match="but the loss couples them"):
         assert_loss_scaled(scale, "sum")
 
 
@@ -256,12 +256,12 @@ def test_weights_of_members_are_known_as_well_as_the_dtype_allows(dtype):
     scale = measure_loss_scale(
         several(dtype),
         batch(dtype),
-        loss,
+        loss=loss,
         member_loss=lambda y: cross_entropy(y, LABELS),
         optimizer=lambda m: [torch.optim.SGD(one.parameters(), 0.1) for one in m],
     )
     assert_loss_scaled(scale, weights)
-    with pytest.raises(AssertionError, match="and train on other multiples"):
+    with pytest.raises(AssertionError, match="but train on other multiples"):
         assert_loss_scaled(scale, [0.31, 0.44, 0.25])
     for member, weight in zip(scale.members, weights, strict=True):
         (rate,) = member.rates
@@ -277,7 +277,7 @@ def test_effective_rates_are_those_of_the_mean(dtype):
     scale = measure_loss_scale(
         several(dtype),
         batch(dtype),
-        mean,
+        loss=mean,
         optimizer=lambda m: [torch.optim.SGD(one.parameters(), 0.3) for one in m],
     )
     assert_rates_effective(scale, lr=0.1)
@@ -294,9 +294,9 @@ def test_clipping_by_one_norm_couples_members(dtype):
         for member in members:
             nn.utils.clip_grad_norm_(member.parameters(), 0.01)
 
-    measured = partial(measure_loss_scale, several(dtype), batch(dtype), of_logits)
+    measured = partial(measure_loss_scale, several(dtype), batch(dtype), loss=of_logits)
     assert_loss_scaled(measured(clip=each), "sum")
-    with pytest.raises(AssertionError, match="and one norm couples them"):
+    with pytest.raises(AssertionError, match="but one norm couples them"):
         assert_loss_scaled(measured(clip=joint), "sum")
 
 
@@ -333,7 +333,7 @@ def test_arithmetic_and_geometric_means_are_told_apart(dtype, size, count):
         (summed, "arithmetic", "geometric"),
         (geometric, "geometric", "arithmetic"),
     ):
-        measured = measure_prediction_reduction(members, x, predict)
+        measured = measure_prediction_reduction(members, x, predict=predict)
         assert_prediction_reduced(measured, reduction)
         with pytest.raises(AssertionError, match=f"found the {reduction} mean"):
             assert_prediction_reduced(measured, other)
@@ -341,7 +341,9 @@ def test_arithmetic_and_geometric_means_are_told_apart(dtype, size, count):
 
 @in_every_dtype
 def test_the_metric_of_the_prediction_is_told_from_the_mean_of_metrics(dtype):
-    measured = partial(measure_prediction_reduction, several(dtype), batch(dtype), arithmetic)
+    measured = partial(
+        measure_prediction_reduction, several(dtype), batch(dtype), predict=arithmetic
+    )
     assert_metric_of_prediction(measured(evaluate=nll), "nll")
     with pytest.raises(AssertionError, match="found the mean of the members' nll"):
         assert_metric_of_prediction(measured(evaluate=mean_of_nll), "nll")
@@ -377,11 +379,11 @@ def trajectory(dtype, size, first=nn.Linear, lr=0.1):
 def test_a_run_with_sums_in_another_order_is_the_same_run(dtype, size):
     lr = 0.1 / size
     run, reordered = trajectory(dtype, size, lr=lr), trajectory(dtype, size, Halves, lr=lr)
-    with pytest.raises(AssertionError, match="claimed equal bit by bit, and part at step 1"):
+    with pytest.raises(AssertionError, match="claimed equal bit by bit, but differ from step 1"):
         assert_trajectories_equal(run, reordered)
     assert_trajectories_equal(run, reordered, tolerance="recomputed")
     other = trajectory(dtype, size, lr=2 * lr)
-    with pytest.raises(AssertionError, match="and part at step"):
+    with pytest.raises(AssertionError, match="but part at step"):
         assert_trajectories_equal(run, other, tolerance="recomputed")
 
 
@@ -418,5 +420,5 @@ def test_rows_of_a_healthy_network_are_independent(dtype, size):
 @of_every_size
 def test_rows_that_reach_each_other_are_found(dtype, size):
     model = Sized(mlp(), size, OverRows()).to(dtype)
-    with pytest.raises(AssertionError, match="and reach each other"):
+    with pytest.raises(AssertionError, match="but reach each other"):
         assert_rows_independent(measure_batch_independence(model, batch(dtype)))

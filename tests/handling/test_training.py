@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ensembles.handling.training import (
-    Given,
+    TrainingParts,
     fresh,
     gradients_of,
     hidden_modules,
@@ -221,17 +221,17 @@ RAN_AWAY = "the training loss became NaN in step 3: training runs away. Nothing 
     ("given", "told"),
     [
         (
-            Given(loss=True, optimizer=True),
+            TrainingParts(loss=True, optimizer=True),
             "Likely the learning rate is too large for this batch. Give a smaller one, or a batch "
             "of more rows.",
         ),
         (
-            Given(loss=False, optimizer=True),
+            TrainingParts(loss=False, optimizer=True),
             "Likely the learning rate is too large for this batch. Give a smaller one, or a batch "
             "of more rows, or the loss=... that the model is trained with.",
         ),
         (
-            Given(loss=True, optimizer=False),
+            TrainingParts(loss=True, optimizer=False),
             "The check's own steps are small: likely a gradient is not finite, as of BatchNorm "
             "over few rows, of a root at zero, or in float16. Give a batch of more rows.",
         ),
@@ -248,7 +248,7 @@ def test_a_loss_that_is_no_number_after_steps_is_told_as_training_that_runs_away
 
 def test_a_loss_that_is_no_number_before_any_step_is_told_as_itself():
     with pytest.raises(ValueError, match=r"^loss=\.\.\. is nan for this model and batch\. Nothing"):
-        Given(loss=True, optimizer=True).loss_of(
+        TrainingParts(loss=True, optimizer=True).loss_of(
             lambda y: y["a"].sum() * math.nan, {"a": (torch.ones(1),)}, 1
         )
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ensembles.checks.round_trips.overruns import OverrunLog
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ensembles.checks.round_trips.overruns import OverrunLog
 from ensembles.kernels import is_channels_last
 from ensembles.models import ResNet, subnet_resnet18
 from ensembles.models.convs import GuardedConv2d

@@ -713,7 +713,7 @@ def no_optimizer(model):
         (lambda m: [], "returned an object of type list"),
         (
             torch.optim.SGD(nn.Linear(2, 2).parameters()),
-            "takes a function, and got an object of type SGD",
+            "takes a function, but got an object of type SGD",
         ),
         (
             lambda m: torch.optim.LBFGS([p for each in m for p in each.parameters()]),

@@ -417,7 +417,7 @@ def test_small_steps_of_the_check_hide_no_mean():
     def mean_square(outputs):
         return torch.stack([y.square().mean() for y in outputs.values()]).mean()
 
-    with pytest.raises(AssertionError, match=r"gradient 0\.layer\.weight   norm 0\.5 times"):
+    with pytest.raises(AssertionError, match=r"gradient 0\.layer\.weight: norm 0\.5 times"):
         assert_alone(lambda: [Loud(), Loud()], loss=mean_square, optimizer=None)
     with pytest.raises(AssertionError, match="Members are one network"):
         assert_alone(lambda: [Loud()] * 2, loss=None, optimizer=None)

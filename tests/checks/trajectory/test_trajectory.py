@@ -129,7 +129,7 @@ def test_another_momentum_of_batchnorm_parts_in_its_buffers_only(golden):
 
 
 def test_a_doubled_loss_parts_in_the_gradients(golden):
-    with pytest.raises(AssertionError, match=r"step 1   gradient model\.0\.weight   norm 2 times"):
+    with pytest.raises(AssertionError, match=r"step 1, gradient model\.0\.weight   norm 2 times"):
         assert_trajectories_equal(
             trajectory(loss=lambda outputs: 2 * cross_entropy(outputs)).only("gradient", "output"),
             trajectory().only("gradient", "output"),

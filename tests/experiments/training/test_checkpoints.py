@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from ensembles.checks.trajectory.runs import TrainingTrajectory, assert_trajectories_equal
+from ensembles.checks.trajectory.judgement import assert_trajectories_equal
+from ensembles.checks.trajectory.runs import TrainingTrajectory
 from ensembles.experiments.data.batches import evaluation_batches
 from ensembles.experiments.data.sources import load_images, split_validation
 from ensembles.experiments.training import checkpoints as module
