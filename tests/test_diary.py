@@ -199,7 +199,7 @@ def test_10_27_are_they_so_for_every_number_of_streams(streams):
         trajectory.only("parameter")
         for trajectory in (stream_run(streams, values=True), single_run(values=True))
     )
-    with pytest.raises(AssertionError, match="claimed equal bit by bit, and part at step"):
+    with pytest.raises(AssertionError, match="claimed equal bit by bit, but differ from step"):
         assert_trajectories_equal(shared, single)
     # BatchNorm over six samples of one pixel makes much of a rounding.
     assert_trajectories_equal(shared, single, tolerance=1e-3)
@@ -374,7 +374,7 @@ def test_11_03_is_a_mean_a_sum_at_a_lower_rate():
     means = run(ensemble, loss=averaged, optimizer=rescaled)
     assert_trajectories_equal(means.only(*KINDS), sums)
     unscaled = run(ensemble, loss=averaged).only(*KINDS)
-    with pytest.raises(AssertionError, match="part at step 1"):
+    with pytest.raises(AssertionError, match="differ from step 1"):
         assert_trajectories_equal(unscaled, sums)
 
 
@@ -392,7 +392,7 @@ def warm_up(optimizer):
         (warm_up, warm_up, ""),
         (cosine(0.0), cosine(0.0), ""),
         (cosine(0.01), cosine(COUNT * 0.01), ""),
-        (cosine(0.01), cosine(0.01), "part at step 2"),
+        (cosine(0.01), cosine(0.01), "differ from step 2"),
     ],
     ids=["warm-up", "cosine", "cosine to a scaled minimum", "cosine to one minimum"],
 )

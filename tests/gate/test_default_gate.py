@@ -329,7 +329,7 @@ def test_the_mean_of_members_is_as_deterministic_as_each():
 @pytest.mark.parametrize(
     ("claims", "place"),
     [
-        ({"ownership": "independent"}, "and the model's output is one member's (model)"),
+        ({"ownership": "independent"}, "but the model's output is one member's (model)"),
         ({"coupling": "independent"}, "and only one was found (model)"),
     ],
 )

@@ -602,9 +602,7 @@ def test_what_the_layout_breaks_is_broken_without_a_look_at_owners():
 
     for make in (lambda: strided(4, broken=True), lambda: Asks(*strided(4))):
         found = measure_round_trips(make, IMAGES, conversions="channels_last")
-        with pytest.raises(
-            AssertionError, match="channels_last   (raised|outputs differ)"
-        ) as broken:
+        with pytest.raises(AssertionError, match=r"last   (raised|outputs differ)") as broken:
             assert_round_trips_kept(found)
     assert "Let pass: 1 not looked at: ownership after channels_last" in " ".join(
         str(broken.value).split()
