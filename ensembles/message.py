@@ -22,47 +22,6 @@ SHOWN_ROWS = 8
 PROSE_WIDTH = 92
 
 
-def broken(
-    claim: str, rows: Sequence[Sequence[str]], *, total: str, meaning: str, remedy: str
-) -> str:
-    """The text of a broken claim.
-
-    Args:
-        claim: The claim and that it does not hold, in one sentence.
-        rows: Where: place, expected and found, one row each. Capped at `SHOWN_ROWS`.
-        total: How much in all, such as "62 of 62 parameters".
-        meaning: What it means for training, in one sentence. Its line breaks are kept.
-        remedy: The usual cause and what to do next. Its line breaks are kept.
-
-    Returns:
-        The message, with the command that replays it when a pytest test is running.
-
-    Example:
-        >>> print(broken(
-        ...     "members 0, 1 are claimed independent, but share parameters",
-        ...     [("weight", "one tensor in members 0, 1")], total="1 of 1 parameters",
-        ...     meaning="The two members are one network.", remedy="Build each member anew.",
-        ... ).partition("  replay")[0].rstrip())
-        members 0, 1 are claimed independent, but share parameters
-        <BLANKLINE>
-          weight   one tensor in members 0, 1
-          (1 of 1 parameters)
-        <BLANKLINE>
-          The two members are one network.
-          Build each member anew.
-    """
-    shown = [tuple(row) for row in rows[:SHOWN_ROWS]]
-    hidden = len(rows) - len(shown)
-    table = aligned(shown)
-    table.append(f"... {hidden} more ({total})" if hidden else f"({total})")
-    prose = [*meaning.splitlines(), *remedy.splitlines()]
-    told = [line for sentence in prose for line in wrap(sentence, PROSE_WIDTH)]
-    lines = [claim, "", *(f"  {line}" for line in [*table, "", *told])]
-    lines = [line.rstrip() for line in lines]
-    command = replay()
-    return "\n".join([*lines, f"  {command}"] if command else lines)
-
-
 class Broken(AssertionError):  # noqa: N818  (what it says of a claim)
     """A broken claim: its text is the message, and the message is made from `findings`.
 
@@ -226,12 +185,6 @@ def in_common(members: Sequence[str], *, whole: bool) -> Explanation:
         "dict)",
         remedy="Make it in each member, or claim it as shared.",
     )
-
-
-def told_in_common(members: Sequence[str], *, whole: bool) -> tuple[str, str]:
-    """The same as `in_common`, with cause and remedy in one text."""
-    told = in_common(members, whole=whole)
-    return told["meaning"], f"Usual cause: {told['cause']}. {told['remedy']}"
 
 
 def aligned(rows: Sequence[Sequence[str]], gap: str = "   ") -> list[str]:

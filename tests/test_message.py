@@ -3,18 +3,30 @@ import re
 import pytest
 
 from ensembles import message, present_run
-from ensembles.findings import Finding, Findings
+from ensembles.findings import Count, Finding, Findings
 
-PARTS = {"total": "9 of 9", "meaning": "It trains one network.", "remedy": "Build each anew."}
+
+TOGETHER = "one tensor in members 0, 1"
+
+
+def findings(count: int, **texts: str) -> Findings:
+    texts = {"meaning": "It trains one network.", "remedy": "Build each anew.", **texts}
+    items = (
+        Finding(
+            kind="shared", place=f"layer{i}.weight", found="one tensor in members 0, 1", **texts
+        )
+        for i in range(count)
+    )
+    return Findings(claim="A claim.", items=tuple(items), affected=(Count(9, "parameter", of=9),))
 
 
 @pytest.fixture
 def told_outside(monkeypatch):
     """The lines of a message, as a script would see them."""
 
-    def told(count: int) -> list[str]:
+    def told(count: int, **texts: str) -> list[str]:
         monkeypatch.delenv("PYTEST_CURRENT_TEST")
-        return message.broken("A claim.", rows(count), **PARTS).splitlines()
+        return message.rendered(findings(count, **texts)).splitlines()
 
     return told
 
@@ -27,16 +39,12 @@ def in_test(monkeypatch):
     return enter
 
 
-def rows(count: int) -> list[tuple[str, str]]:
-    return [(f"layer{i}.weight", "one tensor in members 0, 1") for i in range(count)]
-
-
 def test_a_table_that_fits_is_whole(told_outside):
     lines = told_outside(8)
     assert lines[0] == "A claim."
     assert lines[2:11] == [
         *(f"  layer{i}.weight   one tensor in members 0, 1" for i in range(8)),
-        "  (9 of 9)",
+        "  (9 of 9 parameters)",
     ]
 
 
@@ -44,34 +52,24 @@ def test_a_long_table_is_capped_and_says_so(told_outside):
     lines = told_outside(9)
     assert lines[2:] == [
         *(f"  layer{i}.weight   one tensor in members 0, 1" for i in range(8)),
-        "  ... 1 more (9 of 9)",
+        "  ... 1 more (9 of 9 parameters)",
         "",
         "  It trains one network.",
         "  Build each anew.",
     ]
 
 
-def test_line_breaks_of_the_prose_are_kept_and_long_lines_wrapped(monkeypatch):
-    monkeypatch.delenv("PYTEST_CURRENT_TEST")
-    text = message.broken(
-        "A claim.",
-        rows(1),
-        total="1 of 1",
-        meaning="It trains one network.\nIt is stepped twice.",
-        remedy=f"One: {'word ' * 19}end.\nTwo: mend it.",
-    )
-    assert text.splitlines()[5:] == [
+def test_long_lines_of_the_prose_are_wrapped(told_outside):
+    assert told_outside(1, remedy=f"Mend {'word ' * 19}end.")[5:] == [
         "  It trains one network.",
-        "  It is stepped twice.",
-        f"  One: {'word ' * 17}".rstrip(),
+        f"  Mend {'word ' * 17}".rstrip(),
         "  word word end.",
-        "  Two: mend it.",
     ]
 
 
 def test_the_replay_is_the_last_line_and_quotes_what_a_shell_would_read(in_test):
     in_test("tests/test_model.py::test_members[vgg 11]")
-    last = message.broken("A claim.", rows(1), **PARTS).splitlines()[-1]
+    last = message.rendered(findings(1)).splitlines()[-1]
     assert last == "  replay: pytest 'tests/test_model.py::test_members[vgg 11]' " + (
         "--ensembles-seed=1729"
     )

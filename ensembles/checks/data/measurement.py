@@ -200,9 +200,3 @@ def _parted(one: Sequence[Any], two: Sequence[Any]) -> int | None:
         if a != b:
             return position
     return None if len(one) == len(two) else min(len(one), len(two))
-
-
-def _member_names(case: Case) -> int | list[str]:
-    """For determinism, until it asks `Case.data` itself."""
-    names = [str(key) for key in case.data]
-    return len(names) if names == [str(i) for i in range(len(names))] else names
