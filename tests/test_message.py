@@ -5,7 +5,6 @@ import pytest
 from ensembles import message, present_run
 from ensembles.findings import Count, Finding, Findings
 
-
 TOGETHER = "one tensor in members 0, 1"
 
 
