@@ -33,7 +33,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["KINDS", "PROBABILITY_SUM", "Kind", "Roundings", "coarsest", "tolerance_of", "unit_of"]
+__all__ = [
+    "KINDS",
+    "PROBABILITY_SUM",
+    "Kind",
+    "Roundings",
+    "clear_change",
+    "coarsest",
+    "tolerance_of",
+    "unit_of",
+]
 
 Kind = Literal["bitwise", "reordered", "rewritten", "rescaled", "recomputed"]
 """What the two computations have in common; see `KINDS`."""
@@ -78,6 +87,9 @@ KINDS: Mapping[Kind, Roundings] = {
 UNITS: Mapping[torch.dtype, float] = {torch.qint8: 2.0**-7, torch.quint8: 2.0**-7}
 """Of what is no floating type: 127 steps up to the greatest weight."""
 
+
+CLEAR = 4
+"""Tolerances by which an experiment changes weights at least, so that outputs differ by some."""
 
 PROBABILITY_SUM = 1e-3
 """By how much a row of probabilities may miss 1 besides roundings, for what it was clamped to."""
@@ -148,3 +160,17 @@ def tolerance_of(kind: Kind, *took_part: Tensor | torch.dtype) -> float:
             "it in bfloat16 or more."
         )
     return tolerance
+
+
+def clear_change(least: float, *took_part: Tensor | torch.dtype) -> float:
+    """By what share an experiment changes numbers, so that outputs of a network differ clearly.
+
+    Args:
+        least: The share that is enough where the dtype can tell it.
+        took_part: As for `tolerance_of`.
+
+    Example:
+        >>> clear_change(0.1, torch.float32), round(clear_change(0.1, torch.bfloat16), 1)
+        (0.1, 0.5)
+    """
+    return max(least, CLEAR * tolerance_of("recomputed", *took_part))

@@ -24,8 +24,9 @@ not drawn by dropout or `bernoulli` are taken as they fall.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
@@ -36,7 +37,8 @@ from torch.utils import _pytree as pytree
 from ensembles.case import Case
 from ensembles.handling.memory import is_shell, memory_in, told_type
 from ensembles.handling.numbers import checked_numbers
-from ensembles.handling.registered_tensors import registered
+from ensembles.handling.precision import is_narrow, widened
+from ensembles.handling.registered_tensors import Registered, registered
 from ensembles.handling.state import parameters_kept, seed_generators
 from ensembles.handling.training import fresh
 from ensembles.instruments.autograd import leaves_of
@@ -143,6 +145,7 @@ def probing(
     values: Values = "generic",
     draw: int = 0,
     held: Collection[int] = (),
+    wide: bool = True,
 ) -> Iterator[Probe]:
     """One transparent forward pass; the model is as it was on exit.
 
@@ -155,6 +158,8 @@ def probing(
         values: What weights and inputs are: see `Values`.
         draw: Number of the random draw, for models that draw what they compute.
         held: Ids of parameters that keep their present values.
+        wide: Whether to compute in float32 what is narrower, if the model takes it: gradients that
+            underflow in float16, or cancel in bfloat16, look like no influence.
 
     Yields:
         The `Probe`; it is valid inside the context only.
@@ -172,7 +177,7 @@ def probing(
     case = Case.of(model) if outputs is None else Case.of(model, outputs=outputs)
     checked_numbers(case.model)
     with ExitStack() as stack:
-        stack.enter_context(case.preserved())
+        start = stack.enter_context(case.preserved())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         given = fresh(case.batch) if batch is None else batch
@@ -181,29 +186,17 @@ def probing(
             module.train(training)
         every = [entry for entry in registered(modules) if entry.kind == "parameter"]
         frozen = frozenset(id(e.tensor) for e in every if not e.tensor.requires_grad)
-        found: dict[str, tuple[Tensor, ...]] = {}
-        for gain in GAINS if values != "present" else GAINS[:1]:
-            seed_generators(case.seed + draw)
-            if values == "present":
-                _require_gradients(entry.tensor for entry in every)
-                inputs = pytree.tree_map(_own_copy, given)
-            else:
-                _set_values(modules, gain, signed=values == "signed", held=held)
-                inputs = pytree.tree_map(_signed if values == "signed" else _generic, given)
-            seen = nullcontext() if values == "present" else transparent_forward()
-            asked = [entry.tensor for entry in every if entry.tensor.requires_grad]
-            with parameters_kept(case.model, frozen=frozen), seen:
-                found = case.call(batch=inputs)
-            frozen = _thawed_again(asked, found, frozen)
-            if all(_usable(tensors) for tensors in found.values()):
-                break
-        else:
-            worst = next(name for name, tensors in found.items() if not _usable(tensors))
-            raise ValueError(
-                f"the output of member {worst} is NaN, infinite or all zero for generic positive "
-                "weights of any scale, so that nothing can be said of what reaches it. Look for "
-                "a division or a logarithm of sums, or cast the model to float64."
-            )
+        look = partial(_look, case, every, values, draw, held=held, frozen=frozen)
+        found: dict[str, tuple[Tensor, ...]] | None = None
+        if wide and values != "present":
+            with suppress(ValueError), widened(case.model):  # some models know one dtype
+                found, frozen_now = look(pytree.tree_map(_wide, given))
+        if found is None:
+            start.restore()
+            for module in modules.values():
+                module.train(training)
+            found, frozen_now = look(given)
+        frozen = frozen_now
         if not any(y.requires_grad for tensors in found.values() for y in tensors):
             raise ValueError(
                 "no member's output depends on a parameter by autograd: the forward pass runs "
@@ -227,6 +220,45 @@ def probing(
             frozen=frozenset(e.names[0] for e in looked_at if id(e.tensor) in frozen),
             homes={e.names[0]: homes[id(e.tensor)] for e in looked_at if homes},
         )
+
+
+def _look(
+    case: Case,
+    every: Sequence[Registered],
+    values: Values,
+    draw: int,
+    batch: Any,
+    *,
+    held: Collection[int],
+    frozen: frozenset[int],
+) -> tuple[dict[str, tuple[Tensor, ...]], frozenset[int]]:
+    """One call, with weights of the first scale at which outputs are numbers.
+
+    Returns:
+        The outputs of every member, and the ids of what is frozen: also by forward.
+    """
+    found: dict[str, tuple[Tensor, ...]] = {}
+    for gain in GAINS if values != "present" else GAINS[:1]:
+        seed_generators(case.seed + draw)
+        if values == "present":
+            _require_gradients(entry.tensor for entry in every)
+            inputs = pytree.tree_map(_own_copy, batch)
+        else:
+            _set_values(case.modules, gain, signed=values == "signed", held=held)
+            inputs = pytree.tree_map(_signed if values == "signed" else _generic, batch)
+        seen = nullcontext() if values == "present" else transparent_forward()
+        asked = [entry.tensor for entry in every if entry.tensor.requires_grad]
+        with parameters_kept(case.model, frozen=frozen), seen:
+            found = case.call(batch=inputs)
+        frozen = _thawed_again(asked, found, frozen)
+        if all(_usable(tensors) for tensors in found.values()):
+            return found, frozen
+    worst = next(name for name, tensors in found.items() if not _usable(tensors))
+    raise ValueError(
+        f"the output of member {worst} is NaN, infinite or all zero for generic positive "
+        "weights of any scale, so that nothing can be said of what reaches it. Look for "
+        "a division or a logarithm of sums, or cast the model to float64."
+    )
 
 
 def _thawed_again(
@@ -331,6 +363,10 @@ def _signed(x: Any) -> Any:
     if not isinstance(x, Tensor) or not x.is_floating_point() or _is_additive_mask(x):
         return _own_copy(x)
     return torch.randn_like(x.detach())
+
+
+def _wide(x: Any) -> Any:
+    return x.float() if is_narrow(x) else x
 
 
 def _own_copy(x: Any) -> Any:

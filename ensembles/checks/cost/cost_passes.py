@@ -104,7 +104,9 @@ def zeros_of(case: Case, actual: ActualPass, *, training: bool) -> tuple[dict[Op
         case.preserved(),
         _plain_calls(),
         meter.watching(),
-        probing(case.model, batch, outputs=case.subject.outputs, training=training) as probe,
+        probing(
+            case.model, batch, outputs=case.subject.outputs, training=training, wide=False
+        ) as probe,
     ):
         found = meter.kept() if training else []
         # Gradients are on in the probe, and a prediction has no backward pass.

@@ -28,13 +28,17 @@ from ensembles.instruments.distances import distance
 from ensembles.instruments.recording import generator_entries
 from ensembles.instruments.tensor_locations import Location, Search, things_below
 from ensembles.message import listed
-from ensembles.tolerance import tolerance_of
+from ensembles.tolerance import clear_change, tolerance_of
 from ensembles.user_calls import ERRORS, raised
 
 __all__ = ["Trained", "moved_in_eval", "moved_in_training"]
 
 STEPS_LOOKED_AT = 3
 """A loss that is drawn leaves a member out in one of a few steps; momentum needs a step before."""
+
+MOVED = 0.2
+"""Least share by which the last weight of a row grows, to see whether outputs are those of before.
+Those before it grow by less, because a norm would undo one factor for all."""
 
 
 # --- in eval mode -------------------------------------------------------------------------------
@@ -143,7 +147,8 @@ def _kept_from_calls(
                 continue
             # What is expanded is one number in several places, and cannot be written.
             if all(size < 2 or step for size, step in zip(p.shape, p.stride(), strict=True)):
-                factors = torch.linspace(1.0, 1.2, (p.shape[-1] if p.ndim else 1) + 1)[1:]
+                most, places = 1 + clear_change(MOVED, *dtypes), p.shape[-1] if p.ndim else 1
+                factors = torch.linspace(1.0, most, places + 1)[1:]
                 p.mul_(as_kind_of(factors.expand(p.shape) if p.ndim else factors[0], p)).add_(0.01)
 
     def trained_anew() -> None:

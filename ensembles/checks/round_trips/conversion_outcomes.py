@@ -48,16 +48,13 @@ from ensembles.handling.registered_tensors import registered
 from ensembles.handling.state import Snapshot, digest_of_state, seed_generators
 from ensembles.handling.training import fresh, hidden_modules
 from ensembles.subject import Model
-from ensembles.tolerance import tolerance_of
+from ensembles.tolerance import clear_change, tolerance_of
 from ensembles.user_calls import said
 
 __all__ = ["Original", "Spare", "outcomes", "together"]
 
 STEP = 0.1
-"""Change of every weight, in multiples of its tensor's own spread: outputs differ clearly."""
-
-STEPS = 4
-"""The same in tolerances, where that is more: a tenth does not show in bfloat16."""
+"""Least change of every weight, in multiples of its tensor's own spread: outputs differ clearly."""
 
 _OVERRUN = "on a CPU, PyTorch may write past a buffer in the weight gradient of"
 
@@ -181,7 +178,7 @@ class Original:
         with autocasts() as cast:
             self.outputs = outputs_of(case, module)
         self.dtypes = dtypes_of(module, case.batch, self.outputs, *cast)
-        self.noise = _noise(module, max(STEP, STEPS * tolerance_of("recomputed", *self.dtypes)))
+        self.noise = _noise(module, clear_change(STEP, *self.dtypes))
         self.parameters = _parameters(module)
         self.trainable = {name: p.requires_grad for name, p in self.parameters.items()}
         self.groups = _groups(module)
