@@ -24,8 +24,9 @@ not drawn by dropout or `bernoulli` are taken as they fall.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from ensembles.message import seed
+from ensembles.probes.precision import is_narrow, widened
 from ensembles.probes.registers import registered
 from ensembles.probes.state import parameters_kept, preserved
 from ensembles.probes.transparency import transparent_backward, transparent_forward
@@ -153,8 +155,12 @@ def probing(
     values: Values = "generic",
     draw: int = 0,
     held: Collection[int] = (),
+    wide: bool = True,
 ) -> Iterator[Probe]:
     """One transparent forward pass; the model is as it was on exit.
+
+    What is narrower than float32 computes in float32 meanwhile, where the model takes it: whether a
+    gradient is zero cannot be told in float16, which underflows, nor in bfloat16, where it cancels.
 
     Args:
         model: As for `influence`.
@@ -164,6 +170,7 @@ def probing(
         values: As for `influence`.
         draw: As for `influence`.
         held: Ids of parameters that keep their present values.
+        wide: Whether to compute in float32 where the model does not.
 
     Yields:
         The `Probe`; it is valid inside the context only.
@@ -180,7 +187,7 @@ def probing(
     """
     checked_numbers(model)
     with ExitStack() as stack:
-        stack.enter_context(preserved(model))
+        start = stack.enter_context(preserved(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         modules = named_modules_of(model)
@@ -188,27 +195,16 @@ def probing(
             module.train(training)
         every = [entry for entry in registered(modules) if entry.kind == "parameter"]
         frozen = {id(entry.tensor) for entry in every if not entry.tensor.requires_grad}
-        found: dict[str, tuple[Tensor, ...]] = {}
-        for gain in GAINS if values != "present" else GAINS[:1]:
-            torch.manual_seed(seed.get() + draw)
-            if values == "present":
-                _require_gradients(entry.tensor for entry in every)
-                inputs = pytree.tree_map(_own_copy, batch)
-            else:
-                _set_values(modules, gain, signed=values == "signed", held=held)
-                inputs = pytree.tree_map(_signed if values == "signed" else _generic, batch)
-            seen = nullcontext() if values == "present" else transparent_forward()
-            with parameters_kept(model, frozen=frozen), seen:
-                found = member_outputs(model, inputs, outputs=outputs)
-            if all(_usable(tensors) for tensors in found.values()):
-                break
-        else:
-            worst = next(name for name, tensors in found.items() if not _usable(tensors))
-            raise ValueError(
-                f"the output of member {worst} is NaN, infinite or all zero for generic positive "
-                "weights of any scale, so that nothing can be said of what reaches it. Look for "
-                "a division or a logarithm of sums, or cast the model to float64."
-            )
+        look = partial(_look, model, outputs, values, draw, held=held, frozen=frozen)
+        found: dict[str, tuple[Tensor, ...]] | None = None
+        if wide and values != "present":
+            with suppress(ValueError), widened(model):  # some models know one dtype
+                found = look(pytree.tree_map(_wide, batch))
+        if found is None:
+            start.restore()
+            for module in modules.values():
+                module.train(training)
+            found = look(batch)
         if not any(y.requires_grad for tensors in found.values() for y in tensors):
             raise ValueError(
                 "no member's output depends on a parameter by autograd: the forward pass runs "
@@ -232,6 +228,39 @@ def probing(
             frozen=frozenset(e.names[0] for e in looked_at if id(e.tensor) in frozen),
             homes={e.names[0]: homes[id(e.tensor)] for e in looked_at if homes},
         )
+
+
+def _look(
+    model: Model,
+    outputs: Outputs | None,
+    values: Values,
+    draw: int,
+    batch: Any,
+    *,
+    held: Collection[int],
+    frozen: Collection[int],
+) -> dict[str, tuple[Tensor, ...]]:
+    """The outputs of one call, with weights of the first scale at which they are numbers."""
+    modules = named_modules_of(model)
+    for gain in GAINS if values != "present" else GAINS[:1]:
+        torch.manual_seed(seed.get() + draw)
+        if values == "present":
+            _require_gradients(p for m in modules.values() for p in m.parameters())
+            inputs = pytree.tree_map(_own_copy, batch)
+        else:
+            _set_values(modules, gain, signed=values == "signed", held=held)
+            inputs = pytree.tree_map(_signed if values == "signed" else _generic, batch)
+        seen = nullcontext() if values == "present" else transparent_forward()
+        with parameters_kept(model, frozen=frozen), seen:
+            found = member_outputs(model, inputs, outputs=outputs)
+        if all(_usable(tensors) for tensors in found.values()):
+            return found
+    worst = next(name for name, tensors in found.items() if not _usable(tensors))
+    raise ValueError(
+        f"the output of member {worst} is NaN, infinite or all zero for generic positive "
+        "weights of any scale, so that nothing can be said of what reaches it. Look for "
+        "a division or a logarithm of sums, or cast the model to float64."
+    )
 
 
 def _usable(tensors: Sequence[Tensor]) -> bool:
@@ -298,6 +327,10 @@ def _signed(x: Any) -> Any:
     if not isinstance(x, Tensor) or not x.is_floating_point() or _is_additive_mask(x):
         return _own_copy(x)
     return torch.randn_like(x.detach())
+
+
+def _wide(x: Any) -> Any:
+    return x.float() if is_narrow(x) else x
 
 
 def _own_copy(x: Any) -> Any:

@@ -112,7 +112,7 @@ def zeros_of(
     with (
         _plain_calls(),
         meter.watching(),
-        probing(model, batch, outputs=outputs, training=training) as probe,
+        probing(model, batch, outputs=outputs, training=training, wide=False) as probe,
     ):
         found = meter.kept() if training else []
         # Gradients are on in the probe, and a prediction has no backward pass.

@@ -4,6 +4,7 @@ Healthy subjects hold and faulty ones break in float64, float32, float16 and bfl
 dtypes can tell is one rule, `ensembles.tolerance`.
 """
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy, linear, nll_loss, one_hot
 from ensembles import (
     assert_loss_scaled,
     assert_metric_of_prediction,
+    assert_ownership,
     assert_prediction_reduced,
     assert_rates_effective,
     assert_round_trips_kept,
@@ -21,10 +23,12 @@ from ensembles import (
     assert_trajectories_equal,
     measure_batch_independence,
     measure_loss_scale,
+    measure_ownership_map,
     measure_prediction_reduction,
     measure_round_trips,
     measure_training_trajectory,
 )
+from ensembles.probes.owned import reach_of
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SIZES = [1e-4, 1.0, 1e3]
@@ -420,3 +424,64 @@ def test_rows_that_reach_each_other_are_found(dtype, size):
     model = Sized(mlp(), size, OverRows()).to(dtype)
     with pytest.raises(AssertionError, match="and reach each other"):
         assert_rows_independent(measure_batch_independence(model, batch(dtype)))
+
+
+# --- what reaches what ----------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Deep enough for gradients that underflow in float16, and that cancel in bfloat16."""
+
+    def __init__(self, layers):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x):
+        return self.head(self.layers(x).mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_every_weight_of_a_wide_network_moves_its_output(dtype):
+    layers = [nn.Linear(12, 512), nn.LayerNorm(512), nn.Linear(512, 512), nn.LayerNorm(512)]
+    net = nn.Sequential(*layers, nn.GELU(), nn.Linear(512, 5)).to(dtype)
+    for masks in reach_of(net, batch(dtype)).values():
+        assert all(bool(mask.all()) for mask in masks.values())
+        assert list(masks) == ["model"]
+    assert {p.dtype for p in net.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_rows_of_a_deep_network_are_independent(dtype):
+    model, x = Encoder(12).to(dtype), batch(dtype, 6, 32)
+    assert_rows_independent(measure_batch_independence(model, x))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "around"])
+def test_what_autocast_computes_is_looked_at_in_float32(inside):
+    seen = set()
+
+    class Recorded(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16) if inside else nullcontext():
+                y = super().forward(x)
+            seen.add(y.dtype)
+            return y
+
+    net, x = Recorded(12, 5), batch(torch.float32)
+    with nullcontext() if inside else torch.autocast("cpu", torch.bfloat16):
+        assert list(reach_of(net, x)) == ["weight", "bias"]
+        assert seen == {torch.float32}
+        net(x)
+        assert seen == {torch.float32, torch.bfloat16}
+
+
+def test_a_network_that_takes_one_dtype_is_looked_at_in_it():
+    class Strict(nn.Linear):
+        def forward(self, x):
+            assert x.dtype is torch.bfloat16
+            return super().forward(x)
+
+    two = [Strict(12, 5).bfloat16() for _ in range(2)]
+    assert_ownership(measure_ownership_map(two, batch(torch.bfloat16)), "independent")
