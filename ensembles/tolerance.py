@@ -33,7 +33,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["KINDS", "Kind", "Roundings", "coarsest", "tolerance_of", "unit_of"]
+__all__ = ["KINDS", "Kind", "Roundings", "clear_change", "coarsest", "tolerance_of", "unit_of"]
 
 Kind = Literal["bitwise", "reordered", "rewritten", "rescaled", "recomputed"]
 """What the two computations have in common; see `KINDS`."""
@@ -74,6 +74,9 @@ KINDS: Mapping[Kind, Roundings] = {
   float32, 17 in float64; 14.1 of 2^-7 with 8-bit weights; 2.3 of float16 where weights were cast
   to it. All of these are of 20 layers with norms and without shortcuts, where noise grows.
 """
+
+CLEAR = 4
+"""Tolerances by which an experiment changes weights at least, so that outputs differ by some."""
 
 UNITS: Mapping[torch.dtype, float] = {torch.qint8: 2.0**-7, torch.quint8: 2.0**-7}
 """Of what is no floating type: 127 steps up to the greatest weight."""
@@ -144,3 +147,17 @@ def tolerance_of(kind: Kind, *took_part: Tensor | torch.dtype) -> float:
             "it in bfloat16 or more."
         )
     return tolerance
+
+
+def clear_change(least: float, *took_part: Tensor | torch.dtype) -> float:
+    """By what share an experiment changes numbers, so that outputs of a network differ clearly.
+
+    Args:
+        least: The share that is enough where the dtype can tell it.
+        took_part: As for `tolerance_of`.
+
+    Example:
+        >>> clear_change(0.1, torch.float32), round(clear_change(0.1, torch.bfloat16), 1)
+        (0.1, 0.5)
+    """
+    return max(least, CLEAR * tolerance_of("recomputed", *took_part))

@@ -15,7 +15,9 @@ from ensembles.tolerance import KINDS, tolerance_of
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "thresholds.md"
 FOLDERS = ("checks", "probes")
-"""Of the package: what is looked through for constants."""
+"""Of the package: what is looked through for constants, besides the rule of tolerance."""
+
+RULE = ROOT / "ensembles" / "tolerance.py"
 
 FILES = {
     path.stem: path
@@ -29,7 +31,7 @@ ROW = re.compile(r"\| `(?P<name>[\w.]+)` \| (?P<value>[^|]+) \| (?P<why>[^|]+) \
 def constants() -> dict[str, object]:
     """`module.NAME` to value of every constant that is a number, or a tuple of numbers."""
     found = {}
-    for stem, path in FILES.items():
+    for stem, path in {**FILES, RULE.stem: RULE}.items():
         module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
         for place in assigned(ast.parse(path.read_text()).body):
             value = attrgetter(place)(module)

@@ -37,12 +37,16 @@ from ensembles.probes.training import (
 from ensembles.probes.usage import Usage
 from ensembles.probes.writes import Writes
 from ensembles.subject import Model, Outputs, member_outputs, named_modules_of
-from ensembles.tolerance import tolerance_of
+from ensembles.tolerance import clear_change, tolerance_of
 
 __all__ = ["Trained", "moved_in_eval", "moved_in_training"]
 
 STEPS = 3
 """A loss that is drawn leaves a member out in one of a few steps; momentum needs a step before."""
+
+MOVED = 0.2
+"""Least share by which the last weight of a row grows, to see whether outputs are those of before;
+those before it grow by less, because a norm would undo one factor for all."""
 
 
 # --- in eval mode -------------------------------------------------------------------------------
@@ -152,7 +156,8 @@ def _kept_from_calls(
                 continue
             # What is expanded is one number in several places, and cannot be written.
             if all(size < 2 or step for size, step in zip(p.shape, p.stride(), strict=True)):
-                factors = torch.linspace(1.0, 1.2, (p.shape[-1] if p.ndim else 1) + 1)[1:].to(p)
+                most, places = 1 + clear_change(MOVED, *dtypes), p.shape[-1] if p.ndim else 1
+                factors = torch.linspace(1.0, most, places + 1)[1:].to(p)
                 p.mul_(factors if p.ndim else factors[0]).add_(0.01)
 
     def trained_anew() -> None:

@@ -33,15 +33,12 @@ from ensembles.subject import (
     named_modules_of,
     whole,
 )
-from ensembles.tolerance import tolerance_of
+from ensembles.tolerance import clear_change, tolerance_of
 
 __all__ = ["Trip", "owners_of", "trip"]
 
 STEP = 0.1
-"""Change of every weight, in multiples of its tensor's own spread: outputs differ clearly."""
-
-STEPS = 4
-"""The same in tolerances, where that is more: a tenth does not show in bfloat16."""
+"""Least change of every weight, in multiples of its tensor's own spread: outputs differ clearly."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ def trip(
     same = tolerance_of("reordered", *dtypes)
     by_cast = () if conversion.cast is None else (conversion.cast,)
     tolerance = tolerance_of(conversion.compared, *dtypes, *by_cast)
-    noise = _noise(source.module, max(STEP, STEPS * tolerance_of("recomputed", *dtypes)))
+    noise = _noise(source.module, clear_change(STEP, *dtypes))
     moved = _outputs_moved(source, noise, seed)
     names, parameters = _names(source.module), _parameters(source.module)
     unsaved = _unsaved(source.module)
