@@ -10,8 +10,8 @@ as in packed sequences) count only where the gradient confirms them. By gradient
 weights, through operations that hide nothing, so that a branch that starts at zero does not hide
 what it mixes; inputs are floating tensors of the batch and the outputs of embeddings that read it.
 Then rows change places, and one stands alone. Kernels depend on the place and on the size, so what
-is let pass is that of a network that is recomputed, in the coarsest dtype that took part: 1.2e-4 of
-the largest output in float32, 0.13 in bfloat16 (`ensembles.tolerance`).
+is let pass, here as there, is what a network that is recomputed may differ by in the coarsest dtype
+that took part (`ensembles.tolerance`).
 
 Limits: of more than 8 rows, 8 are replaced and 8 are followed by gradients, evenly spread. Integer
 inputs that no `nn.Embedding` reads are looked at numerically only.
