@@ -96,7 +96,7 @@ def test_neither_the_package_nor_the_plugin_imports_torch_at_start(tmp_path):
         "code = pytest.main(['-q', '-p', 'ensembles.plugin', '--markers'])\n"
         "code |= pytest.main(['-q', '-p', 'ensembles.plugin', '-p', 'no:randomly'])\n"
         r"light = r'ensembles\.(plugin|registry|claims|message|present_run|"
-        r"checks(\.\w+(\.fixture)?)?)'"
+        r"checks(\.\w+(\.(fixture|claim))?)?)'"
         "\n"
         "heavy = [m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy')\n"
         "         or m.startswith('ensembles.') and not re.fullmatch(light, m)]\n"
