@@ -31,26 +31,26 @@ from pathlib import Path
 import pytest
 import torch
 
-TENTHS = torch.linspace(0.1, 4.9, 49)
+TENTHS = torch.linspace(0.1, 6.4, 64).view(8, 8)
 
 @pytest.fixture
 def golden(request):
-    def check(figure):
-        path = Path(request.node.name)
+    def check(figures):
+        path, text = Path(request.node.name), str([f"{y:.1e}" for y in figures.tolist()])
         if not path.exists():
-            path.write_text(f"{figure:.1e}")
-        assert f"{figure:.1e}" == path.read_text()
+            path.write_text(text)
+        assert text == path.read_text()
     return check
 
-def test_a_rounding(golden):
-    golden(float((TENTHS - TENTHS.mean()).sum()))
+def test_roundings(golden):
+    golden((TENTHS - TENTHS.mean(1, keepdim=True)).sum(1))
 
-def test_a_number(golden):
-    golden(float(TENTHS @ TENTHS))
+def test_numbers(golden):
+    golden(TENTHS.square().sum(1))
 
-def test_an_exact_number(golden):
-    halves = torch.arange(9) / 2
-    golden(float(halves @ halves - 51))
+def test_exact_numbers(golden):
+    halves = TENTHS.mul(10).round() / 2
+    golden(halves.square().sum(1) - halves[:, 0])
 
 def test_without_a_golden():
     pass
@@ -65,4 +65,4 @@ def test_a_golden_that_holds_a_rounding_is_found_by_rounding_otherwise(
     pytester.runpytest().assert_outcomes(passed=4)
     result = pytester.runpytest("-p", "tests.rounded_otherwise")
     result.assert_outcomes(passed=2, failed=1)
-    result.stdout.fnmatch_lines(["FAILED *::test_a_rounding*"])
+    result.stdout.fnmatch_lines(["FAILED *::test_roundings*"])
