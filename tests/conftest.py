@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from ensembles.models import SubnetResNet
 from ensembles.models.resnet import ResidualBlock
 from ensembles.registry import PROMISES
 
+# PyTorch imports it when it is first needed, and can do so only once in a process.
+import_module("torch._dynamo")
 for _promise in PROMISES.values():  # pytester forgets what inner runs import: here once for all
     _promise.module("judgement")
 
